@@ -1,0 +1,86 @@
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+# only the folders that hold code: mypy refuses a path without any
+SOURCES = $(foreach folder,mcp_broker workers tests bench examples,\
+  $(if $(shell find $(folder) -name '*.py' -print -quit 2>/dev/null),$(folder)))
+# workers/ goes to mypy under its installed name (see [tool.mypy])
+TYPED = $(patsubst workers,.venv/src/mcp_broker_workers,$(SOURCES))
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test check fmt lint type fast process cov sim bench soak lock clean
+
+help: ## list the targets
+	@grep -hE '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z.]+):.*## */  \1\t/' | expand -t 12
+
+demo: $(STAMP) ## start a broker with the shipped tools and show it at work
+	$(BIN)/mcp-broker demo
+
+test: check ## everything that must hold: checks, fast tests, then tests with real processes
+	$(MAKE) --no-print-directory fast
+	$(MAKE) --no-print-directory process
+
+check: lint type ## lint, format and types, without changing a file
+
+lint: $(STAMP) ## ruff, lint and format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+type: $(STAMP) ## mypy --strict
+	$(BIN)/mypy --strict $(TYPED)
+
+fmt: $(STAMP) ## format, and fix what ruff can fix safely
+	$(BIN)/ruff check --fix-only
+	$(BIN)/ruff format
+
+fast: $(STAMP) ## tests that start no process
+	$(BIN)/pytest -m "not process"
+
+process: $(STAMP) ## tests with real processes
+	$(BIN)/pytest -m process
+
+cov: $(STAMP) ## tests that start no process, with coverage
+	$(BIN)/pytest -m "not process" --cov --cov-report=term
+
+sim: $(STAMP) ## the seeded simulation
+	@test -d tests/sim || { echo "there is no tests/sim" >&2; exit 1; }
+	$(BIN)/pytest tests/sim
+
+bench: $(STAMP) ## measure against zmq.proxy in the same run
+	$(BIN)/python -m bench
+
+soak: $(STAMP) ## load and faults for a long time
+	$(BIN)/python -m bench.soak
+
+.venv: $(STAMP) ## the environment, from the lock file
+
+# The lock on this folder keeps two makes started at once from installing over each other.
+# Without build isolation nothing is fetched that the lock file does not pin.
+$(STAMP): setup.cfg pyproject.toml requirements.lock
+	@exec 9<. && flock 9; \
+	for python in python3.11 python3 python3.12 python3.13 python3.14; do \
+	  if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then break; fi; python=; \
+	done; \
+	if [ -z "$$python" ]; then echo "mcp-broker needs Python 3.11 or newer, and none was found" >&2; exit 1; fi; \
+	if [ ! -x $(BIN)/python ]; then rm -rf .venv; "$$python" -m venv .venv; fi; \
+	$(BIN)/python -m pip install --quiet --require-hashes -r requirements.lock; \
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .; \
+	mkdir -p .venv/src; ln -sfn ../../workers .venv/src/mcp_broker_workers; \
+	touch $@
+
+lock: ## pin the newest allowed versions anew, with hashes
+	@scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; \
+	python3 -m venv "$$scratch/venv"; \
+	"$$scratch/venv/bin/pip" install --quiet uv; \
+	"$$scratch/venv/bin/uv" pip compile setup.cfg --all-extras --universal --python-version 3.11 --upgrade \
+	  --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate --quiet \
+	  --output-file "$$scratch/requirements.lock" >/dev/null; \
+	cp "$$scratch/requirements.lock" requirements.lock
+
+clean: ## remove what the build and the checks made, the environment too
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov
+	find mcp_broker workers tests bench examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
