@@ -1,0 +1,121 @@
+"""Every bound of the system, with its unit and its reason.
+
+Names end in their unit: ``_BYTES``, ``_S`` (seconds), ``_MS``, or ``_MAX`` for a count.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+# -- the wire ---------------------------------------------------------------------------------
+
+#: The one msgpack frame of a message. A batch of 256 small calls is about 64 KiB; four times that
+#: leaves room for inline payloads. A frame above it is refused before it is decoded.
+ENVELOPE_BYTES_MAX: Final = 256 * 1024
+#: A payload up to this size rides inside the envelope; a larger one takes the second frame.
+#: pyzmq copies cheaper than it shares below about this size.
+INLINE_BYTES_MAX: Final = 64 * 1024
+#: The second frame: one payload of 1 MiB (the seed's message bound) and its msgpack head.
+BODY_BYTES_MAX: Final = 1024 * 1024 + 4096
+#: What libzmq lets a peer announce before it has proved anything (ZMQ_MAXMSGSIZE is a frame's bound):
+#: the body and CURVE's box around it.
+FRAME_BYTES_MAX: Final = BODY_BYTES_MAX + 1024
+#: Calls or outcomes in one message: bounds a loop turn's work for one peer.
+BATCH_MAX: Final = 256
+#: Sum of the inline payloads that a sender puts into one envelope, so that it stays under its bound.
+BATCH_BYTES_MAX: Final = 128 * 1024
+#: A JWT with a generous scope list is under 2 KiB.
+TOKEN_BYTES_MAX: Final = 8 * 1024
+TOOL_NAME_CHARS_MAX: Final = 128
+TEXT_CHARS_MAX: Final = 4096
+DETAILS_BYTES_MAX: Final = 32 * 1024
+#: Tools in one REGISTER, and their schema's size each.
+TOOLS_PER_WORKER_MAX: Final = 256
+SCHEMA_BYTES_MAX: Final = 32 * 1024
+CAPABILITIES_MAX: Final = 32
+#: REGISTER is the one message that may exceed the envelope's bound: 256 tools with schemas.
+REGISTER_BYTES_MAX: Final = BODY_BYTES_MAX
+#: Depth to which msgpack may nest in an envelope (the deepest legal message has 5) and in a payload.
+ENVELOPE_DEPTH_MAX: Final = 8
+PAYLOAD_DEPTH_MAX: Final = 64
+
+# -- time ------------------------------------------------------------------------------------
+
+CALL_TIMEOUT_S: Final = 30.0
+#: A day: longer work is a job, not a call.
+CALL_TIMEOUT_S_MAX: Final = 86_400.0
+#: The broker speaks to each session with calls in flight this often; a send that fails ends the session.
+HEARTBEAT_S: Final = 0.25
+#: A client that heard nothing for this long while calls are in flight opens a new connection.
+SILENCE_S: Final = 1.0
+#: How long a lost client session waits for its client to resume, before its calls are cancelled.
+#: With one heartbeat to notice, a vanished client's calls are cancelled within a second.
+RESUME_GRACE_S: Final = 0.5
+#: A worker's lease, renewed by any traffic or its node's word (docs/protocol.md, "Leases").
+WORKER_LEASE_S: Final = 10.0
+#: Outcomes of a dying worker may still be in its socket's buffer when its death is reported.
+DEATH_SETTLE_S: Final = 0.02
+#: After the cooperative cancel (at once): SIGTERM, then SIGKILL (design: outcome first, kill behind).
+CANCEL_TERM_S: Final = 0.1
+CANCEL_KILL_S: Final = 0.25
+#: CURVE handshake: a silent connection is closed after it.
+HANDSHAKE_MS: Final = 1000
+#: An outcome that its client does not acknowledge is forgotten after it.
+OUTCOME_TTL_S: Final = 60.0
+DRAIN_S: Final = 10.0
+CONNECT_S: Final = 5.0
+
+# -- flow -----------------------------------------------------------------------------------------
+
+#: Unfinished calls a client session may have at the broker; WELCOME tells the client.
+CLIENT_WINDOW_MAX: Final = 1024
+#: Calls that wait for one pool.
+QUEUE_CALLS_MAX: Final = 65_536
+#: Argument bytes that wait at the broker, over all pools.
+QUEUE_BYTES_MAX: Final = 256 * 1024 * 1024
+#: Calls that a worker may hold, running one included.
+WORKER_DEPTH_MAX: Final = 256
+#: Depth that a new worker announces before it has measured its tools.
+WORKER_DEPTH_START: Final = 16
+#: What a worker's queue should hold: enough work to hide the round trip to the broker.
+WORKER_QUEUE_TARGET_S: Final = 0.002
+#: Parts of a stream that a worker may send before its caller takes one.
+STREAM_WINDOW_MAX: Final = 16
+#: Executions of an idempotent call, the first included.
+ATTEMPTS_MAX: Final = 3
+#: Distinct workers that a call may kill before it is POISONED.
+POISON_DEATHS: Final = 2
+#: Client sessions and workers that a broker admits.
+SESSIONS_MAX: Final = 4096
+WORKERS_MAX: Final = 1024
+#: Messages that one loop turn takes from one socket, so that timers are never starved.
+TURN_MESSAGES_MAX: Final = 256
+#: Messages that wait in our own queue for a peer whose socket is full; past it, the session ends.
+PEER_BACKLOG_MAX: Final = 4096
+PEER_BACKLOG_BYTES_MAX: Final = 16 * 1024 * 1024
+#: libzmq's own queues are a fuse, several times our windows.
+SOCKET_HWM: Final = 4096
+LISTEN_BACKLOG: Final = 1024
+
+# -- records ----------------------------------------------------------------------------------------
+
+#: Death certificates and ended calls kept for `why`.
+DEATHS_MAX: Final = 256
+ENDED_CALLS_MAX: Final = 4096
+STDERR_TAIL_BYTES: Final = 4096
+
+# -- credentials ------------------------------------------------------------------------------------
+
+TOKEN_TTL_S: Final = 30 * 86_400
+TOKEN_TTL_S_MAX: Final = 90 * 86_400
+#: Clocks of issuer and verifier may differ by this much.
+TOKEN_LEEWAY_S: Final = 5
+
+# -- the node link ----------------------------------------------------------------------------------
+
+#: Both ends are ours; the largest message is a report of WORKERS_MAX workers or DEATHS_MAX certificates.
+NODE_BYTES_MAX: Final = 16 * 1024 * 1024
+
+#: Heartbeats (each HEARTBEAT_S) between two to a client without, and to a worker without, calls.
+IDLE_BEATS: Final = 20
+WORKER_IDLE_BEATS: Final = 4

@@ -1,0 +1,1 @@
+"""Bytes and values: the only home of msgpack and msgspec. Normative text: docs/protocol.md."""

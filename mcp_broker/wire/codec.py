@@ -1,0 +1,115 @@
+"""Messages to bytes and back, with every bound checked before a value exists.
+
+One decoder a socket and direction is the op table of that door: a kind that is not in its union does not
+decode, whatever the sender's rights. Source: docs/protocol.md, "Frames" and "Messages".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, Generic, TypeVar
+
+import msgspec
+
+from mcp_broker import limits
+from mcp_broker.errors import MalformedFrame, UnknownKind, WireError
+from mcp_broker.wire import messages, node
+
+T = TypeVar("T")
+
+#: One encoder for all: it keeps no state between messages.
+encode: Final[Callable[[msgspec.Struct], bytes]] = msgspec.msgpack.Encoder().encode
+
+
+class Decoder(Generic[T]):
+    """Decodes what may arrive at one door.
+
+    Args:
+        union: the messages of this socket and direction.
+        bytes_max: frames above it are refused unread.
+    """
+
+    def __init__(self, union: object, bytes_max: int = limits.ENVELOPE_BYTES_MAX) -> None:
+        self._decode: Callable[[bytes | memoryview], T] = msgspec.msgpack.Decoder(union).decode
+        self._bytes_max = bytes_max
+
+    def decode(self, frame: bytes | memoryview) -> T:
+        """Turn one frame into a message.
+
+        Raises:
+            UnknownKind: a message of another door, or of a later protocol (answered, not dropped).
+            MalformedFrame: not a message, or one of its bounds is broken (the peer's fault).
+        """
+        if len(frame) > self._bytes_max:
+            raise MalformedFrame(
+                f"an envelope of {len(frame)} bytes; the limit is {self._bytes_max}",
+                {"limit_bytes": self._bytes_max},
+            )
+        try:
+            return self._decode(frame)
+        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError, OverflowError) as error:
+            raise _explain(bytes(frame), error) from error
+
+
+_kind_decoder: Final = msgspec.msgpack.Decoder(tuple[str, msgspec.Raw])
+_KINDS: Final = frozenset(messages.kind_of(kind) for kind in messages.AnyMessage.__args__)
+
+
+def _explain(frame: bytes, error: Exception) -> WireError:
+    """Tell an unknown kind from a broken message; only ever called for frames that did not decode."""
+    if isinstance(error, msgspec.ValidationError) and str(error).endswith("at `$[0]`"):
+        try:
+            head = msgspec.msgpack.decode(frame)
+        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError, OverflowError):
+            head = None
+        if isinstance(head, list) and head and isinstance(head[0], str):
+            kind = head[0][:32]
+            known = "not taken at this socket" if kind in _KINDS else "unknown"
+            return UnknownKind(f"the kind {kind!r} is {known}", {"kind": kind})
+    return MalformedFrame(f"not a message of this protocol: {error}"[:500])
+
+
+#: What each door takes.
+from_client: Final[Decoder[messages.FromClient]] = Decoder(messages.FromClient)
+to_client: Final[Decoder[messages.ToClient]] = Decoder(messages.ToClient)
+from_worker: Final[Decoder[messages.FromWorker]] = Decoder(messages.FromWorker, limits.REGISTER_BYTES_MAX)
+to_worker: Final[Decoder[messages.ToWorker]] = Decoder(messages.ToWorker)
+from_supervisor: Final[Decoder[node.FromSupervisor]] = Decoder(node.FromSupervisor, limits.NODE_BYTES_MAX)
+to_supervisor: Final[Decoder[node.ToSupervisor]] = Decoder(node.ToSupervisor, limits.NODE_BYTES_MAX)
+
+_caller_decoder: Final = msgspec.msgpack.Decoder(messages.Caller)
+_worker_boot_decoder: Final = msgspec.msgpack.Decoder(node.WorkerBoot)
+
+
+def raw(item: msgspec.Struct) -> msgspec.Raw:
+    """Pack an item once, to be embedded in many messages."""
+    return msgspec.Raw(encode(item))
+
+
+def decode_caller(packed: msgspec.Raw) -> messages.Caller:
+    """Unpack a dispatch's caller.
+
+    Raises:
+        MalformedFrame: our broker's bug.
+    """
+    try:
+        return _caller_decoder.decode(packed)
+    except msgspec.DecodeError as error:
+        raise MalformedFrame(f"not a caller: {error}") from error
+
+
+def decode_worker_boot(packed: bytes) -> node.WorkerBoot:
+    """Unpack what a supervisor hands a new worker.
+
+    Raises:
+        MalformedFrame: our supervisor's bug, or a worker started by hand.
+    """
+    try:
+        return _worker_boot_decoder.decode(packed)
+    except msgspec.DecodeError as error:
+        raise MalformedFrame(f"not a worker's boot record: {error}") from error
+
+
+def as_plain(record: object) -> object:
+    """Turn a record into dicts, lists and scalars, with defaults filled in, for payloads and JSON."""
+    return msgspec.to_builtins(record, builtin_types=(bytes,))

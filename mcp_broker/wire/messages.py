@@ -1,0 +1,355 @@
+"""Every message of the client and worker sockets, as values that are legal when they exist.
+
+A message is one msgpack array ``[kind, epoch, fields...]``; its items (calls, outcomes, parts) are
+arrays too. Fields are only ever appended, with defaults, so that an older peer ignores what it does
+not know and a newer one does without. Records that people read (tool definitions, limits) are maps.
+
+Fields, types, bounds and answers: docs/protocol.md, "Messages".
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final
+
+import msgspec
+from msgspec import Meta
+
+from mcp_broker import ids, limits
+
+PROTOCOL: Final = "MCPB"
+MAJOR: Final = 1
+MINOR: Final = 0
+OK: Final = "OK"
+
+CallIdField = Annotated[bytes, Meta(min_length=ids.CALL_ID_BYTES, max_length=ids.CALL_ID_BYTES)]
+SessionIdField = Annotated[bytes, Meta(min_length=ids.SESSION_ID_BYTES, max_length=ids.SESSION_ID_BYTES)]
+ToolNameField = Annotated[str, Meta(min_length=1, max_length=limits.TOOL_NAME_CHARS_MAX)]
+ShortText = Annotated[str, Meta(max_length=256)]
+Text = Annotated[str, Meta(max_length=limits.TEXT_CHARS_MAX)]
+Token = Annotated[str, Meta(max_length=limits.TOKEN_BYTES_MAX)]
+Inline = Annotated[bytes, Meta(max_length=limits.ENVELOPE_BYTES_MAX)]
+Details = Annotated[bytes, Meta(max_length=limits.DETAILS_BYTES_MAX)]
+Count = Annotated[int, Meta(ge=0, le=2**53)]
+Epoch = Annotated[int, Meta(ge=0, le=2**53)]
+TimeoutMs = Annotated[int, Meta(ge=1, le=int(limits.CALL_TIMEOUT_S_MAX * 1000))]
+Labels = Annotated[tuple[ShortText, ...], Meta(max_length=limits.CAPABILITIES_MAX)]
+Schema = Annotated[str, Meta(max_length=limits.SCHEMA_BYTES_MAX)]
+Depth = Annotated[int, Meta(ge=0, le=limits.WORKER_DEPTH_MAX)]
+
+
+class Item(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """A part of a message; an array on the wire."""
+
+
+class Record(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """A map on the wire; unknown keys are ignored."""
+
+
+# -- items --------------------------------------------------------------------------------------
+
+
+class CallExtra(Record, kw_only=True, frozen=True):
+    """What only some calls carry."""
+
+    #: W3C trace context, handed to the tool unchanged
+    traceparent: ShortText | None = None
+
+
+class Call(Item, frozen=True):
+    """A call as its client submits it; ``arguments`` is a msgpack map, or None when it is the second frame."""
+
+    call_id: CallIdField
+    tool: ToolNameField
+    timeout_ms: TimeoutMs
+    arguments: Inline | None
+    extra: CallExtra | None = None
+
+
+class Usage(Item, frozen=True):
+    """What an execution cost, from the worker's own clock and rusage."""
+
+    #: wall clock of the worker at the end, milliseconds since 1970
+    finished_wall_ms: Count
+    execution_us: Count
+    cpu_us: Count
+    #: the worker's peak resident set so far, KiB
+    max_rss_kib: Count
+
+
+class Fault(Item, frozen=True):
+    """Why there is no result; ``details`` is a msgpack map."""
+
+    message: Text
+    retryable: bool
+    details: Details
+
+
+class Outcome(Item, frozen=True):
+    """The one final answer of a call.
+
+    ``code`` is "OK" or an error code. With "OK", ``body`` is the msgpack result, or None when it is the
+    second frame; else ``fault`` says why.
+    """
+
+    call_id: CallIdField
+    code: ShortText
+    body: Inline | None = None
+    usage: Usage | None = None
+    fault: Fault | None = None
+
+
+class Part(Item, frozen=True):
+    """The ``index``-th part (from 0) of a streamed result."""
+
+    call_id: CallIdField
+    index: Count
+    body: Inline | None
+
+
+class StreamCredit(Item, frozen=True):
+    """The caller takes parts with an index below ``limit``."""
+
+    call_id: CallIdField
+    limit: Count
+
+
+class Dispatch(Item, frozen=True):
+    """A call as the broker hands it to a worker."""
+
+    #: counts the calls given to this worker from 1; the worker marks it started
+    seq: Count
+    call_id: CallIdField
+    tool: ToolNameField
+    #: what is left of the caller's timeout
+    timeout_ms: TimeoutMs
+    arguments: Inline | None
+    #: a packed :class:`Caller`, made once a session
+    caller: msgspec.Raw
+    extra: CallExtra | None = None
+
+
+class Caller(Item, frozen=True):
+    """Who calls, as verified by the broker. A tool gets this, never the token."""
+
+    principal: ShortText
+    clearance: Annotated[int, Meta(ge=0, le=10)]
+    scopes: tuple[ShortText, ...]
+    admin: bool = False
+
+
+class ToolDefinition(Record, kw_only=True, frozen=True):
+    """What a worker offers under one name."""
+
+    name: Annotated[
+        str,
+        Meta(
+            pattern=r"^[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)*\Z",
+            max_length=limits.TOOL_NAME_CHARS_MAX,
+        ),
+    ]
+    #: semantic version
+    version: Annotated[str, Meta(pattern=r"^\d+\.\d+\.\d+([-+][0-9A-Za-z.+-]+)?\Z", max_length=64)]
+    description: Text = ""
+    #: JSON Schema texts of the arguments (an object) and of the result or of one part
+    parameters: Schema = "{}"
+    returns: Schema = "{}"
+    capabilities: Annotated[Labels, Meta(min_length=1)]
+    tags: Labels = ()
+    category: ShortText = ""
+    #: clearance that a caller needs
+    level: Annotated[int, Meta(ge=0, le=10)] = 0
+    idempotent: bool = False
+    streaming: bool = False
+    #: the call's timeout where the caller names none
+    timeout_s: Annotated[float, Meta(gt=0, le=limits.CALL_TIMEOUT_S_MAX)] = limits.CALL_TIMEOUT_S
+
+
+class GrantedLimits(Record, kw_only=True, frozen=True):
+    """What the broker grants a session."""
+
+    #: unfinished calls (client) or calls held (worker)
+    window: Count
+    heartbeat_ms: Count
+    envelope_bytes: Count = limits.ENVELOPE_BYTES_MAX
+    body_bytes: Count = limits.BODY_BYTES_MAX
+    batch: Count = limits.BATCH_MAX
+    stream_window: Count = limits.STREAM_WINDOW_MAX
+    #: until the token expires; 0 for a worker
+    token_ms: Count = 0
+
+
+# -- messages -----------------------------------------------------------------------------------
+
+
+class Message(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """One frame; the kind is the tag."""
+
+
+class Hello(Message, tag="HELLO", frozen=True):
+    """Client: open or resume a session. The first three fields never change, in any version."""
+
+    epoch: Epoch
+    protocol: ShortText
+    majors: Annotated[tuple[Count, ...], Meta(min_length=1, max_length=16)]
+    token: Token
+    #: resume this session, for the same key only
+    session_id: SessionIdField | None = None
+    capabilities: Labels = ()
+    #: name and version of the client's software, for people
+    agent: ShortText = ""
+    #: outcomes of the session received so far
+    ack: Count = 0
+
+
+class Register(Message, tag="REGISTER", frozen=True):
+    """Worker: open a session and offer tools, all or none."""
+
+    epoch: Epoch
+    protocol: ShortText
+    majors: Annotated[tuple[Count, ...], Meta(min_length=1, max_length=16)]
+    tools: Annotated[tuple[ToolDefinition, ...], Meta(max_length=limits.TOOLS_PER_WORKER_MAX)]
+    capabilities: Labels = ()
+    agent: ShortText = ""
+
+
+class Welcome(Message, tag="WELCOME", frozen=True):
+    """Broker: the session is open."""
+
+    epoch: Epoch
+    version: tuple[Count, Count]
+    session_id: SessionIdField
+    #: the session that HELLO named goes on; else its calls are unknown here
+    resumed: bool
+    #: the client's principal, or the worker's id
+    name: ShortText
+    granted: GrantedLimits
+    capabilities: Labels = ()
+
+
+class Renew(Message, tag="RENEW", frozen=True):
+    """Client: a new token for the same key."""
+
+    epoch: Epoch
+    token: Token
+
+
+class Renewed(Message, tag="RENEWED", frozen=True):
+    """Broker: the new token counts from now."""
+
+    epoch: Epoch
+    token_ms: Count
+
+
+class Goodbye(Message, tag="GOODBYE", frozen=True):
+    """Either side: the session ends here and now."""
+
+    epoch: Epoch
+    reason: ShortText = ""
+
+
+class Calls(Message, tag="CALLS", frozen=True):
+    """Client: calls to accept."""
+
+    epoch: Epoch
+    #: outcomes of the session received so far
+    ack: Count
+    calls: Annotated[tuple[Call, ...], Meta(min_length=1, max_length=limits.BATCH_MAX)]
+
+
+class Dispatches(Message, tag="DISPATCH", frozen=True):
+    """Broker: calls for a worker."""
+
+    epoch: Epoch
+    #: outcomes of this worker received so far
+    ack: Count
+    calls: Annotated[tuple[Dispatch, ...], Meta(min_length=1, max_length=limits.BATCH_MAX)]
+
+
+class Outcomes(Message, tag="OUTCOMES", frozen=True):
+    """Worker to broker, broker to client: outcomes.
+
+    ``first`` is the running number, from 1 and per session, of the first outcome of the list.
+    """
+
+    epoch: Epoch
+    first: Count
+    outcomes: Annotated[tuple[Outcome, ...], Meta(min_length=1, max_length=limits.BATCH_MAX)]
+
+
+class Ack(Message, tag="ACK", frozen=True):
+    """Receiver of outcomes: ``count`` outcomes of this session arrived."""
+
+    epoch: Epoch
+    count: Count
+
+
+class Partial(Message, tag="PARTIAL", frozen=True):
+    """Worker to broker, broker to client: parts of streams."""
+
+    epoch: Epoch
+    parts: Annotated[tuple[Part, ...], Meta(min_length=1, max_length=limits.BATCH_MAX)]
+
+
+class Credit(Message, tag="CREDIT", frozen=True):
+    """Client to broker, broker to worker: more room for parts."""
+
+    epoch: Epoch
+    credits: Annotated[tuple[StreamCredit, ...], Meta(min_length=1, max_length=limits.BATCH_MAX)]
+
+
+class Cancel(Message, tag="CANCEL", frozen=True):
+    """Client to broker, broker to worker: end these calls."""
+
+    epoch: Epoch
+    call_ids: Annotated[tuple[CallIdField, ...], Meta(min_length=1, max_length=limits.BATCH_MAX)]
+
+
+class Ready(Message, tag="READY", frozen=True):
+    """Worker: hold up to ``depth`` calls here at a time, from now on."""
+
+    epoch: Epoch
+    depth: Depth
+
+
+class Drain(Message, tag="DRAIN", frozen=True):
+    """Broker: no more calls will come; finish what you hold, then say GOODBYE."""
+
+    epoch: Epoch
+
+
+class Heartbeat(Message, tag="HEARTBEAT", frozen=True):
+    """Either side: alive."""
+
+    epoch: Epoch
+
+
+class Error(Message, tag="ERROR", frozen=True):
+    """Broker: a message could not be served; with ``fatal`` the session is over.
+
+    ``details`` is a msgpack map.
+    """
+
+    epoch: Epoch
+    code: ShortText
+    message: Text
+    details: Details
+    fatal: bool
+
+
+#: One table a socket and direction: what may come in there, and nothing else.
+FromClient = Hello | Renew | Goodbye | Calls | Cancel | Ack | Credit | Heartbeat
+ToClient = Welcome | Renewed | Goodbye | Outcomes | Partial | Heartbeat | Error
+FromWorker = Register | Ready | Goodbye | Outcomes | Partial | Heartbeat
+ToWorker = Welcome | Goodbye | Dispatches | Cancel | Ack | Credit | Drain | Heartbeat | Error
+
+AnyMessage = (
+    Hello | Renew | Goodbye | Calls | Cancel | Ack | Credit | Heartbeat | Welcome | Renewed | Outcomes
+    | Partial | Error | Register | Ready | Dispatches | Drain
+)  # fmt: skip
+
+EMPTY_DETAILS: Final = b"\x80"
+
+
+def kind_of(message: Any) -> str:  # noqa: ANN401 (any Message class or value)
+    """Return the wire name of a message's kind."""
+    return str(message.__struct_config__.tag)

@@ -1,0 +1,189 @@
+"""What a supervisor and its broker or worker say to each other.
+
+Supervisor and broker talk over a socketpair: each message is a 4-byte big-endian length and one msgpack
+array ``[kind, fields...]``. A worker gets one :class:`WorkerBoot` by an inherited fd and then speaks the
+worker protocol. Source: docs/protocol.md, "Node link".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from mcp_broker.wire.messages import Record
+
+
+class Certificate(Record, kw_only=True, frozen=True):
+    """Why a process ended: its death certificate."""
+
+    worker_id: str
+    pool: str
+    pid: int
+    #: one sentence for people, "unknown" rather than a guess
+    cause: str
+    #: closed set: exit, signal, boot_failure, operator, deadline, cancel, limit, unknown
+    kind: str
+    exit_code: int | None = None
+    signal: str | None = None
+    #: last call that it had started (a dispatch's seq); 0: none
+    started_seq: int = 0
+    uptime_s: float = 0.0
+    cpu_s: float = 0.0
+    max_rss_kib: int = 0
+    calls_started: int = 0
+    stderr: str = ""
+    wall_at: float = 0.0
+
+
+class WorkerReport(Record, kw_only=True, frozen=True):
+    """One worker as its supervisor sees it."""
+
+    id: str
+    pid: int
+    state: str
+    since_wall: float
+    rss_kib: int = 0
+    cpu_s: float = 0.0
+
+
+class PoolReport(Record, kw_only=True, frozen=True):
+    """One pool as its supervisor sees it."""
+
+    name: str
+    state: str
+    wanted: int
+    workers: tuple[WorkerReport, ...] = ()
+    reason: str = ""
+    restarts: int = 0
+
+
+class Admitted(Record, kw_only=True, frozen=True):
+    """A worker key that the broker may let in, for exactly this worker."""
+
+    thumbprint: str
+    worker_id: str
+    pool: str
+
+
+class NodeMessage(msgspec.Struct, array_like=True, frozen=True):
+    """One message of the socketpair; the kind is the tag."""
+
+
+class Boot(NodeMessage, tag="BOOT", frozen=True):
+    """Supervisor, first: all that a broker needs to serve."""
+
+    epoch: int
+    #: inherited fds of the bound, listening sockets
+    client_fd: int
+    worker_fd: int
+    #: the addresses that those sockets are bound to, tcp://127.0.0.1:PORT
+    client_endpoint: str
+    worker_endpoint: str
+    #: CURVE secret keys of the two sockets, 32 bytes each
+    client_secret: bytes
+    worker_secret: bytes
+    #: kid -> Ed25519 public key, 32 bytes
+    issuer_keys: dict[str, bytes]
+    issuer: str
+    audience: str
+    #: `[limits]` of the configuration, by name
+    limits: dict[str, int | float]
+    supervisor_pid: int
+    started_wall: float
+
+
+class Admit(NodeMessage, tag="ADMIT", frozen=True):
+    """Supervisor: admitted worker keys; the first one, complete, ends the time of status 300."""
+
+    workers: tuple[Admitted, ...]
+
+
+class Died(NodeMessage, tag="DIED", frozen=True):
+    """Supervisor: a worker process is gone; its key is forgotten with it."""
+
+    certificate: Certificate
+
+
+class Report(NodeMessage, tag="REPORT", frozen=True):
+    """Supervisor: what it sees now, sent on every change; ``pools`` replaces the last report."""
+
+    pools: tuple[PoolReport, ...]
+
+
+class Deaths(NodeMessage, tag="DEATHS", frozen=True):
+    """Supervisor, once after BOOT: recent certificates, so that a new broker can still answer `why`."""
+
+    certificates: tuple[Certificate, ...]
+
+
+class Shutdown(NodeMessage, tag="SHUTDOWN", frozen=True):
+    """Supervisor: refuse new calls, let running ones end for up to ``drain_s``, then say GOODBYE and exit."""
+
+    drain_s: float
+
+
+class Serving(NodeMessage, tag="SERVING", frozen=True):
+    """Broker: both sockets are open."""
+
+    pid: int
+
+
+class WorkerUp(NodeMessage, tag="UP", frozen=True):
+    """Broker: this worker registered its tools and is ready."""
+
+    worker_id: str
+    tools: tuple[str, ...]
+
+
+class WorkerRefused(NodeMessage, tag="REFUSED", frozen=True):
+    """Broker: this worker's registration was refused; it will not become ready."""
+
+    worker_id: str
+    reason: str
+
+
+class Interrupt(NodeMessage, tag="INTERRUPT", frozen=True):
+    """Broker: end the worker's call ``seq``.
+
+    ``stage`` is "raise" (a signal that raises in the tool, if that call still runs), "term" or "kill".
+    ``why`` is "deadline" or "cancel", for the certificate.
+    """
+
+    worker_id: str
+    seq: int
+    stage: str
+    why: str
+
+
+class Drained(NodeMessage, tag="DRAINED", frozen=True):
+    """Broker: no calls are left (or the time for them is over); it exits now."""
+
+    unfinished: int
+
+
+FromSupervisor = Boot | Admit | Died | Report | Deaths | Shutdown
+ToSupervisor = Serving | WorkerUp | WorkerRefused | Interrupt | Drained
+
+
+class WorkerBoot(Record, kw_only=True, frozen=True):
+    """What a supervisor hands a worker by an inherited fd (never by argv or environment)."""
+
+    worker_id: str
+    pool: str
+    #: tcp://127.0.0.1:PORT of the worker socket
+    endpoint: str
+    #: the worker socket's CURVE public key, 32 bytes
+    server_public: bytes
+    public: bytes
+    secret: bytes
+    #: the module that defines the tools, and folders to import it from
+    module: str
+    path: tuple[str, ...] = ()
+    concurrency: int = 1
+    #: handed to the tools unchanged
+    options: dict[str, Any] = {}
+    #: fd of the page of :mod:`mcp_broker.wire.marks`, shared with the supervisor
+    marks_fd: int
+    #: private writable folder of this worker
+    scratch: str
