@@ -1,0 +1,117 @@
+"""``python -m mcp_broker.broker --link-fd N``: started by the supervisor, never by hand."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from importlib import metadata
+
+import zmq
+
+from mcp_broker import limits
+from mcp_broker.auth import zap
+from mcp_broker.broker.admission import Admission
+from mcp_broker.broker.link import NodeLink, SupervisorGone
+from mcp_broker.broker.loop import Loop
+from mcp_broker.broker.sockets import CLIENT_DOMAIN, WORKER_DOMAIN, listening_router
+from mcp_broker.broker.tokens import TokenVerifier
+from mcp_broker.broker.zap_handler import ZapHandler
+from mcp_broker.core.routing import Routing
+from mcp_broker.wire import node
+
+_PR_SET_PDEATHSIG = 1
+_BOOT_TIMEOUT_S = 10.0
+#: the loop makes few cycles; a collection each 700 objects would walk the session tables for nothing
+_GC_THRESHOLD = 100_000
+
+
+class _JsonLines(logging.Formatter):
+    """One JSON object a line: the event's name and its fields."""
+
+    _STANDARD = frozenset(vars(logging.makeLogRecord({})))
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = {key: value for key, value in vars(record).items() if key not in self._STANDARD}
+        return json.dumps(
+            {
+                "wall_at": round(record.created, 3),
+                "level": record.levelname,
+                "event": record.getMessage(),
+                **fields,
+            },
+            default=str,
+        )
+
+
+def main() -> int:
+    """Serve until the supervisor says otherwise or is gone."""
+    parser = argparse.ArgumentParser(prog="python -m mcp_broker.broker")
+    parser.add_argument("--link-fd", type=int, required=True)
+    link_fd: int = parser.parse_args().link_fd
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        # the supervisor died before the kernel was told to take us with it
+        return 1
+    # the supervisor decides when the broker ends; a Ctrl-C of its terminal is not for us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonLines())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    link = NodeLink(link_fd)
+    try:
+        boot, rest = link.wait_for_boot(_BOOT_TIMEOUT_S)
+        _serve(link, boot, rest)
+    except SupervisorGone:
+        return 1
+    return 0
+
+
+def _serve(link: NodeLink, boot: node.Boot, rest: list[node.FromSupervisor]) -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
+    context.set(zmq.MAX_SOCKETS, limits.SESSIONS_MAX + limits.WORKERS_MAX)
+    admission = Admission()
+    # before any bind: with no handler there, nobody could be refused for a reason
+    ZapHandler(context, {CLIENT_DOMAIN: zap.clients_rule(frozenset()), WORKER_DOMAIN: admission.rule})
+    clients = listening_router(
+        context,
+        fd=boot.client_fd,
+        endpoint=boot.client_endpoint,
+        secret=boot.client_secret,
+        domain=CLIENT_DOMAIN,
+    )
+    workers = listening_router(
+        context,
+        fd=boot.worker_fd,
+        endpoint=boot.worker_endpoint,
+        secret=boot.worker_secret,
+        domain=WORKER_DOMAIN,
+    )
+    machine = Routing(boot.epoch, time.monotonic(), os.urandom)
+    machine.pid = os.getpid()
+    machine.software_version = metadata.version("mcp-broker")
+    machine.from_node(boot, time.monotonic())
+    tokens = TokenVerifier(boot.issuer_keys, issuer=boot.issuer, audience=boot.audience)
+    loop = Loop(machine, clients, workers, link, tokens, admission.take)
+    loop.node_messages(rest, time.monotonic())
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_GC_THRESHOLD, 50, 100)
+    link.send(node.Serving(os.getpid()))
+    try:
+        loop.run()
+    finally:
+        clients.close()
+        workers.close()
+        context.destroy()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

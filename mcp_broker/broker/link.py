@@ -1,0 +1,80 @@
+"""The broker's end of the socketpair to its supervisor."""
+
+from __future__ import annotations
+
+import socket
+
+from mcp_broker.errors import MalformedFrame
+from mcp_broker.wire import codec, node
+from mcp_broker.wire.framing import FrameReader, frame
+
+_READ_BYTES = 256 * 1024
+
+
+class SupervisorGone(Exception):  # noqa: N818 (a fact, not a fault)
+    """The supervisor closed its end, or died: the broker ends with it."""
+
+
+class NodeLink:
+    """Reads without blocking; writes with a short bound, since the supervisor always reads."""
+
+    def __init__(self, fd: int) -> None:
+        self._socket = socket.socket(fileno=fd)
+        self._socket.setblocking(False)
+        self._reader = FrameReader()
+        self._unsent = bytearray()
+
+    def fileno(self) -> int:
+        """Return the fd to poll."""
+        return self._socket.fileno()
+
+    def receive(self) -> list[node.FromSupervisor]:
+        """Return the messages that are there.
+
+        Raises:
+            SupervisorGone: end of file.
+        """
+        try:
+            received = self._socket.recv(_READ_BYTES)
+        except BlockingIOError:
+            return []
+        except OSError as error:
+            raise SupervisorGone from error
+        if not received:
+            raise SupervisorGone
+        return [codec.from_supervisor.decode(body) for body in self._reader.feed(received)]
+
+    def wait_for_boot(self, timeout_s: float) -> tuple[node.Boot, list[node.FromSupervisor]]:
+        """Block until BOOT is there; returns it and what came with it.
+
+        Raises:
+            SupervisorGone: nobody is there.
+            MalformedFrame: something else came first.
+        """
+        self._socket.settimeout(timeout_s)
+        try:
+            messages: list[node.FromSupervisor] = []
+            while not messages:
+                messages = self.receive()
+        finally:
+            self._socket.setblocking(False)
+        first, *rest = messages
+        if not isinstance(first, node.Boot):
+            raise MalformedFrame(f"the supervisor said {type(first).__name__} before BOOT")
+        return first, rest
+
+    def send(self, message: node.NodeMessage) -> None:
+        """Queue a message and send what goes."""
+        self._unsent += frame(codec.encode(message))
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what is queued, as far as it goes now."""
+        while self._unsent:
+            try:
+                sent = self._socket.send(self._unsent)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                raise SupervisorGone from error
+            del self._unsent[:sent]

@@ -1,0 +1,334 @@
+"""The broker's loop: poll, decode, hand to the machine, send what it queued. It decides nothing."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+import zmq
+
+from mcp_broker import limits
+from mcp_broker.broker.link import NodeLink, SupervisorGone
+from mcp_broker.core.clientele import error as error_message
+from mcp_broker.errors import Unauthenticated, WireError
+from mcp_broker.wire import codec, messages, node
+
+if TYPE_CHECKING:
+    from mcp_broker.broker.tokens import TokenVerifier
+    from mcp_broker.core.outbox import Body
+    from mcp_broker.core.routing import Routing
+
+_log = logging.getLogger(__name__)
+
+_NOBLOCK: Final = zmq.NOBLOCK
+_MORE: Final = zmq.SNDMORE | zmq.NOBLOCK
+_POLLIN: Final = zmq.POLLIN
+#: how soon a peer whose socket was full is tried again
+_RETRY_S: Final = 0.005
+#: a received body below this is copied out of libzmq's buffer; above, the buffer itself is forwarded
+_COPY_BYTES: Final = limits.INLINE_BYTES_MAX
+
+Door = Callable[[bytes, str, zmq.Frame, Any, float], None]
+
+
+class Waiting:
+    """What a peer whose socket was full has yet to get."""
+
+    __slots__ = ("bytes_held", "queue")
+
+    def __init__(self) -> None:
+        self.queue: deque[tuple[bytes, Any]] = deque()
+        self.bytes_held = 0
+
+    def add(self, envelope: bytes, body: Body | None) -> None:
+        self.queue.append((envelope, body))
+        self.bytes_held += len(envelope) + (len(body) if body is not None else 0)
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.queue) > limits.PEER_BACKLOG_MAX or self.bytes_held > limits.PEER_BACKLOG_BYTES_MAX
+
+
+class Loop:
+    """One broker's loop.
+
+    Args:
+        clients, workers: the two ROUTERs.
+        on_node: told of every message of the supervisor too, for the ZAP handler's table.
+    """
+
+    def __init__(
+        self,
+        machine: Routing,
+        clients: zmq.Socket[bytes],
+        workers: zmq.Socket[bytes],
+        link: NodeLink,
+        tokens: TokenVerifier,
+        on_node: Callable[[node.FromSupervisor], None],
+    ) -> None:
+        self._machine = machine
+        self._clients = clients
+        self._workers = workers
+        self._link = link
+        self._tokens = tokens
+        self._on_node = on_node
+        self._clock = time.monotonic
+        self._waiting: dict[zmq.Socket[bytes], dict[bytes, Waiting]] = {clients: {}, workers: {}}
+        self.malformed = 0
+
+    def run(self) -> None:
+        """Serve until drained.
+
+        Raises:
+            SupervisorGone: the supervisor is.
+        """
+        machine = self._machine
+        clients, workers, link = self._clients, self._workers, self._link
+        poller = zmq.Poller()
+        poller.register(clients, _POLLIN)
+        poller.register(workers, _POLLIN)
+        poller.register(link.fileno(), _POLLIN)
+        link_fd = link.fileno()
+        busy = False
+        while not machine.drained:
+            if busy:
+                timeout_ms = 0
+            else:
+                until = machine.deadline()
+                if self._waiting[clients] or self._waiting[workers]:
+                    until = min(until, self._clock() + _RETRY_S)
+                timeout_ms = max(0, int((until - self._clock()) * 1000 + 0.999))
+            ready = dict(poller.poll(timeout_ms))
+            now = self._clock()
+            taken = 0
+            # workers first: what they finish makes room for what clients bring
+            if workers in ready:
+                taken += self._drain(workers, self._worker_message, now)
+            if clients in ready:
+                taken += self._drain(clients, self._client_message, now)
+            if link_fd in ready:
+                self.node_messages(link.receive(), now)
+            machine.expire(now)
+            self.flush(now)
+            busy = taken > 1
+        self.flush(self._clock())
+
+    def node_messages(self, received: list[node.FromSupervisor], now: float) -> None:
+        """Hand the supervisor's messages to the machine and to the admission table."""
+        for message in received:
+            self._on_node(message)
+            self._machine.from_node(message, now)
+
+    # -- in ---------------------------------------------------------------------------------------
+
+    def _drain(self, socket: zmq.Socket[bytes], door: Door, now: float) -> int:
+        """Take up to a turn's bound of messages. Looks at EVENTS rather than at an exception to end."""
+        receive = socket.recv
+        taken = 0
+        while taken < limits.TURN_MESSAGES_MAX:
+            taken += 1
+            routing_id = receive(_NOBLOCK)
+            frame: zmq.Frame = receive(_NOBLOCK, copy=False)
+            body: Any = None
+            extra = False
+            if frame.more:
+                second: zmq.Frame = receive(_NOBLOCK, copy=False)
+                body = second if len(second) > _COPY_BYTES else second.bytes
+                more = second.more
+                while more:
+                    extra = True
+                    more = receive(_NOBLOCK, copy=False).more
+            user_id: str = frame.get("User-Id")  # type: ignore[assignment]
+            if extra or (body is not None and len(body) > limits.BODY_BYTES_MAX):
+                self._misbehaved(
+                    socket, routing_id, "a message has at most two frames, the second within its bound", now
+                )
+            else:
+                door(routing_id, user_id, frame, body, now)
+            if not socket.getsockopt(zmq.EVENTS) & _POLLIN:  # type: ignore[operator, arg-type]
+                break
+        return taken
+
+    def _client_message(
+        self, routing_id: bytes, user_id: str, frame: zmq.Frame, body: Body | None, now: float
+    ) -> None:
+        try:
+            message = codec.from_client.decode(frame.buffer)
+        except WireError as error:
+            self._refused_bytes(self._clients, routing_id, user_id, error, now)
+            return
+        if type(message) is messages.Hello:
+            self._hello(routing_id, user_id, message, now)
+        elif type(message) is messages.Renew:
+            self._renew(routing_id, user_id, message, now)
+        elif _has_room_for(message, body) and not self._machine.clientele.message(
+            routing_id, user_id, message, body, now
+        ):
+            text = "this connection has no session: say HELLO first, and nothing else before WELCOME"
+            self._error(self._clients, routing_id, "UNAUTHENTICATED", text, {"reason": "no_session"})
+
+    def _hello(self, routing_id: bytes, user_id: str, message: messages.Hello, now: float) -> None:
+        if message.protocol != messages.PROTOCOL or messages.MAJOR not in message.majors:
+            text = f"this broker speaks protocol version {messages.MAJOR}; the client offers {list(message.majors)}"
+            self._error(
+                self._clients, routing_id, "UNSUPPORTED_VERSION", text, {"supported": [messages.MAJOR]}
+            )
+            return
+        try:
+            grant = self._tokens.verify(message.token, user_id, now)
+        except Unauthenticated as error:
+            self._error(self._clients, routing_id, error.code, error.message, error.details)
+            return
+        if self._machine.clientele.hello(routing_id, user_id, message, grant, now) is None:
+            text = f"the broker holds {limits.SESSIONS_MAX} sessions already"
+            self._error(self._clients, routing_id, "OVERLOADED", text, {"retry_after_s": 5.0})
+
+    def _renew(self, routing_id: bytes, user_id: str, message: messages.Renew, now: float) -> None:
+        try:
+            grant = self._tokens.verify(message.token, user_id, now)
+        except Unauthenticated as error:
+            self._error(self._clients, routing_id, error.code, error.message, error.details, fatal=False)
+            return
+        if not self._machine.clientele.renew(routing_id, user_id, grant, now):
+            self._error(
+                self._clients, routing_id, "UNAUTHENTICATED", "say HELLO first", {"reason": "no_session"}
+            )
+
+    def _worker_message(
+        self, routing_id: bytes, user_id: str, frame: zmq.Frame, body: Body | None, now: float
+    ) -> None:
+        try:
+            message = codec.from_worker.decode(frame.buffer)
+        except WireError as error:
+            self._refused_bytes(self._workers, routing_id, user_id, error, now)
+            return
+        if _has_room_for(message, body) and not self._machine.crew.message(
+            routing_id, user_id, message, body, now
+        ):
+            text = "this worker is not expected here: REGISTER first, with a key that the supervisor admitted"
+            self._error(self._workers, routing_id, "UNAUTHENTICATED", text, {"reason": "no_session"})
+
+    def _refused_bytes(
+        self, socket: zmq.Socket[bytes], routing_id: bytes, user_id: str, error: WireError, now: float
+    ) -> None:
+        """Answer bytes that are no message of this door; it costs their sender only."""
+        self.malformed += 1
+        fatal = error.code != "UNKNOWN_KIND"
+        _log.warning("wire.refused", extra={"code": error.code, "reason": error.message, "user_id": user_id})
+        self._error(socket, routing_id, error.code, error.message, error.details, fatal=fatal)
+        if fatal and socket is self._clients:
+            self._machine.clientele.unreachable(routing_id, now)
+
+    def _misbehaved(self, socket: zmq.Socket[bytes], routing_id: bytes, text: str, now: float) -> None:
+        self.malformed += 1
+        self._error(socket, routing_id, "MALFORMED_FRAME", text, {})
+        if socket is self._clients:
+            self._machine.clientele.unreachable(routing_id, now)
+
+    def _error(
+        self,
+        socket: zmq.Socket[bytes],
+        routing_id: bytes,
+        code: str,
+        text: str,
+        details: dict[str, Any],
+        *,
+        fatal: bool = True,
+    ) -> None:
+        message = error_message(code, text, fatal=fatal, epoch=self._machine.epoch, details=details)
+        try:
+            socket.send(routing_id, _MORE)
+            socket.send(codec.encode(message), _NOBLOCK)
+        except zmq.ZMQError:
+            # a peer that does not read its refusal is not owed a second one
+            return
+
+    # -- out --------------------------------------------------------------------------------------
+
+    def flush(self, now: float) -> None:
+        """Send every outbox; what cannot be sent now waits, within bounds."""
+        machine = self._machine
+        for socket, waiting in self._waiting.items():
+            for routing_id in list(waiting):
+                self._retry(socket, routing_id, now)
+        while machine.clientele.dirty or machine.crew.dirty:
+            workers, machine.crew.dirty[:] = machine.crew.dirty[:], []
+            for worker in workers:
+                for message, body in worker.take_outbox(machine.epoch):
+                    if worker.routing_id:
+                        self._send(self._workers, worker.routing_id, codec.encode(message), body, now)
+            clients, machine.clientele.dirty[:] = machine.clientele.dirty[:], []
+            for session in clients:
+                if machine.clientele.open.get(session.routing_id) is not session:
+                    # lost: its outbox waits for a client that resumes
+                    session.dirty = False
+                    continue
+                for message, body in session.take_outbox(machine.epoch):
+                    self._send(self._clients, session.routing_id, codec.encode(message), body, now)
+        if machine.to_node:
+            to_node, machine.to_node[:] = machine.to_node[:], []
+            for node_message in to_node:
+                self._link.send(node_message)
+        else:
+            self._link.flush()
+
+    def _send(
+        self, socket: zmq.Socket[bytes], routing_id: bytes, envelope: bytes, body: Body | None, now: float
+    ) -> None:
+        waiting = self._waiting[socket].get(routing_id)
+        if waiting is not None:
+            waiting.add(envelope, body)
+            return
+        try:
+            socket.send(routing_id, _MORE)
+            if body is None:
+                socket.send(envelope, _NOBLOCK)
+            else:
+                socket.send(envelope, _MORE)
+                socket.send(body, _NOBLOCK, copy=False)  # type: ignore[call-overload]
+        except zmq.Again:
+            waiting = self._waiting[socket][routing_id] = Waiting()
+            waiting.add(envelope, body)
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            self._unreachable(socket, routing_id, now)
+
+    def _retry(self, socket: zmq.Socket[bytes], routing_id: bytes, now: float) -> None:
+        waiting = self._waiting[socket].pop(routing_id)
+        if waiting.is_full:
+            _log.warning("peer.too_slow", extra={"messages": len(waiting.queue), "bytes": waiting.bytes_held})
+            self._unreachable(socket, routing_id, now)
+            return
+        while waiting.queue:
+            envelope, body = waiting.queue.popleft()
+            self._send(socket, routing_id, envelope, body, now)
+            again = self._waiting[socket].get(routing_id)
+            if again is not None:
+                again.queue.extend(waiting.queue)
+                again.bytes_held = waiting.bytes_held
+                return
+
+    def _unreachable(self, socket: zmq.Socket[bytes], routing_id: bytes, now: float) -> None:
+        self._waiting[socket].pop(routing_id, None)
+        if socket is self._clients:
+            self._machine.clientele.unreachable(routing_id, now)
+        else:
+            self._machine.crew.unreachable(routing_id, now)
+
+
+def _has_room_for(message: messages.FromClient | messages.FromWorker, body: Body | None) -> bool:
+    """Tell whether a second frame fits this message: it belongs to exactly one item."""
+    if body is None:
+        return True
+    if isinstance(message, messages.Calls):
+        return len(message.calls) == 1
+    if isinstance(message, messages.Outcomes):
+        return len(message.outcomes) == 1
+    return isinstance(message, messages.Partial) and len(message.parts) == 1
+
+
+__all__ = ["Loop", "SupervisorGone"]

@@ -1,0 +1,1 @@
+"""The machines: events and ``now`` in, values out. No sockets, processes, clocks, threads or randomness."""

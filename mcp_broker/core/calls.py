@@ -1,0 +1,222 @@
+r"""The call machine: from acceptance to its one outcome.
+
+Rules
+    A call that was accepted leaves this table exactly once, through :meth:`Ledger.finish`.
+    A call's state changes only by :data:`CALL_TABLE`; each cell is written and visited by a test.
+
+::
+
+    (accepted) -> QUEUED <-> IN_FLIGHT -> ENDED
+                     \____________________^
+
+An ENDED call may still occupy its worker (deadline or cancel came first); the worker's own record of it
+(:attr:`~mcp_broker.core.workers.Worker.held`) says so. "Late", "orphaned" and "abandoned" are derived.
+
+Source: docs/protocol.md, "Life of a call".
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, Final
+
+from mcp_broker import limits
+from mcp_broker.core.wheel import Wheel
+from mcp_broker.errors import CALL_ERRORS, InvalidTransition, MalformedFrame
+from mcp_broker.wire import messages, payload
+
+if TYPE_CHECKING:
+    from mcp_broker.core.clients import ClientSession
+    from mcp_broker.core.outbox import Body
+    from mcp_broker.core.registry import Tool
+    from mcp_broker.core.workers import Worker
+
+
+class CallState(IntEnum):
+    """Where an accepted call is."""
+
+    QUEUED = 0
+    IN_FLIGHT = 1
+    ENDED = 2
+
+
+class CallEvent(IntEnum):
+    """What can happen to an accepted call."""
+
+    DISPATCHED = 0
+    REQUEUED = 1
+    FINISHED = 2
+
+
+_BUG: Final = None
+
+#: state -> event -> next state; None is a cell that only our own bug reaches
+CALL_TABLE: Final[tuple[tuple[CallState | None, ...], ...]] = (
+    # DISPATCHED            REQUEUED           FINISHED
+    (CallState.IN_FLIGHT, _BUG, CallState.ENDED),  # QUEUED
+    (_BUG, CallState.QUEUED, CallState.ENDED),  # IN_FLIGHT
+    (_BUG, _BUG, _BUG),  # ENDED
+)
+
+
+class Call:
+    """One accepted call.
+
+    Attributes:
+        body: the second frame, if the arguments came in one (opaque to the machine).
+        deadline: instant at which its caller gets DEADLINE_EXCEEDED, whatever else is true.
+        seq: its number at :attr:`worker`; 0 while queued.
+        attempts: dispatches so far.
+        killers: workers that died while they ran it.
+        parts: parts of a streamed result forwarded so far.
+    """
+
+    __slots__ = (
+        "arguments", "attempts", "body", "call_id", "deadline", "extra", "killers", "parts",
+        "seq", "session", "slot", "state", "tool", "worker",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        request: messages.Call,
+        body: Body | None,
+        session: ClientSession,
+        tool: Tool,
+        deadline: float,
+    ) -> None:
+        self.call_id = request.call_id
+        self.arguments = request.arguments
+        self.extra = request.extra
+        self.body = body
+        self.session = session
+        self.tool = tool
+        self.deadline = deadline
+        self.state = CallState.QUEUED
+        self.worker: Worker | None = None
+        self.seq = 0
+        self.attempts = 0
+        self.killers = 0
+        self.parts = 0
+        self.slot = 0
+
+    def step(self, event: CallEvent) -> None:
+        """Move by the table.
+
+        Raises:
+            InvalidTransition: our bug.
+        """
+        after = CALL_TABLE[self.state][event]
+        if after is None:
+            raise InvalidTransition(f"call {self.call_id.hex()}: {event.name} in state {self.state.name}")
+        self.state = after
+
+    def packed_arguments(self) -> bytes:
+        """Return the arguments' payload, wherever it came."""
+        if self.arguments is not None:
+            return self.arguments
+        return bytes(self.body) if self.body is not None else b""
+
+    def bytes_held(self) -> int:
+        """Return the size of the arguments, in bytes."""
+        if self.arguments is not None:
+            return len(self.arguments)
+        return len(self.body) if self.body is not None else 0
+
+
+def fault(
+    call_id: bytes,
+    code: str,
+    message: str,
+    details: dict[str, Any] | None = None,
+    *,
+    retryable: bool | None = None,
+    usage: messages.Usage | None = None,
+) -> messages.Outcome:
+    """Make the outcome of a call that has no result.
+
+    Args:
+        code: one of :data:`mcp_broker.errors.CALL_ERRORS`.
+        details: structured, msgpack-able.
+        retryable: where this instance knows better than its code.
+    """
+    if retryable is None:
+        retryable = CALL_ERRORS[code].retryable_by_default
+    packed = payload.pack(details) if details else messages.EMPTY_DETAILS
+    if len(packed) > limits.DETAILS_BYTES_MAX:
+        packed = payload.pack({"truncated": True})
+    return messages.Outcome(
+        call_id, code, None, usage, messages.Fault(message[: limits.TEXT_CHARS_MAX], retryable, packed)
+    )
+
+
+class Ended:
+    """What `why` still knows of a call that failed. Successes are not kept: nobody asks why."""
+
+    __slots__ = ("call_id", "certificate", "code", "message", "principal", "tool")
+
+    def __init__(self, call: Call, outcome: messages.Outcome) -> None:
+        self.call_id = call.call_id
+        self.tool = call.tool.name
+        self.principal = call.session.grant.caller.principal
+        self.code = outcome.code
+        self.message = ""
+        self.certificate: Any = None
+        if outcome.fault is not None:
+            self.message = outcome.fault.message[:500]
+            try:
+                self.certificate = payload.unpack_map(outcome.fault.details).get("certificate")
+            except MalformedFrame:
+                # a worker's fault may carry anything; its caller will see that too
+                self.certificate = None
+
+
+class Ledger:
+    """All accepted calls that have no outcome yet, by id and by deadline."""
+
+    def __init__(self, now: float) -> None:
+        #: all and only calls whose state is not ENDED
+        self.calls: dict[bytes, Call] = {}
+        self._wheel: Wheel[Call] = Wheel(now)
+        self.accepted = 0
+        self.succeeded = 0
+        #: code -> ends
+        self.failed: dict[str, int] = {}
+        #: the latest failures, for `why`
+        self.ended: deque[Ended] = deque(maxlen=limits.ENDED_CALLS_MAX)
+
+    def __len__(self) -> int:
+        return len(self.calls)
+
+    def accept(self, call: Call) -> None:
+        """Take a call in; from here on it ends exactly once."""
+        self.calls[call.call_id] = call
+        call.slot = self._wheel.add(call.call_id, call, call.deadline)
+        self.accepted += 1
+
+    def finish(self, call: Call, outcome: messages.Outcome, body: Body | None = None) -> None:
+        """End a call and hand its outcome to its session.
+
+        Raises:
+            InvalidTransition: it has ended before (our bug: the contract is one outcome a call).
+        """
+        call.step(CallEvent.FINISHED)
+        del self.calls[call.call_id]
+        self._wheel.discard(call.slot, call.call_id)
+        if outcome.code == messages.OK:
+            self.succeeded += 1
+        else:
+            self.failed[outcome.code] = self.failed.get(outcome.code, 0) + 1
+            self.ended.append(Ended(call, outcome))
+        call.arguments = None
+        call.body = None
+        call.session.deliver(outcome, body)
+
+    def deadline(self) -> float | None:
+        """Return the next instant at which a call may be due."""
+        return self._wheel.deadline()
+
+    def due(self, now: float) -> Iterator[Call]:
+        """Yield the calls whose deadline has passed; the caller finishes each."""
+        return self._wheel.due(now)

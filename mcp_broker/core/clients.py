@@ -1,0 +1,295 @@
+r"""A client's session as the broker sees it: the table of what it may do when, and what it is owed.
+
+::
+
+    STRANGER --HELLO--> OPEN --UNREACHABLE--> LOST --GRACE_OVER--> CLOSED
+                         ^  \                 |
+                         |   GOODBYE          |
+                         |    `---> CLOSED    |
+                         +------- HELLO (resume, same key)
+
+Source: docs/protocol.md, "Client sessions".
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from enum import Enum, IntEnum
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import mcp_broker.limits as bounds
+from mcp_broker.core import outbox
+from mcp_broker.wire import messages
+from mcp_broker.wire.messages import Outcome
+
+if TYPE_CHECKING:
+    from mcp_broker.core.calls import Call
+    from mcp_broker.core.registry import Tool
+
+
+class ClientState(IntEnum):
+    """What the broker knows about a client's connection."""
+
+    STRANGER = 0
+    OPEN = 1
+    LOST = 2
+    CLOSED = 3
+
+
+class ClientEvent(IntEnum):
+    """What can happen to a client session."""
+
+    HELLO = 0
+    RENEW = 1
+    GOODBYE = 2
+    CALLS = 3
+    CANCEL = 4
+    ACK = 5
+    CREDIT = 6
+    HEARTBEAT = 7
+    UNREACHABLE = 8
+    GRACE_OVER = 9
+
+
+class Verdict(Enum):
+    """What the table says to an event."""
+
+    TAKE = "take"
+    #: answered with a fatal ERROR: the peer has to say HELLO first
+    REFUSE = "refuse"
+    #: true, and of no consequence here
+    IGNORE = "ignore"
+    #: only our own bug leads here
+    BUG = "bug"
+
+
+_T: Final = Verdict.TAKE
+_R: Final = Verdict.REFUSE
+_I: Final = Verdict.IGNORE
+_B: Final = Verdict.BUG
+_S, _O, _L, _C = ClientState
+
+#: state -> event -> (next state, verdict). A peer never meets LOST or CLOSED sessions except by HELLO: its
+#: routing id is a STRANGER's again.
+CLIENT_TABLE: Final[tuple[tuple[tuple[ClientState, Verdict], ...], ...]] = (
+    # HELLO   RENEW    GOODBYE  CALLS    CANCEL   ACK      CREDIT   HEARTBEAT UNREACHABLE GRACE_OVER
+    (
+        (_O, _T),
+        (_S, _R),
+        (_S, _I),
+        (_S, _R),
+        (_S, _R),
+        (_S, _R),
+        (_S, _R),
+        (_S, _R),
+        (_S, _I),
+        (_S, _B),
+    ),  # STRANGER
+    (
+        (_O, _R),
+        (_O, _T),
+        (_C, _T),
+        (_O, _T),
+        (_O, _T),
+        (_O, _T),
+        (_O, _T),
+        (_O, _T),
+        (_L, _T),
+        (_O, _I),
+    ),  # OPEN
+    (
+        (_O, _T),
+        (_L, _B),
+        (_L, _B),
+        (_L, _B),
+        (_L, _B),
+        (_L, _B),
+        (_L, _B),
+        (_L, _B),
+        (_L, _I),
+        (_C, _T),
+    ),  # LOST
+    (
+        (_C, _B),
+        (_C, _B),
+        (_C, _B),
+        (_C, _B),
+        (_C, _B),
+        (_C, _B),
+        (_C, _B),
+        (_C, _B),
+        (_C, _I),
+        (_C, _I),
+    ),  # CLOSED
+)
+
+#: which event a message is
+EVENT_OF_KIND: Final[dict[type, ClientEvent]] = {
+    messages.Hello: ClientEvent.HELLO,
+    messages.Renew: ClientEvent.RENEW,
+    messages.Goodbye: ClientEvent.GOODBYE,
+    messages.Calls: ClientEvent.CALLS,
+    messages.Cancel: ClientEvent.CANCEL,
+    messages.Ack: ClientEvent.ACK,
+    messages.Credit: ClientEvent.CREDIT,
+    messages.Heartbeat: ClientEvent.HEARTBEAT,
+}
+
+
+class Grant(Protocol):
+    """What a verified token gives; made by the shell (auth), asked by the machines."""
+
+    @property
+    def caller(self) -> messages.Caller:
+        """Who it is."""
+        ...
+
+    @property
+    def expires_at(self) -> float:
+        """Instant, on the machines' clock, after which it counts no more."""
+        ...
+
+    def refusal(self, tool: str, level: int) -> str | None:
+        """Return why a tool is not covered, or None if it is."""
+        ...
+
+
+class ClientSession:
+    """One client's session. Who it is never changes; where it is reached may.
+
+    Attributes:
+        routing_id: where it is reached now.
+        live: calls of this session that have no outcome yet, by id.
+        allowed: tools found covered by the grant, a cache for the hot path; valid for one registry version.
+        outbox: what to send at the end of this turn, in order.
+        unacked: outcomes sent and not yet acknowledged, oldest first.
+        sent: how many outcomes were ever numbered for this session; the newest of ``unacked`` has this number.
+    """
+
+    __slots__ = (
+        "_dirty_list",
+        "agent",
+        "allowed",
+        "allowed_version",
+        "caller_raw",
+        "dirty",
+        "grant",
+        "live",
+        "lost_at",
+        "outbox",
+        "routing_id",
+        "sent",
+        "session_id",
+        "state",
+        "unacked",
+        "unacked_bytes",
+        "user_id",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        session_id: bytes,
+        routing_id: bytes,
+        user_id: str,
+        grant: Grant,
+        caller_raw: Any,  # noqa: ANN401 (a packed Caller)
+        dirty_list: list[ClientSession],
+    ) -> None:
+        self.session_id = session_id
+        self.routing_id = routing_id
+        self.user_id = user_id
+        self.grant = grant
+        self.caller_raw = caller_raw
+        self.agent = ""
+        self.state = ClientState.OPEN
+        self.live: dict[bytes, Call] = {}
+        self.allowed: dict[str, Tool] = {}
+        self.allowed_version = -1
+        self.outbox: list[Any] = []
+        self.dirty = False
+        self._dirty_list = dirty_list
+        self.unacked: deque[Any] = deque()
+        self.unacked_bytes = 0
+        self.sent = 0
+        self.lost_at = 0.0
+
+    def send(self, entry: Any) -> None:  # noqa: ANN401 (a message, an item or a Big)
+        """Queue an entry for the end of this turn."""
+        self.outbox.append(entry)
+        if not self.dirty:
+            self.dirty = True
+            self._dirty_list.append(self)
+
+    def deliver(self, outcome: Outcome, body: outbox.Body | None) -> None:
+        """Queue the outcome of one of this session's calls, unless nobody is left to hear it."""
+        self.live.pop(outcome.call_id, None)
+        if self.state is not ClientState.CLOSED:
+            self.send(outcome if body is None else outbox.Big(outcome, body))
+
+    def take_outbox(self, epoch: int) -> list[outbox.Packed]:
+        """Return the turn's messages; outcomes among them are numbered and kept until acknowledged."""
+        entries, self.outbox = self.outbox, []
+        self.dirty = False
+        packed: list[outbox.Packed] = []
+        for kind, run in outbox.runs(entries):
+            first = run[0]
+            if kind is Outcome:
+                packed.append((messages.Outcomes(epoch, self.sent + 1, tuple(run)), None))
+                self._number(run)
+            elif kind is outbox.Big:
+                if type(first.item) is Outcome:
+                    packed.append((messages.Outcomes(epoch, self.sent + 1, (first.item,)), first.body))
+                    self._number(run)
+                else:
+                    packed.append((messages.Partial(epoch, (first.item,)), first.body))
+            elif kind is messages.Part:
+                packed.append((messages.Partial(epoch, tuple(run)), None))
+            else:
+                packed.append((first, None))
+        return packed
+
+    def _number(self, run: list[Any]) -> None:
+        self.sent += len(run)
+        self.unacked.extend(run)
+        for entry in run:
+            self.unacked_bytes += _bytes_of(entry)
+
+    def acknowledge(self, count: int) -> None:
+        """Forget the outcomes that the client says it has; a count beyond what was sent means all."""
+        unacked = self.unacked
+        oldest = self.sent - len(unacked)
+        while unacked and oldest < count:
+            self.unacked_bytes -= _bytes_of(unacked.popleft())
+            oldest += 1
+
+    def resume(self, routing_id: bytes, ack: int) -> None:
+        """Go on at another place: what was sent and not acknowledged is sent again, with the same numbers."""
+        self.acknowledge(ack)
+        again = [*self.unacked]
+        self.sent -= len(again)
+        self.unacked.clear()
+        self.unacked_bytes = 0
+        # parts of streams are not kept: the client sees a gap and ends that stream itself
+        waiting = [entry for entry in self.outbox if not isinstance(entry, messages.Message)]
+        self.outbox = []
+        self.routing_id = routing_id
+        for entry in (*again, *waiting):
+            self.send(entry)
+
+    def has_room(self) -> bool:
+        """Tell whether another call fits the session's window.
+
+        Outcomes that the client does not acknowledge count too, or one that never reads could fill the broker.
+        """
+        return (
+            len(self.live) < bounds.CLIENT_WINDOW_MAX
+            and len(self.unacked) + len(self.outbox) < 2 * bounds.CLIENT_WINDOW_MAX
+            and self.unacked_bytes < bounds.PEER_BACKLOG_BYTES_MAX
+        )
+
+
+def _bytes_of(entry: Outcome | outbox.Big) -> int:
+    if isinstance(entry, outbox.Big):
+        return len(entry.body)
+    body = entry.body
+    return 64 if body is None else len(body)

@@ -1,0 +1,243 @@
+"""The workers' side of the broker's machine: registration, outcomes, deaths, and the stopping of calls.
+
+A worker's lease belongs to its node: what is true of a worker's process comes from the supervisor (Admit, Died),
+what is true of its connection from its messages.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from mcp_broker import limits
+from mcp_broker.core.clients import Verdict
+from mcp_broker.core.pools import CONNECTION_LOST
+from mcp_broker.core.workers import EVENT_OF_KIND, WORKER_TABLE, Worker, WorkerEvent, WorkerState
+from mcp_broker.errors import InvalidArgument, InvalidTransition
+from mcp_broker.wire import messages, node, payload
+
+if TYPE_CHECKING:
+    from mcp_broker.core.outbox import Body
+    from mcp_broker.core.routing import Routing
+
+
+class Crew:
+    """All workers, by id, by key and by where they are reached."""
+
+    def __init__(self, routing: Routing) -> None:
+        self._routing = routing
+        self._dispatcher = routing.dispatcher
+        #: all and only workers whose state is not GONE
+        self.by_id: dict[str, Worker] = {}
+        self.by_thumbprint: dict[str, Worker] = {}
+        #: workers with something to send
+        self.dirty: list[Worker] = []
+        #: newest first
+        self.deaths: deque[node.Certificate] = deque(maxlen=limits.DEATHS_MAX)
+        #: set by the first ADMIT: until then an unknown key may still be admitted
+        self.admission_complete = False
+
+    # -- what workers say --------------------------------------------------------------------------
+
+    def message(
+        self,
+        routing_id: bytes,
+        user_id: str,
+        message: messages.FromWorker,
+        body: Body | None,
+        now: float,
+    ) -> bool:
+        """Take one worker message; False if no live worker has this key or it must REGISTER first."""
+        worker = self.by_thumbprint.get(user_id)
+        if worker is None:
+            return False
+        event = EVENT_OF_KIND[type(message)]
+        if event is not WorkerEvent.REGISTER and worker.routing_id != routing_id:
+            return False
+        after, verdict = WORKER_TABLE[worker.state][event]
+        if verdict is Verdict.REFUSE:
+            return False
+        if verdict is Verdict.BUG:
+            raise InvalidTransition(f"{event.name} in worker state {worker.state.name}")
+        if verdict is Verdict.IGNORE:
+            return True
+        if type(message) is messages.Outcomes:
+            if message.epoch == self._routing.epoch:
+                self._outcomes(worker, message, body, now)
+            return True
+        if isinstance(message, messages.Register):
+            return self._register(worker, routing_id, message, now)
+        if message.epoch != self._routing.epoch:
+            return True
+        self._take(worker, after, message, body, now)
+        return True
+
+    def _take(
+        self,
+        worker: Worker,
+        after: WorkerState,
+        message: messages.FromWorker,
+        body: Body | None,
+        now: float,
+    ) -> None:
+        was, worker.state = worker.state, after
+        if isinstance(message, messages.Ready):
+            worker.depth = message.depth
+            if was is WorkerState.REGISTERED:
+                names = tuple(
+                    tool.name for tool in self._routing.registry.tools.values() if tool.pool is worker.pool
+                )
+                self._routing.to_node.append(node.WorkerUp(worker.worker_id, names))
+            self._dispatcher.pump(worker.pool, now)
+        elif isinstance(message, messages.Partial):
+            for part in message.parts:
+                self._dispatcher.part(worker, part, body)
+        elif isinstance(message, messages.Goodbye):
+            self._disconnected(worker, now)
+
+    def _outcomes(self, worker: Worker, message: messages.Outcomes, body: Body | None, now: float) -> None:
+        take = self._dispatcher.outcome
+        for outcome in message.outcomes:
+            take(worker, outcome, body)
+        if worker.pool.backlog:
+            self._dispatcher.pump(worker.pool, now)
+
+    def _register(self, worker: Worker, routing_id: bytes, message: messages.Register, now: float) -> bool:
+        if worker.is_registered:
+            # it opened a new connection: what the old one carried is lost
+            self._disconnected(worker, now)
+        worker.routing_id = routing_id
+        refusal: str | None = None
+        details: dict[str, Any] = {}
+        code = "INVALID_ARGUMENT"
+        if message.protocol != messages.PROTOCOL or messages.MAJOR not in message.majors:
+            code, refusal = "UNSUPPORTED_VERSION", f"this broker speaks version {messages.MAJOR}"
+            details = {"supported": [messages.MAJOR]}
+        else:
+            try:
+                self._routing.registry.register(worker.pool, message.tools)
+            except InvalidArgument as invalid:
+                refusal, details = invalid.message, invalid.details
+        if refusal is not None:
+            worker.state = WorkerState.ADMITTED
+            worker.send(messages.Error(self._routing.epoch, code, refusal, payload.pack(details), fatal=True))
+            self._routing.to_node.append(node.WorkerRefused(worker.worker_id, refusal))
+            return True
+        worker.state = WorkerState.REGISTERED
+        worker.pool.failure = ""
+        worker.seq = 0
+        worker.received = 0
+        worker.send(
+            messages.Welcome(
+                self._routing.epoch,
+                (messages.MAJOR, messages.MINOR),
+                self._routing.new_id(),
+                resumed=False,
+                name=worker.worker_id,
+                granted=messages.GrantedLimits(
+                    window=limits.WORKER_DEPTH_MAX, heartbeat_ms=int(limits.HEARTBEAT_S * 1000)
+                ),
+            )
+        )
+        return True
+
+    def unreachable(self, routing_id: bytes, now: float) -> None:
+        """The socket could not reach a worker; whether its process lives is its node's to say."""
+        worker = next((worker for worker in self.by_id.values() if worker.routing_id == routing_id), None)
+        if worker is None:
+            return
+        after, verdict = WORKER_TABLE[worker.state][WorkerEvent.UNREACHABLE]
+        if verdict is Verdict.TAKE:
+            self._disconnected(worker, now)
+            worker.state = after
+
+    def _disconnected(self, worker: Worker, now: float) -> None:
+        worker.state = WorkerState.ADMITTED
+        worker.routing_id = b""
+        self._dispatcher.forget(worker, CONNECTION_LOST, None, now)
+
+    # -- what the node says -------------------------------------------------------------------------
+
+    def from_node(self, message: node.FromSupervisor, now: float) -> None:
+        """Take a message about workers."""
+        if isinstance(message, node.Admit):
+            self.admission_complete = True
+            for admitted in message.workers:
+                self._admit(admitted)
+        elif isinstance(message, node.Died):
+            self._died(message.certificate, now)
+        elif isinstance(message, node.Deaths):
+            self.deaths.extend(message.certificates)
+        elif isinstance(message, node.Report):
+            for report in message.pools:
+                pool = self._dispatcher.pool(report.name)
+                pool.report = report
+                pool.failure = report.reason if report.state == "failed" else ""
+                if pool.failure:
+                    self._dispatcher.fail_backlog(pool, pool.failure)
+
+    def _admit(self, admitted: node.Admitted) -> None:
+        if admitted.worker_id in self.by_id:
+            return
+        pool = self._dispatcher.pool(admitted.pool)
+        worker = Worker(admitted.worker_id, admitted.thumbprint, pool, self.dirty)
+        pool.workers[worker.worker_id] = worker
+        self.by_id[worker.worker_id] = worker
+        self.by_thumbprint[worker.thumbprint] = worker
+
+    def _died(self, certificate: node.Certificate, now: float) -> None:
+        self.deaths.appendleft(certificate)
+        worker = self.by_id.get(certificate.worker_id)
+        if worker is None:
+            return
+        after, verdict = WORKER_TABLE[worker.state][WorkerEvent.DIED]
+        if verdict is not Verdict.TAKE:
+            return
+        worker.state = after
+        worker.certificate = certificate
+        # outcomes that it flushed before its death may still be on their way through the socket
+        settle_s = limits.DEATH_SETTLE_S if worker.held else 0.0
+        self._routing.timers.add(now + settle_s, self._settle, worker)
+
+    def _settle(self, worker: Worker, now: float) -> None:
+        worker.state = WORKER_TABLE[worker.state][WorkerEvent.SETTLED][0]
+        self.by_id.pop(worker.worker_id, None)
+        self.by_thumbprint.pop(worker.thumbprint, None)
+        worker.pool.workers.pop(worker.worker_id, None)
+        certificate = worker.certificate
+        if certificate is None:
+            raise InvalidTransition(f"worker {worker.worker_id} settled without a certificate")
+        self._dispatcher.forget(worker, certificate.cause, certificate, now)
+
+    # -- what the broker does ---------------------------------------------------------------------------
+
+    def stop_call(self, worker: Worker, call_id: bytes, seq: int, why: str, now: float) -> None:
+        """Have a worker drop a call that has ended: by message if it waits there, by signal if it runs."""
+        worker.send(messages.Cancel(self._routing.epoch, (call_id,)))
+        self._interrupt(worker, seq, "raise", why)
+        timers = self._routing.timers
+        timers.add(now + limits.CANCEL_TERM_S, self._escalate, (worker, call_id, seq, "term", why))
+        timers.add(now + limits.CANCEL_KILL_S, self._escalate, (worker, call_id, seq, "kill", why))
+
+    def _escalate(self, subject: tuple[Worker, bytes, int, str, str], _now: float) -> None:
+        worker, call_id, seq, stage, why = subject
+        call = worker.held.get(call_id)
+        if call is not None and call.seq == seq and worker.state < WorkerState.DYING:
+            self._interrupt(worker, seq, stage, why)
+
+    def _interrupt(self, worker: Worker, seq: int, stage: str, why: str) -> None:
+        self._routing.to_node.append(node.Interrupt(worker.worker_id, seq, stage, why))
+
+    def beat(self, beat: messages.Heartbeat, *, everyone: bool) -> None:
+        """Say to workers that the broker lives."""
+        for worker in self.by_id.values():
+            if worker.is_registered and (worker.held or everyone):
+                worker.send(beat)
+
+    def dismiss(self) -> None:
+        """Tell every worker that no more calls will come."""
+        for worker in self.by_id.values():
+            after, verdict = WORKER_TABLE[worker.state][WorkerEvent.DRAIN]
+            if verdict is Verdict.TAKE:
+                worker.state = after
+                worker.send(messages.Drain(self._routing.epoch))

@@ -1,0 +1,252 @@
+"""Pools: the workers of one kind, the calls that wait for them, and who gets which.
+
+Rules
+    A worker gets a call only while it has credit. Calls wait in the order of their acceptance; a call that
+    is queued again (its worker died before it started it) goes to the front.
+    The death of a worker fails only calls that it had started.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Final
+
+from mcp_broker import limits
+from mcp_broker.core import outbox
+from mcp_broker.core.calls import Call, CallEvent, CallState, Ledger, fault
+from mcp_broker.core.workers import WORKER_CODES, Worker, WorkerState
+from mcp_broker.wire import codec, messages
+
+if TYPE_CHECKING:
+    from mcp_broker.core.outbox import Body
+    from mcp_broker.wire.node import Certificate, PoolReport
+
+#: Why a worker's connection ended while its process, as far as anyone knows, lives on.
+CONNECTION_LOST: Final = "its connection to the broker ended"
+
+
+class Pool:
+    """The workers of one kind and their backlog.
+
+    Attributes:
+        backlog: all and only calls of this pool in state QUEUED, by id, first to be served first.
+        report: what the supervisor last said of it.
+        failure: why the supervisor gave it up, or "".
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.workers: dict[str, Worker] = {}
+        self.backlog: OrderedDict[bytes, Call] = OrderedDict()
+        self.backlog_bytes = 0
+        self.report: PoolReport | None = None
+        self.failure = ""
+
+    def queue(self, call: Call, *, front: bool = False) -> None:
+        """Let a call wait for credit."""
+        self.backlog[call.call_id] = call
+        self.backlog_bytes += call.bytes_held()
+        if front:
+            self.backlog.move_to_end(call.call_id, last=False)
+
+    def unqueue(self, call: Call) -> None:
+        """Take a call out of the queue, before its arguments are let go."""
+        if self.backlog.pop(call.call_id, None) is not None:
+            self.backlog_bytes -= call.bytes_held()
+
+    def next_worker(self) -> Worker | None:
+        """Return the worker with credit that holds the fewest calls."""
+        best: Worker | None = None
+        least = limits.WORKER_DEPTH_MAX + 1
+        for worker in self.workers.values():
+            if worker.has_credit:
+                held = len(worker.held)
+                if held < least:
+                    best, least = worker, held
+                    if not held:
+                        break
+        return best
+
+
+class Dispatcher:
+    """Moves calls between pools, workers and the ledger."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self.pools: dict[str, Pool] = {}
+        #: outcomes that nobody waited for: of calls that had ended, or were never given
+        self.late = 0
+
+    def pool(self, name: str) -> Pool:
+        """Return the pool of that name, made at its first mention."""
+        pool = self.pools.get(name)
+        if pool is None:
+            pool = self.pools[name] = Pool(name)
+        return pool
+
+    def submit(self, call: Call, pool: Pool, now: float) -> None:
+        """Give an accepted call to a worker with credit, or let it wait."""
+        if not pool.backlog:
+            worker = pool.next_worker()
+            if worker is not None:
+                self._assign(call, worker, now)
+                return
+        pool.queue(call)
+
+    def pump(self, pool: Pool, now: float) -> None:
+        """Hand out waiting calls while there is credit."""
+        while pool.backlog:
+            worker = pool.next_worker()
+            if worker is None:
+                return
+            call = next(iter(pool.backlog.values()))
+            pool.unqueue(call)
+            self._assign(call, worker, now)
+
+    def _assign(self, call: Call, worker: Worker, now: float) -> None:
+        call.step(CallEvent.DISPATCHED)
+        worker.seq += 1
+        call.seq = worker.seq
+        call.attempts += 1
+        call.worker = worker
+        worker.held[call.call_id] = call
+        left_ms = int((call.deadline - now) * 1000)
+        dispatch = messages.Dispatch(
+            call.seq,
+            call.call_id,
+            call.tool.name,
+            left_ms if left_ms > 0 else 1,
+            call.arguments,
+            call.session.caller_raw,
+            call.extra,
+        )
+        worker.send(dispatch if call.body is None else outbox.Big(dispatch, call.body))
+
+    def outcome(self, worker: Worker, outcome: messages.Outcome, body: Body | None) -> None:
+        """Take a worker's outcome: end the call, or only free its place if it has ended."""
+        worker.received += 1
+        call = worker.held.pop(outcome.call_id, None)
+        if call is None:
+            self.late += 1
+            return
+        worker.served += 1
+        call.worker = None
+        if call.state is CallState.ENDED:
+            self.late += 1
+            return
+        if outcome.code == messages.OK:
+            if outcome.body is None and body is None:
+                outcome = fault(
+                    outcome.call_id, "INTERNAL", f"worker {worker.worker_id} sent a result without a body"
+                )
+        elif outcome.code not in WORKER_CODES or outcome.fault is None:
+            outcome = fault(
+                outcome.call_id,
+                "INTERNAL",
+                f"worker {worker.worker_id} answered with {outcome.code!r}, which is not a worker's to say",
+            )
+        self._ledger.finish(call, outcome, body)
+
+    def part(self, worker: Worker, part: messages.Part, body: Body | None) -> None:
+        """Forward a part of a stream, if it is the next one of a call that this worker holds."""
+        call = worker.held.get(part.call_id)
+        if call is None or call.state is CallState.ENDED:
+            self.late += 1
+            return
+        if part.index != call.parts:
+            self._ledger.finish(
+                call,
+                fault(
+                    call.call_id,
+                    "INTERNAL",
+                    f"worker {worker.worker_id} sent part {part.index} as number {call.parts}",
+                ),
+            )
+            return
+        call.parts += 1
+        call.session.send(part if body is None else outbox.Big(part, body))
+
+    def credit(self, call: Call, credit: messages.StreamCredit) -> None:
+        """Forward a caller's room for parts to the worker that streams."""
+        if call.worker is not None:
+            call.worker.send(credit)
+
+    def release(self, call: Call) -> None:
+        """Take a call that is about to end out of its pool's queue; a worker that holds it goes on holding."""
+        if call.state is CallState.QUEUED and call.tool.pool is not None:
+            call.tool.pool.unqueue(call)
+
+    def forget(self, worker: Worker, cause: str, certificate: Certificate | None, now: float) -> None:
+        """Settle all that a worker held: what it had started fails (or runs again), the rest waits again.
+
+        Args:
+            certificate: its death's, or None when only its connection ended; then all held calls count as
+                started, since nobody can say.
+        """
+        held, worker.held = list(worker.held.values()), {}
+        worker.outbox.clear()
+        again: list[Call] = []
+        for call in held:
+            call.worker = None
+            if call.state is CallState.ENDED:
+                continue
+            if certificate is not None and call.seq > certificate.started_seq:
+                call.attempts -= 1
+                again.append(call)
+                continue
+            call.killers += certificate is not None
+            if call.killers >= limits.POISON_DEATHS:
+                self._ledger.finish(call, self._lost(call, worker, cause, certificate, "POISONED"))
+            elif call.tool.definition.idempotent and call.attempts < limits.ATTEMPTS_MAX and not call.parts:
+                again.append(call)
+            else:
+                self._ledger.finish(call, self._lost(call, worker, cause, certificate, "WORKER_LOST"))
+        for call in reversed(again):
+            call.step(CallEvent.REQUEUED)
+            worker.pool.queue(call, front=True)
+        self.pump(worker.pool, now)
+
+    @staticmethod
+    def _lost(
+        call: Call, worker: Worker, cause: str, certificate: Certificate | None, code: str
+    ) -> messages.Outcome:
+        idempotent = call.tool.definition.idempotent
+        if code == "POISONED":
+            sentence = (
+                f"the call killed {call.killers} workers and will not be run again; the last one: {cause}"
+            )
+        else:
+            ran = (
+                "it was not run again, because the tool is not declared idempotent"
+                if not idempotent
+                else (f"it was run {call.attempts} times")
+            )
+            sentence = f"worker {worker.worker_id} was lost while it ran {call.tool.name}: {cause}; {ran}"
+        details: dict[str, object] = {
+            "worker": worker.worker_id,
+            "tool": call.tool.name,
+            "attempts": call.attempts,
+        }
+        if certificate is not None:
+            details["certificate"] = codec.as_plain(certificate)
+        return fault(call.call_id, code, sentence, details, retryable=idempotent and code == "WORKER_LOST")
+
+    def fail_backlog(self, pool: Pool, reason: str) -> None:
+        """End every waiting call of a pool that its supervisor gave up."""
+        for call in list(pool.backlog.values()):
+            pool.unqueue(call)
+            self._ledger.finish(call, unavailable(call.call_id, pool, reason))
+
+    def has_live(self, pool: Pool) -> bool:
+        """Tell whether any worker of the pool is ready."""
+        return any(worker.state is WorkerState.READY for worker in pool.workers.values())
+
+
+def unavailable(call_id: bytes, pool: Pool, reason: str) -> messages.Outcome:
+    """Make the outcome of a call whose pool was given up."""
+    return fault(
+        call_id,
+        "UNAVAILABLE",
+        f"pool {pool.name!r} is not running: {reason}",
+        {"pool": pool.name, "reason": reason},
+    )

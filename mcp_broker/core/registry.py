@@ -1,0 +1,106 @@
+"""Which tools there are, and which pool serves each.
+
+A worker's tools are registered all together or not at all. A name belongs to one pool and has one definition;
+it stays while its pool has no live worker, so that calls can wait for one.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from mcp_broker.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from mcp_broker.core.pools import Pool
+    from mcp_broker.wire.messages import ToolDefinition
+
+#: Names under it are the broker's own.
+RESERVED_PREFIX = "system."
+
+
+class Tool:
+    """A registered tool. ``pool`` is None for the broker's own."""
+
+    __slots__ = ("definition", "level", "name", "pool")
+
+    def __init__(self, definition: ToolDefinition, pool: Pool | None) -> None:
+        self.definition = definition
+        self.pool = pool
+        self.name = definition.name
+        self.level = definition.level
+
+
+class Registry:
+    """Tools by name."""
+
+    def __init__(self) -> None:
+        self.tools: dict[str, Tool] = {}
+        #: counts changes, so that whoever caches a look-up can tell
+        self.version = 0
+
+    def add_own(self, definitions: Iterable[ToolDefinition]) -> None:
+        """Add the broker's own tools, once, before it serves."""
+        for definition in definitions:
+            self.tools[definition.name] = Tool(definition, None)
+
+    def register(self, pool: Pool, definitions: tuple[ToolDefinition, ...]) -> None:
+        """Add a worker's tools, all or none.
+
+        A worker of a pool that has no other worker may bring other definitions: that is a new version of the
+        code, and nobody is left who serves the old one.
+
+        Raises:
+            InvalidArgument: a name is reserved, twice in the list, another pool's, or differs from what the
+                pool's live workers serve (the worker's fault); ``details["name"]`` says which.
+        """
+        seen: set[str] = set()
+        alone = not any(worker.is_registered for worker in pool.workers.values())
+        for definition in definitions:
+            name = definition.name
+            if name.startswith(RESERVED_PREFIX):
+                raise InvalidArgument(
+                    f"the name {name!r} is reserved: names under 'system.' are the broker's own",
+                    {"name": name},
+                )
+            if name in seen:
+                raise InvalidArgument(f"the tool {name!r} is defined twice by one worker", {"name": name})
+            seen.add(name)
+            known = self.tools.get(name)
+            if known is None:
+                continue
+            if known.pool is not pool:
+                owner = known.pool.name if known.pool is not None else "the broker"
+                raise InvalidArgument(
+                    f"the tool {name!r} is already served by pool {owner!r}; rename one of the two",
+                    {"name": name, "pool": owner},
+                )
+            if known.definition != definition and not alone:
+                raise InvalidArgument(
+                    f"the tool {name!r} differs from what the other workers of pool {pool.name!r} serve",
+                    {"name": name, "pool": pool.name},
+                )
+        if alone:
+            for name in [name for name, tool in self.tools.items() if tool.pool is pool and name not in seen]:
+                del self.tools[name]
+        for definition in definitions:
+            known = self.tools.get(definition.name)
+            if known is None:
+                self.tools[definition.name] = Tool(definition, pool)
+            elif known.definition != definition:
+                # the same object, so that calls that wait for it find the new definition
+                known.definition = definition
+                known.level = definition.level
+        self.version += 1
+
+    def similar(self, name: str, among: Iterable[str]) -> list[str]:
+        """Return up to three names that the caller may have meant, the likeliest first."""
+        candidates = list(among)
+        close = difflib.get_close_matches(name, candidates, n=3, cutoff=0.6)
+        if not close:
+            short = {candidate.rsplit(".", 1)[-1]: candidate for candidate in candidates}
+            close = [
+                short[key] for key in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(short), 3, 0.75)
+            ]
+        return close

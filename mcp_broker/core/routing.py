@@ -1,0 +1,131 @@
+"""The broker's machine: clients' and workers' messages in, outboxes and node messages out.
+
+Rules
+    Everything that decides is here or in the machines that this one owns; the shell only moves bytes.
+    No peer can stop it: a refusal is an entry in that peer's outbox, never an exception.
+
+The shell hands decoded messages to :attr:`Routing.clientele`, :attr:`Routing.crew` and :meth:`Routing.from_node`, calls
+:meth:`Routing.expire` once a turn, and then sends what the dirty sessions and workers and :attr:`Routing.to_node` hold.
+
+What is deliberately absent: payloads (opaque), tokens (the shell verifies them and passes a Grant), fairness
+between principals (first come, first served inside a pool).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mcp_broker import limits
+from mcp_broker.core import introspection
+from mcp_broker.core.calls import Call, CallState, Ledger, fault
+from mcp_broker.core.clientele import Clientele
+from mcp_broker.core.crew import Crew
+from mcp_broker.core.pools import Dispatcher
+from mcp_broker.core.registry import Registry
+from mcp_broker.core.timers import Timers
+from mcp_broker.wire import messages, node
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Routing:
+    """Owns every session, call and pool of one broker.
+
+    Args:
+        epoch: this broker's number; larger than that of any broker before it.
+        ids: makes random ids of the length asked for (the shell's; machines have no randomness).
+    """
+
+    def __init__(self, epoch: int, now: float, ids: Callable[[int], bytes]) -> None:
+        self.epoch = epoch
+        self._ids = ids
+        self.started_at = now
+        self.ledger = Ledger(now)
+        self.registry = Registry()
+        self.registry.add_own(introspection.DEFINITIONS)
+        self.dispatcher = Dispatcher(self.ledger)
+        self.timers = Timers()
+        #: what the supervisor is to be told, in order
+        self.to_node: list[node.NodeMessage] = []
+        self.clientele = Clientele(self)
+        self.crew = Crew(self)
+        self.draining = False
+        self._drain_until = 0.0
+        self.drained = False
+        self.boot: node.Boot | None = None
+        #: facts of the process around it, for `status`
+        self.pid = 0
+        self.software_version = ""
+        self._heartbeat_at = now + limits.HEARTBEAT_S
+        self._beats = 0
+
+    def end(self, call: Call, outcome: messages.Outcome, why: str, now: float) -> None:
+        """End a call from outside: its outcome now, the kill behind it."""
+        worker, seq = call.worker, call.seq
+        self.dispatcher.release(call)
+        self.ledger.finish(call, outcome)
+        if worker is not None:
+            self.crew.stop_call(worker, call.call_id, seq, why, now)
+
+    def new_id(self) -> bytes:
+        """Return 16 random bytes, for a session."""
+        return self._ids(16)
+
+    def from_node(self, message: node.FromSupervisor, now: float) -> None:
+        """Take one message of the supervisor."""
+        if isinstance(message, node.Shutdown):
+            self.draining = True
+            self._drain_until = now + message.drain_s
+            self.clientele.forget_allowed()
+        elif isinstance(message, node.Boot):
+            self.boot = message
+        else:
+            self.crew.from_node(message, now)
+
+    def deadline(self) -> float:
+        """Return when :meth:`expire` has something to do at the latest."""
+        at = self._heartbeat_at
+        for other in (self.ledger.deadline(), self.timers.deadline()):
+            if other is not None and other < at:
+                at = other
+        if self.draining and self._drain_until < at:
+            at = self._drain_until
+        return at
+
+    def expire(self, now: float) -> None:
+        """Do what is due: deadlines, timers, heartbeats, the end of a drain."""
+        for call in self.ledger.due(now):
+            if call.state is not CallState.ENDED:
+                text = f"{call.tool.name} had no outcome within its time"
+                state = "waiting for a worker" if call.state is CallState.QUEUED else "running"
+                self.end(
+                    call,
+                    fault(call.call_id, "DEADLINE_EXCEEDED", f"{text}; it was {state}", {"was": state}),
+                    "deadline",
+                    now,
+                )
+        self.timers.run(now)
+        if now >= self._heartbeat_at:
+            self._heartbeat_at = now + limits.HEARTBEAT_S
+            self._beat()
+        if self.draining and not self.drained and (not self.ledger.calls or now >= self._drain_until):
+            self.drained = True
+            self._say_goodbye()
+
+    def _beat(self) -> None:
+        self._beats += 1
+        beat = messages.Heartbeat(self.epoch)
+        self.clientele.beat(beat, everyone=self._beats % limits.IDLE_BEATS == 0)
+        self.crew.beat(beat, everyone=self._beats % limits.WORKER_IDLE_BEATS == 0)
+
+    def _say_goodbye(self) -> None:
+        unfinished = len(self.ledger.calls)
+        for call in list(self.ledger.calls.values()):
+            self.dispatcher.release(call)
+            self.ledger.finish(
+                call, fault(call.call_id, "BROKER_LOST", "the broker was stopped before the call ended")
+            )
+        self.clientele.dismiss()
+        self.crew.dismiss()
+        self.to_node.append(node.Drained(unfinished))

@@ -1,0 +1,234 @@
+r"""A worker as the broker sees it: one record from its admission to its settled death.
+
+::
+
+    ADMITTED --REGISTER--> REGISTERED --READY--> READY --DRAIN--> DRAINING
+        \__________________________ DIED ________________________/
+                                     v
+                                   DYING --SETTLED--> GONE
+
+Idle, busy and saturated are derived from ``held`` and ``depth``. Source: docs/protocol.md, "Worker sessions".
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, Final
+
+from mcp_broker.core import outbox
+from mcp_broker.core.clients import Verdict
+from mcp_broker.wire import messages
+
+if TYPE_CHECKING:
+    from mcp_broker.core.calls import Call
+    from mcp_broker.core.pools import Pool
+    from mcp_broker.wire.node import Certificate
+
+
+class WorkerState(IntEnum):
+    """How far a worker's life has come."""
+
+    ADMITTED = 0
+    REGISTERED = 1
+    READY = 2
+    DRAINING = 3
+    DYING = 4
+    GONE = 5
+
+
+class WorkerEvent(IntEnum):
+    """What can happen to a worker."""
+
+    REGISTER = 0
+    READY = 1
+    OUTCOMES = 2
+    PARTIAL = 3
+    HEARTBEAT = 4
+    GOODBYE = 5
+    UNREACHABLE = 6
+    DRAIN = 7
+    DIED = 8
+    SETTLED = 9
+
+
+_T: Final = Verdict.TAKE
+_R: Final = Verdict.REFUSE
+_I: Final = Verdict.IGNORE
+_B: Final = Verdict.BUG
+_A, _G, _Y, _D, _X, _N = WorkerState
+
+#: state -> event -> (next state, verdict). REGISTER in a later state is a worker that opened a new connection.
+#: UNREACHABLE and GOODBYE return it to ADMITTED: its process lives until its node says otherwise.
+WORKER_TABLE: Final[tuple[tuple[tuple[WorkerState, Verdict], ...], ...]] = (
+    # REGISTER  READY    OUTCOMES PARTIAL  HEARTBEAT GOODBYE UNREACHABLE DRAIN   DIED     SETTLED
+    (
+        (_G, _T),
+        (_A, _R),
+        (_A, _R),
+        (_A, _R),
+        (_A, _R),
+        (_A, _I),
+        (_A, _I),
+        (_A, _I),
+        (_X, _T),
+        (_A, _B),
+    ),  # ADMITTED
+    (
+        (_G, _T),
+        (_Y, _T),
+        (_G, _R),
+        (_G, _R),
+        (_G, _T),
+        (_A, _T),
+        (_A, _T),
+        (_D, _T),
+        (_X, _T),
+        (_G, _B),
+    ),  # REGISTERED
+    (
+        (_G, _T),
+        (_Y, _T),
+        (_Y, _T),
+        (_Y, _T),
+        (_Y, _T),
+        (_A, _T),
+        (_A, _T),
+        (_D, _T),
+        (_X, _T),
+        (_Y, _B),
+    ),  # READY
+    (
+        (_G, _T),
+        (_D, _I),
+        (_D, _T),
+        (_D, _T),
+        (_D, _T),
+        (_A, _T),
+        (_A, _T),
+        (_D, _I),
+        (_X, _T),
+        (_D, _B),
+    ),  # DRAINING
+    (
+        (_X, _R),
+        (_X, _I),
+        (_X, _T),
+        (_X, _T),
+        (_X, _I),
+        (_X, _I),
+        (_X, _I),
+        (_X, _I),
+        (_X, _I),
+        (_N, _T),
+    ),  # DYING
+    (
+        (_N, _R),
+        (_N, _R),
+        (_N, _R),
+        (_N, _R),
+        (_N, _R),
+        (_N, _I),
+        (_N, _I),
+        (_N, _I),
+        (_N, _I),
+        (_N, _B),
+    ),  # GONE
+)
+
+EVENT_OF_KIND: Final[dict[type, WorkerEvent]] = {
+    messages.Register: WorkerEvent.REGISTER,
+    messages.Ready: WorkerEvent.READY,
+    messages.Outcomes: WorkerEvent.OUTCOMES,
+    messages.Partial: WorkerEvent.PARTIAL,
+    messages.Heartbeat: WorkerEvent.HEARTBEAT,
+    messages.Goodbye: WorkerEvent.GOODBYE,
+}
+
+#: What a worker may say of a call; anything else is a worker that lies, and becomes INTERNAL.
+WORKER_CODES: Final = frozenset(
+    {
+        messages.OK, "INVALID_ARGUMENT", "TOOL_FAILED", "CANCELLED", "DEADLINE_EXCEEDED", "PAYLOAD_TOO_LARGE",
+        "RESOURCE_EXHAUSTED", "INTERNAL", "NOT_FOUND",
+    }
+)  # fmt: skip
+
+
+class Worker:
+    """One admitted worker.
+
+    Attributes:
+        held: the calls that occupy it, by id, in the order of their seq; ended ones too, until it says so.
+        depth: how many it takes at a time, by its own word.
+        seq: the number of its last dispatch.
+        received: outcomes that came from it, for the ack.
+        certificate: how it died, once it has.
+    """
+
+    __slots__ = (
+        "_dirty_list",
+        "certificate",
+        "depth",
+        "dirty",
+        "held",
+        "outbox",
+        "pool",
+        "received",
+        "routing_id",
+        "seq",
+        "served",
+        "session_id",
+        "state",
+        "thumbprint",
+        "worker_id",
+    )  # fmt: skip
+
+    def __init__(self, worker_id: str, thumbprint: str, pool: Pool, dirty_list: list[Worker]) -> None:
+        self.worker_id = worker_id
+        self.thumbprint = thumbprint
+        self.pool = pool
+        self.state = WorkerState.ADMITTED
+        self.routing_id = b""
+        self.session_id = b""
+        self.held: dict[bytes, Call] = {}
+        self.depth = 0
+        self.seq = 0
+        self.received = 0
+        self.served = 0
+        self.certificate: Certificate | None = None
+        self.outbox: list[Any] = []
+        self.dirty = False
+        self._dirty_list = dirty_list
+
+    @property
+    def is_registered(self) -> bool:
+        """Tell whether its tools are known."""
+        return WorkerState.REGISTERED <= self.state <= WorkerState.DRAINING
+
+    @property
+    def has_credit(self) -> bool:
+        """Tell whether it takes another call."""
+        return self.state is WorkerState.READY and len(self.held) < self.depth
+
+    def send(self, entry: Any) -> None:  # noqa: ANN401 (a message, a Dispatch or a Big)
+        """Queue an entry for the end of this turn."""
+        self.outbox.append(entry)
+        if not self.dirty:
+            self.dirty = True
+            self._dirty_list.append(self)
+
+    def take_outbox(self, epoch: int) -> list[outbox.Packed]:
+        """Return the turn's messages."""
+        entries, self.outbox = self.outbox, []
+        self.dirty = False
+        packed: list[outbox.Packed] = []
+        for kind, run in outbox.runs(entries):
+            first = run[0]
+            if kind is messages.Dispatch:
+                packed.append((messages.Dispatches(epoch, self.received, tuple(run)), None))
+            elif kind is outbox.Big:
+                packed.append((messages.Dispatches(epoch, self.received, (first.item,)), first.body))
+            elif kind is messages.StreamCredit:
+                packed.append((messages.Credit(epoch, tuple(run)), None))
+            else:
+                packed.append((first, None))
+        return packed

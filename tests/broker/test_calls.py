@@ -1,0 +1,274 @@
+"""A real broker process, spoken to over its sockets: calls, refusals, faults."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from tests.support.broker import BrokerProcess, Curve, answer, definition
+
+from mcp_broker.wire import messages, node, payload
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = pytest.mark.process
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[BrokerProcess]:
+    """One broker with one worker, for tests that leave both as they were."""
+    with BrokerProcess() as broker:
+        broker.echo = broker.ready_worker()  # type: ignore[attr-defined]
+        yield broker
+
+
+@pytest.fixture
+def broker() -> Iterator[BrokerProcess]:
+    """A broker of its own, for tests that break it."""
+    with BrokerProcess() as process:
+        yield process
+
+
+def details(outcome: messages.Outcome) -> dict[str, Any]:
+    assert outcome.fault is not None
+    return payload.unpack_map(outcome.fault.details)
+
+
+def test_call_reaches_the_worker_and_its_result_the_caller(shared: Any) -> None:
+    client = shared.open_client(principal="alice", clearance=3)
+    call_id = client.call(arguments={"value": 7}, timeout_s=2)
+    dispatch = shared.echo.receive(messages.Dispatches).calls[0]
+    assert (dispatch.call_id, dispatch.tool) == (call_id, "echo.echo")
+    assert payload.unpack(dispatch.arguments) == {"value": 7}
+    assert 1000 < dispatch.timeout_ms <= 2000
+    assert payload.unpack(bytes(dispatch.caller)) == ["alice", 3, ["*"], True]
+    answer(shared.echo, dispatch, 7)
+    outcome = client.outcome(call_id)
+    assert (outcome.code, payload.unpack(outcome.body or b"")) == ("OK", 7)
+
+
+def test_large_arguments_and_results_travel_in_the_second_frame(shared: Any) -> None:
+    client = shared.open_client()
+    call_id = os.urandom(16)
+    body = payload.pack({"value": os.urandom(1 << 20)})
+    client.send(messages.Calls(client.epoch, 0, (messages.Call(call_id, "echo.echo", 5000, None),)), body)
+    dispatch = shared.echo.receive(messages.Dispatches).calls[0]
+    assert dispatch.arguments is None
+    assert shared.echo.body == body
+    shared.echo.send(messages.Outcomes(shared.echo.epoch, 1, (messages.Outcome(call_id, "OK"),)), body)
+    assert client.outcome(call_id).body is None
+    assert client.body == body
+
+
+def test_unknown_tool_is_not_found_and_names_the_nearest(shared: Any) -> None:
+    client = shared.open_client()
+    outcome = client.outcome(client.call("echo.ecko"))
+    assert outcome.code == "NOT_FOUND"
+    assert details(outcome)["did_you_mean"] == ["echo.echo"]
+
+
+def test_call_outside_the_scope_is_forbidden_and_reaches_no_worker(shared: Any) -> None:
+    client = shared.open_client(scopes=("text.*",), admin=False)
+    assert client.outcome(client.call()).code == "FORBIDDEN"
+    assert shared.echo.hears_nothing_but((messages.Heartbeat, messages.Ack), 0.2)
+
+
+def test_call_before_hello_is_refused_and_reaches_no_worker(shared: Any) -> None:
+    client = shared.client()
+    client.call()
+    error = client.receive(messages.Error)
+    assert (error.code, error.fatal) == ("UNAUTHENTICATED", True)
+    assert shared.echo.hears_nothing_but((messages.Heartbeat, messages.Ack), 0.2)
+
+
+def test_token_bound_to_another_key_is_refused(shared: Any) -> None:
+    client = shared.client()
+    client.send(messages.Hello(0, "MCPB", (1,), shared.issuer.token(Curve().thumbprint)))
+    error = client.receive(messages.Error)
+    assert (error.code, error.fatal) == ("UNAUTHENTICATED", True)
+    assert payload.unpack_map(error.details)["reason"] == "bound_to_other_key"
+
+
+def test_expired_token_is_refused(shared: Any) -> None:
+    client = shared.client()
+    client.send(messages.Hello(0, "MCPB", (1,), shared.issuer.token(client.key.thumbprint, wall_now=time.time() - 7200)))
+    assert payload.unpack_map(client.receive(messages.Error).details)["reason"] == "expired"
+
+
+def test_another_major_version_gets_the_supported_list(shared: Any) -> None:
+    client = shared.client()
+    client.send(messages.Hello(0, "MCPB", (2, 3), shared.issuer.token(client.key.thumbprint)))
+    error = client.receive(messages.Error)
+    assert (error.code, payload.unpack_map(error.details)) == ("UNSUPPORTED_VERSION", {"supported": [1]})
+
+
+@pytest.mark.parametrize("garbage", [b"", b"\xc1", os.urandom(300), b"\x91" * 5000, b"\x92\xa7WELCOME\x01"])
+def test_garbage_costs_its_sender_only(shared: Any, garbage: bytes) -> None:
+    bystander = shared.open_client()
+    client = shared.open_client()
+    client.send(garbage)
+    assert client.receive(messages.Error).code in {"MALFORMED_FRAME", "UNKNOWN_KIND"}
+    assert bystander.outcome(bystander.call("system.status")).code == "OK"
+
+
+def test_worker_messages_on_the_client_socket_are_refused(shared: Any) -> None:
+    client = shared.open_client()
+    client.send(messages.Register(0, "MCPB", (1,), ()))
+    assert client.receive(messages.Error).code == "UNKNOWN_KIND"
+
+
+def test_outcome_that_nobody_asked_for_is_dropped(shared: Any) -> None:
+    client = shared.open_client()
+    call_id = client.call()
+    dispatch = shared.echo.receive(messages.Dispatches).calls[0]
+    stranger = messages.Outcome(os.urandom(16), "OK", b"\xc0")
+    shared.echo.send(messages.Outcomes(shared.echo.epoch, 1, (stranger,)))
+    answer(shared.echo, dispatch, "mine")
+    assert payload.unpack(client.outcome(call_id).body or b"") == "mine"
+
+
+def test_duplicate_tool_of_another_pool_is_refused_with_its_name(shared: Any) -> None:
+    other = shared.worker(shared.admit("other-1", "other"))
+    other.send(messages.Register(0, "MCPB", (1,), (definition("other.fine"), definition("echo.echo"))))
+    error = other.receive(messages.Error)
+    assert (error.code, payload.unpack_map(error.details)["name"]) == ("INVALID_ARGUMENT", "echo.echo")
+    assert shared.expect(node.WorkerRefused).worker_id == "other-1"
+    client = shared.open_client()
+    assert client.outcome(client.call("other.fine")).code == "NOT_FOUND", "registration is all or nothing"
+
+
+def test_deadline_ends_the_call_and_has_the_worker_interrupted(broker: BrokerProcess) -> None:
+    worker = broker.ready_worker()
+    client = broker.open_client()
+    call_id = client.call(timeout_s=0.1)
+    dispatch = worker.receive(messages.Dispatches).calls[0]
+    assert client.outcome(call_id, within_s=1).code == "DEADLINE_EXCEEDED"
+    stages = [broker.expect(node.Interrupt, 2) for _ in range(3)]
+    assert [stage.stage for stage in stages] == ["raise", "term", "kill"]
+    assert {stage.seq for stage in stages} == {dispatch.seq}
+
+
+def test_cancelled_call_ends_as_cancelled(broker: BrokerProcess) -> None:
+    worker = broker.ready_worker()
+    client = broker.open_client()
+    call_id = client.call()
+    worker.receive(messages.Dispatches)
+    client.send(messages.Cancel(client.epoch, (call_id,)))
+    assert client.outcome(call_id, within_s=1).code == "CANCELLED"
+    assert worker.receive(messages.Cancel).call_ids == (call_id,)
+
+
+def certificate(worker_id: str, started_seq: int) -> node.Certificate:
+    return node.Certificate(
+        worker_id=worker_id, pool="echo", pid=1, cause="ended by signal 9 (SIGKILL)", kind="signal",
+        signal="SIGKILL", started_seq=started_seq,
+    )  # fmt: skip
+
+
+def test_death_of_a_worker_fails_only_what_it_had_started(broker: BrokerProcess) -> None:
+    first = broker.ready_worker()
+    client = broker.open_client()
+    started, waiting = client.call(), client.call()
+    seqs: list[int] = []
+    while len(seqs) < 2:
+        seqs += [dispatch.seq for dispatch in first.receive(messages.Dispatches).calls]
+    second = broker.ready_worker(worker_id="echo-2")
+    broker.tell(node.Died(certificate("echo-1", started_seq=1)))
+    lost = client.outcome(started, within_s=2)
+    assert lost.code == "WORKER_LOST"
+    assert details(lost)["certificate"]["signal"] == "SIGKILL"
+    again = second.receive(messages.Dispatches, 2).calls[0]
+    assert again.call_id == waiting
+    answer(second, again, "done")
+    assert client.outcome(waiting).code == "OK"
+
+
+def test_idempotent_call_runs_again_and_is_poisoned_by_its_second_victim(broker: BrokerProcess) -> None:
+    tool = definition("echo.echo", idempotent=True)
+    first = broker.ready_worker(tool)
+    client = broker.open_client()
+    call_id = client.call()
+    first.receive(messages.Dispatches)
+    second = broker.ready_worker(tool, worker_id="echo-2")
+    broker.tell(node.Died(certificate("echo-1", started_seq=1)))
+    assert second.receive(messages.Dispatches, 2).calls[0].call_id == call_id
+    broker.tell(node.Died(certificate("echo-2", started_seq=1)))
+    assert client.outcome(call_id, within_s=2).code == "POISONED"
+
+
+def test_calls_of_a_client_that_vanished_are_cancelled_within_a_second(broker: BrokerProcess) -> None:
+    worker = broker.ready_worker()
+    client = broker.open_client()
+    call_id = client.call(timeout_s=30)
+    worker.receive(messages.Dispatches)
+    client.close()
+    assert worker.receive(messages.Cancel, within_s=1.0).call_ids == (call_id,)
+
+
+def test_session_resumes_with_the_outcomes_that_were_not_acknowledged(broker: BrokerProcess) -> None:
+    worker = broker.ready_worker()
+    client = broker.open_client()
+    assert client.welcome is not None
+    call_id = client.call(timeout_s=30)
+    dispatch = worker.receive(messages.Dispatches).calls[0]
+    client.close()
+    answer(worker, dispatch, "kept")
+    again = broker.client(client.key)
+    token = broker.issuer.token(client.key.thumbprint)
+    again.send(messages.Hello(0, "MCPB", (1,), token, client.welcome.session_id))
+    again.welcome = again.receive(messages.Welcome)
+    assert again.welcome is not None
+    assert again.welcome.resumed
+    outcomes = again.receive(messages.Outcomes)
+    assert (outcomes.first, outcomes.outcomes[0].call_id) == (1, call_id)
+
+
+def test_session_of_one_key_cannot_be_resumed_by_another(broker: BrokerProcess) -> None:
+    broker.ready_worker()
+    victim = broker.open_client()
+    assert victim.welcome is not None
+    thief = broker.client()
+    token = broker.issuer.token(thief.key.thumbprint)
+    thief.send(messages.Hello(0, "MCPB", (1,), token, victim.welcome.session_id))
+    assert not thief.receive(messages.Welcome).resumed
+
+
+def test_second_client_with_the_same_routing_id_gets_nothing_of_the_first(broker: BrokerProcess) -> None:
+    worker = broker.ready_worker()
+    victim = broker.open_client()
+    call_id = victim.call(timeout_s=30)
+    dispatch = worker.receive(messages.Dispatches).calls[0]
+    victim.close()
+    thief = broker.client(routing_id=victim.routing_id)
+    thief.send(messages.Hello(0, "MCPB", (1,), broker.issuer.token(thief.key.thumbprint, principal="thief")))
+    assert thief.receive(messages.Welcome).name == "thief"
+    answer(worker, dispatch, "secret")
+    assert thief.hears_nothing_but((messages.Heartbeat,), 0.6), "not even that there was a call"
+    assert call_id != b""
+
+
+def test_unknown_worker_key_is_not_admitted(broker: BrokerProcess) -> None:
+    broker.admit("known-1")
+    stranger = broker.worker(Curve())
+    stranger.send(messages.Register(0, "MCPB", (1,), (definition("evil.tool"),)))
+    assert stranger.hears_nothing_but((), 0.5)
+
+
+def test_shutdown_lets_running_calls_end_and_refuses_new_ones(broker: BrokerProcess) -> None:
+    worker = broker.ready_worker()
+    client = broker.open_client()
+    running = client.call(timeout_s=30)
+    dispatch = worker.receive(messages.Dispatches).calls[0]
+    broker.tell(node.Shutdown(5.0))
+    refused = None
+    while refused is None or refused.code == "OK":
+        refused = client.outcome(client.call("echo.nothing"))
+    assert refused.code == "UNAVAILABLE"
+    answer(worker, dispatch, "done")
+    assert client.outcome(running).code == "OK"
+    assert broker.expect(node.Drained).unfinished == 0
+    assert worker.receive(messages.Drain)
+    assert broker.process.wait(5) == 0
