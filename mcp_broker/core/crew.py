@@ -48,12 +48,13 @@ class Crew:
         now: float,
     ) -> bool:
         """Take one worker message; False if no live worker has this key or it must REGISTER first."""
+        event = EVENT_OF_KIND[type(message)]
         worker = self.by_thumbprint.get(user_id)
         if worker is None:
-            return False
-        event = EVENT_OF_KIND[type(message)]
+            return WORKER_TABLE[WorkerState.GONE][event][1] is not Verdict.REFUSE
         if event is not WorkerEvent.REGISTER and worker.routing_id != routing_id:
-            return False
+            # an old connection's last words
+            return WORKER_TABLE[WorkerState.ADMITTED][event][1] is not Verdict.REFUSE
         after, verdict = WORKER_TABLE[worker.state][event]
         if verdict is Verdict.REFUSE:
             return False

@@ -7,9 +7,9 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.support.broker import BrokerProcess, Curve, answer, definition
 
 from mcp_broker.wire import messages, node, payload
+from tests.support.broker import BrokerProcess, Curve, answer, definition
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -94,7 +94,11 @@ def test_token_bound_to_another_key_is_refused(shared: Any) -> None:
 
 def test_expired_token_is_refused(shared: Any) -> None:
     client = shared.client()
-    client.send(messages.Hello(0, "MCPB", (1,), shared.issuer.token(client.key.thumbprint, wall_now=time.time() - 7200)))
+    client.send(
+        messages.Hello(
+            0, "MCPB", (1,), shared.issuer.token(client.key.thumbprint, wall_now=time.time() - 7200)
+        )
+    )
     assert payload.unpack_map(client.receive(messages.Error).details)["reason"] == "expired"
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import zmq
 from nacl.public import PrivateKey
@@ -86,8 +86,8 @@ class BrokerProcess:
         self.client_key, self.worker_key = Curve(), Curve()
         self.issuer = Issuer()
         self.client_socket, self.worker_socket = listening(), listening()
-        self.client_endpoint = "tcp://127.0.0.1:{}".format(self.client_socket.getsockname()[1])
-        self.worker_endpoint = "tcp://127.0.0.1:{}".format(self.worker_socket.getsockname()[1])
+        self.client_endpoint = f"tcp://127.0.0.1:{self.client_socket.getsockname()[1]}"
+        self.worker_endpoint = f"tcp://127.0.0.1:{self.worker_socket.getsockname()[1]}"
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.peers: list[Peer] = []
         self.received: list[node.ToSupervisor] = []
@@ -131,8 +131,12 @@ class BrokerProcess:
         self.tell(node.Admit((node.Admitted(thumbprint=key.thumbprint, worker_id=worker_id, pool=pool),)))
         return key
 
-    def client(self, key: Curve | None = None, *, routing_id: bytes | None = None, endpoint: str | None = None) -> Peer:
-        return self._peer(endpoint or self.client_endpoint, self.client_key, key or Curve(), routing_id, codec.to_client)
+    def client(
+        self, key: Curve | None = None, *, routing_id: bytes | None = None, endpoint: str | None = None
+    ) -> Peer:
+        return self._peer(
+            endpoint or self.client_endpoint, self.client_key, key or Curve(), routing_id, codec.to_client
+        )
 
     def open_client(self, **changes: Any) -> Peer:
         """Connect a client, say HELLO, wait for WELCOME."""
@@ -165,7 +169,7 @@ class BrokerProcess:
         self.process.wait(WITHIN_S)
         self.link.close()
 
-    def __enter__(self) -> BrokerProcess:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -182,8 +186,14 @@ class BrokerProcess:
 class Peer:
     """A DEALER that speaks the wire by hand."""
 
-    def __init__(  # noqa: PLR0917
-        self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, server: Curve, key: Curve, routing_id: bytes, decoder: Any
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        endpoint: str,
+        server: Curve,
+        key: Curve,
+        routing_id: bytes,
+        decoder: Any,
     ) -> None:
         self.key = key
         self.routing_id = routing_id
@@ -223,15 +233,21 @@ class Peer:
         """Tell whether only messages of these kinds come for a while."""
         until = time.monotonic() + for_s
         while (left_ms := int((until - time.monotonic()) * 1000)) > 0:
-            if self.socket.poll(left_ms) and not isinstance(self._decoder.decode(self.socket.recv_multipart()[0]), kinds):
+            if self.socket.poll(left_ms) and not isinstance(
+                self._decoder.decode(self.socket.recv_multipart()[0]), kinds
+            ):
                 return False
         return True
 
-    def call(self, tool: str = "echo.echo", arguments: dict[str, Any] | None = None, *, timeout_s: float = 5.0) -> bytes:
+    def call(
+        self, tool: str = "echo.echo", arguments: dict[str, Any] | None = None, *, timeout_s: float = 5.0
+    ) -> bytes:
         """Send one call; returns its id."""
         call_id = os.urandom(16)
         packed = payload.pack(arguments or {})
-        self.send(messages.Calls(self.epoch, 0, (messages.Call(call_id, tool, int(timeout_s * 1000), packed),)))
+        self.send(
+            messages.Calls(self.epoch, 0, (messages.Call(call_id, tool, int(timeout_s * 1000), packed),))
+        )
         return call_id
 
     def outcome(self, call_id: bytes, within_s: float = WITHIN_S) -> messages.Outcome:
@@ -252,5 +268,7 @@ def definition(name: str, **changes: Any) -> messages.ToolDefinition:
 
 def answer(worker: Peer, dispatch: messages.Dispatch, result: object = None, *, first: int = 1) -> None:
     """Have a worker answer a dispatch with a result."""
-    outcome = messages.Outcome(dispatch.call_id, messages.OK, payload.pack(result), messages.Usage(1, 1, 1, 1))
+    outcome = messages.Outcome(
+        dispatch.call_id, messages.OK, payload.pack(result), messages.Usage(1, 1, 1, 1)
+    )
     worker.send(messages.Outcomes(worker.epoch, first, (outcome,)))

@@ -1,0 +1,318 @@
+"""The broker's machine: acceptance, dispatch, deaths, deadlines, sessions."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mcp_broker.limits as bounds
+from mcp_broker.core.clients import ClientState
+from mcp_broker.wire import messages, node
+from tests.core.support import EPOCH, FakeGrant, World, definition
+
+
+def test_call_without_a_worker_waits_for_one() -> None:
+    world = World()
+    session = world.hello()
+    world.ready("echo-1")
+    world.died("echo-1")
+    world.later(1)
+    call_id = world.call()
+    assert world.outcomes(session) == {}
+    world.ready("echo-2")
+    assert world.dispatched("echo-2") == [call_id]
+    world.check()
+
+
+def test_worker_with_no_credit_gets_no_calls() -> None:
+    world = World()
+    world.hello()
+    world.ready(depth=2)
+    first, second, third = world.call(), world.call(), world.call()
+    assert world.dispatched("echo-1") == [first, second]
+    world.answer("echo-1", first)
+    assert world.dispatched("echo-1") == [third]
+    world.check()
+
+
+def test_call_goes_to_the_worker_that_holds_the_fewest() -> None:
+    world = World()
+    world.hello()
+    world.ready("echo-1")
+    world.ready("echo-2")
+    for _ in range(6):
+        world.call()
+    assert len(world.dispatched("echo-1")) == len(world.dispatched("echo-2")) == 3
+
+
+def test_deadline_passes_in_the_queue() -> None:
+    world = World()
+    session = world.hello()
+    world.ready(depth=0)
+    call_id = world.call(timeout_s=0.5)
+    world.later(0.4)
+    assert world.outcomes(session) == {}
+    world.later(0.2)
+    assert world.outcomes(session) == {call_id: "DEADLINE_EXCEEDED"}
+    assert world.interrupts() == [], "nothing ran, so nothing is killed"
+    world.check()
+
+
+def test_ended_call_occupies_its_worker_until_it_says_so() -> None:
+    world = World()
+    session = world.hello()
+    world.ready(depth=1)
+    call_id = world.call(timeout_s=0.1)
+    world.later(0.2)
+    assert world.outcomes(session) == {call_id: "DEADLINE_EXCEEDED"}
+    waiting = world.call()
+    assert waiting not in world.dispatched("echo-1")
+    world.answer("echo-1", call_id, "CANCELLED")
+    assert world.dispatched("echo-1") == [waiting]
+    assert world.outcomes(session) == {}, "the late outcome is nobody's"
+    world.check()
+
+
+def test_kill_stops_climbing_once_the_worker_has_answered() -> None:
+    world = World()
+    world.hello()
+    world.ready()
+    call_id = world.call()
+    world.client_says("c1", messages.Cancel(EPOCH, (call_id,)))
+    world.answer("echo-1", call_id, "CANCELLED")
+    world.later(1)
+    assert [interrupt.stage for interrupt in world.interrupts()] == ["raise"]
+
+
+def test_outcome_that_was_on_its_way_when_the_worker_died_still_counts() -> None:
+    world = World()
+    session = world.hello()
+    world.ready()
+    call_id = world.call()
+    world.died("echo-1", started_seq=1)
+    world.answer("echo-1", call_id)
+    world.later(1)
+    assert world.outcomes(session) == {call_id: "OK"}
+
+
+def test_idempotent_call_is_run_at_most_three_times() -> None:
+    world = World()
+    session = world.hello()
+    call_id = b""
+    for life in range(1, bounds.ATTEMPTS_MAX + 1):
+        world.ready(f"echo-{life}", idempotent=True)
+        call_id = call_id or world.call()
+        # the connection ends, which kills nobody: no poison, but an execution each time
+        world.machine.crew.unreachable(f"echo-{life}".encode(), world.now)
+    assert world.outcomes(session) == {call_id: "WORKER_LOST"}
+    world.check()
+
+
+def test_failed_pool_tells_its_callers_at_once() -> None:
+    world = World()
+    session = world.hello()
+    world.ready(depth=0)
+    waiting = world.call()
+    report = node.PoolReport(name="echo", state="failed", wanted=1, reason="No module named 'duckdb'")
+    world.machine.from_node(node.Report((report,)), world.now)
+    later = world.call()
+    assert world.outcomes(session) == {waiting: "UNAVAILABLE", later: "UNAVAILABLE"}
+    world.check()
+
+
+def test_expired_grant_refuses_calls_on_a_live_session() -> None:
+    world = World()
+    session = world.hello(grant=FakeGrant(expires_at=world.now + 1))
+    world.ready()
+    fine = world.call()
+    world.later(2)
+    refused = world.call()
+    world.answer("echo-1", fine)
+    assert world.outcomes(session) == {refused: "UNAUTHENTICATED", fine: "OK"}
+
+
+def test_tool_registered_later_is_found_by_old_sessions() -> None:
+    world = World()
+    session = world.hello()
+    missing = world.call()
+    world.ready()
+    world.call()
+    assert world.outcomes(session) == {missing: "NOT_FOUND"}
+    assert len(world.dispatched("echo-1")) == 1
+
+
+def test_new_definition_of_a_live_tool_is_refused() -> None:
+    world = World()
+    world.ready("echo-1")
+    world.admit("echo-2")
+    changed = definition("echo.echo", version="2.0.0")
+    world.worker_says("echo-2", messages.Register(0, "MCPB", (1,), (changed,)))
+    assert any(isinstance(message, node.WorkerRefused) for message in world.machine.to_node)
+
+
+def test_new_definition_replaces_the_old_one_when_nobody_serves_it() -> None:
+    world = World()
+    world.ready("echo-1")
+    world.died("echo-1")
+    world.later(1)
+    world.ready("echo-2", version="2.0.0")
+    assert world.machine.registry.tools["echo.echo"].definition.version == "2.0.0"
+
+
+def test_names_under_system_are_the_brokers_own() -> None:
+    world = World()
+    world.admit("evil-1", "evil")
+    world.worker_says("evil-1", messages.Register(0, "MCPB", (1,), (definition("system.status"),)))
+    assert any(isinstance(message, node.WorkerRefused) for message in world.machine.to_node)
+    assert world.machine.registry.tools["system.status"].pool is None
+
+
+def test_session_that_is_lost_keeps_its_calls_for_a_moment() -> None:
+    world = World()
+    session = world.hello()
+    world.ready()
+    call_id = world.call()
+    world.machine.clientele.unreachable(b"c1", world.now)
+    world.later(bounds.RESUME_GRACE_S / 2)
+    assert world.interrupts() == []
+    resumed = world.hello(session_id=session.session_id)
+    world.later(2)
+    assert resumed is session
+    world.answer("echo-1", call_id)
+    assert world.outcomes(session) == {call_id: "OK"}
+
+
+def test_session_that_does_not_come_back_has_its_calls_cancelled() -> None:
+    world = World()
+    session = world.hello()
+    world.ready()
+    world.call()
+    world.machine.clientele.unreachable(b"c1", world.now)
+    world.later(bounds.RESUME_GRACE_S + 0.01)
+    assert session.state is ClientState.CLOSED
+    assert [interrupt.why for interrupt in world.interrupts()] == ["cancel"]
+    assert world.machine.ledger.failed == {"CANCELLED": 1}
+    world.check()
+
+
+def test_unacknowledged_outcomes_are_sent_again_with_their_numbers() -> None:
+    world = World()
+    session = world.hello()
+    world.ready()
+    first, second = world.call(), world.call()
+    world.answer("echo-1", first)
+    world.heard_by(session)
+    world.answer("echo-1", second)
+    world.heard_by(session)
+    world.client_says("c1", messages.Ack(EPOCH, 1))
+    world.machine.clientele.unreachable(b"c1", world.now)
+    world.hello(session_id=session.session_id)
+    again = [message for message, _ in world.heard_by(session) if isinstance(message, messages.Outcomes)]
+    assert [(message.first, message.outcomes[0].call_id) for message in again] == [(2, second)]
+
+
+def test_call_with_an_id_in_use_by_another_session_is_refused() -> None:
+    world = World()
+    world.hello("c1")
+    other = world.hello("c2")
+    world.ready()
+    call_id = world.call("c1")
+    stolen = messages.Calls(EPOCH, 0, (messages.Call(call_id, "echo.echo", 1000, b"\x80"),))
+    world.client_says("c2", stolen)
+    assert world.outcomes(other) == {call_id: "INVALID_ARGUMENT"}
+    assert len(world.dispatched("echo-1")) == 1
+    world.check()
+
+
+def test_window_bounds_what_a_session_may_have_unfinished() -> None:
+    world = World()
+    session = world.hello()
+    world.ready(depth=1)
+    for _ in range(bounds.CLIENT_WINDOW_MAX):
+        world.call()
+    assert world.outcomes(session) == {}
+    refused = world.call()
+    assert world.outcomes(session) == {refused: "OVERLOADED"}
+
+
+def test_parts_out_of_order_end_the_stream_as_the_workers_fault() -> None:
+    world = World()
+    session = world.hello()
+    world.ready(streaming=True)
+    call_id = world.call()
+    world.worker_says("echo-1", messages.Partial(EPOCH, (messages.Part(call_id, 1, b"\xc0"),)))
+    assert world.outcomes(session) == {call_id: "INTERNAL"}
+
+
+def test_worker_may_not_speak_for_the_broker() -> None:
+    world = World()
+    session = world.hello()
+    world.ready()
+    call_id = world.call()
+    world.answer("echo-1", call_id, "FORBIDDEN")
+    assert world.outcomes(session) == {call_id: "INTERNAL"}
+
+
+_STEP = st.tuples(
+    st.sampled_from(
+        ["call", "answer", "fail", "die", "join", "cancel", "lose", "resume", "later", "goodbye"]
+    ),
+    st.integers(0, 5),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(_STEP, max_size=60))
+def test_every_accepted_call_ends_exactly_once_whatever_happens(steps: list[tuple[str, int]]) -> None:
+    """A small simulation: the invariants hold after each step, and at the end nothing is left."""
+    world = World()
+    session = world.hello()
+    world.ready("echo-0", depth=3, idempotent=True)
+    lives = 1
+    ended: list[bytes] = []
+    submitted: list[bytes] = []
+
+    def hear() -> None:
+        ended.extend(
+            outcome.call_id
+            for message, _ in world.heard_by(session)
+            if isinstance(message, messages.Outcomes)
+            for outcome in message.outcomes
+        )
+
+    for verb, number in steps:
+        workers = [worker for worker in world.machine.crew.by_id.values() if worker.is_registered]
+        worker = workers[number % len(workers)] if workers else None
+        held = list(worker.held) if worker is not None else []
+        if verb == "call" and session.state is ClientState.OPEN:
+            submitted.append(world.call(timeout_s=number + 0.1))
+        elif verb in {"answer", "fail"} and worker is not None and held:
+            world.answer(worker.worker_id, held[0], "OK" if verb == "answer" else "TOOL_FAILED")
+        elif verb == "die" and worker is not None:
+            world.died(worker.worker_id, started_seq=number)
+        elif verb == "join":
+            world.ready(f"echo-{lives}", depth=3, idempotent=True)
+            lives += 1
+        elif verb == "cancel" and submitted:
+            world.client_says("c1", messages.Cancel(EPOCH, (submitted[number % len(submitted)],)))
+        elif verb == "lose":
+            world.machine.clientele.unreachable(b"c1", world.now)
+        elif verb == "resume" and session.state is ClientState.LOST:
+            world.client_says("c1", messages.Heartbeat(EPOCH))
+            message = messages.Hello(0, "MCPB", (1,), "t", session.session_id, ack=len(ended))
+            world.machine.clientele.hello(b"c1", "key-c1", message, FakeGrant(), world.now)
+        elif verb == "goodbye" and number == 0:
+            world.client_says("c1", messages.Goodbye(EPOCH))
+        elif verb == "later":
+            world.later(number / 4)
+        if session.state is ClientState.OPEN:
+            hear()
+        world.check()
+    was_closed = session.state is not ClientState.OPEN
+    world.later(10)
+    world.check()
+    assert len(world.machine.ledger) == 0
+    assert len(set(ended)) == len(ended), "no outcome came twice"
+    if not was_closed:
+        hear()
+        assert sorted(ended) == sorted(submitted)
