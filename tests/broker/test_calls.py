@@ -268,7 +268,7 @@ def test_shutdown_lets_running_calls_end_and_refuses_new_ones(broker: BrokerProc
     dispatch = worker.receive(messages.Dispatches).calls[0]
     broker.tell(node.Shutdown(5.0))
     refused = None
-    while refused is None or refused.code == "OK":
+    while refused is None or refused.code == "NOT_FOUND":
         refused = client.outcome(client.call("echo.nothing"))
     assert refused.code == "UNAVAILABLE"
     answer(worker, dispatch, "done")
