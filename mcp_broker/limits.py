@@ -60,8 +60,6 @@ CANCEL_TERM_S: Final = 0.1
 CANCEL_KILL_S: Final = 0.25
 #: CURVE handshake: a silent connection is closed after it.
 HANDSHAKE_MS: Final = 1000
-#: An outcome that its client does not acknowledge is forgotten after it.
-OUTCOME_TTL_S: Final = 60.0
 DRAIN_S: Final = 10.0
 CONNECT_S: Final = 5.0
 

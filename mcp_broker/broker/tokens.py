@@ -23,7 +23,8 @@ class TokenGrant:
     def refusal(self, tool: str, level: int) -> str | None:
         """Return why the tool is not covered, or None."""
         decision = self._policy.allows(tool, level)
-        return decision.message if isinstance(decision, Deny) else None
+        # a name that no tool can have is simply not found
+        return decision.message if isinstance(decision, Deny) and decision.code == "FORBIDDEN" else None
 
 
 class TokenVerifier:

@@ -146,9 +146,11 @@ class Clientele:
         return session
 
     def renew(self, routing_id: bytes, user_id: str, grant: Grant, now: float) -> bool:
-        """Replace a session's token; False if there is no such session."""
+        """Replace a session's token; False if there is no such session, or it is another principal's."""
         session = self.open.get(routing_id)
         if session is None or session.user_id != user_id:
+            return False
+        if grant.caller.principal != session.grant.caller.principal:
             return False
         session.grant = grant
         session.caller_raw = codec.raw(grant.caller)

@@ -127,7 +127,7 @@ class Crew:
         worker.state = WorkerState.REGISTERED
         worker.pool.failure = ""
         worker.seq = 0
-        worker.received = 0
+        worker.received = worker.told = 0
         worker.send(
             messages.Welcome(
                 self._routing.epoch,
@@ -230,9 +230,13 @@ class Crew:
         self._routing.to_node.append(node.Interrupt(worker.worker_id, seq, stage, why))
 
     def beat(self, beat: messages.Heartbeat, *, everyone: bool) -> None:
-        """Say to workers that the broker lives."""
+        """Say to workers that the broker lives, and which outcomes it has."""
         for worker in self.by_id.values():
-            if worker.is_registered and (worker.held or everyone):
+            if not worker.is_registered:
+                continue
+            if worker.told < worker.received:
+                worker.send(messages.Ack(self._routing.epoch, worker.received))
+            elif worker.held or everyone:
                 worker.send(beat)
 
     def dismiss(self) -> None:

@@ -153,6 +153,10 @@ WORKER_CODES: Final = frozenset(
 )  # fmt: skip
 
 
+#: entries whose message tells the worker what arrived
+_ACKNOWLEDGING: Final = frozenset({messages.Dispatch, outbox.Big, messages.Ack})
+
+
 class Worker:
     """One admitted worker.
 
@@ -160,7 +164,7 @@ class Worker:
         held: the calls that occupy it, by id, in the order of their seq; ended ones too, until it says so.
         depth: how many it takes at a time, by its own word.
         seq: the number of its last dispatch.
-        received: outcomes that came from it, for the ack.
+        received: outcomes that came from it; ``told``: how many of them it was told of.
         certificate: how it died, once it has.
     """
 
@@ -179,6 +183,7 @@ class Worker:
         "session_id",
         "state",
         "thumbprint",
+        "told",
         "worker_id",
     )  # fmt: skip
 
@@ -193,6 +198,7 @@ class Worker:
         self.depth = 0
         self.seq = 0
         self.received = 0
+        self.told = 0
         self.served = 0
         self.certificate: Certificate | None = None
         self.outbox: list[Any] = []
@@ -231,4 +237,6 @@ class Worker:
                 packed.append((messages.Credit(epoch, tuple(run)), None))
             else:
                 packed.append((first, None))
+            if kind in _ACKNOWLEDGING:
+                self.told = self.received
         return packed

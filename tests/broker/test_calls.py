@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mcp_broker.wire import messages, node, payload
-from tests.support.broker import BrokerProcess, Curve, answer, definition
+from tests.support.broker import BrokerProcess, Curve, Peer, answer, definition
+from tests.support.waiting import wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -135,9 +136,19 @@ def test_outcome_that_nobody_asked_for_is_dropped(shared: Any) -> None:
 
 
 def test_duplicate_tool_of_another_pool_is_refused_with_its_name(shared: Any) -> None:
-    other = shared.worker(shared.admit("other-1", "other"))
-    other.send(messages.Register(0, "MCPB", (1,), (definition("other.fine"), definition("echo.echo"))))
-    error = other.receive(messages.Error)
+    key = shared.admit("other-1", "other")
+
+    def refused() -> messages.Error | None:
+        other = shared.worker(key)
+        other.send(messages.Register(0, "MCPB", (1,), (definition("other.fine"), definition("echo.echo"))))
+        try:
+            received: messages.Error = other.receive(messages.Error, 1.0)
+        except AssertionError:
+            return None
+        return received
+
+    error = wait_for(refused, what="the refusal")
+    assert error is not None
     assert (error.code, payload.unpack_map(error.details)["name"]) == ("INVALID_ARGUMENT", "echo.echo")
     assert shared.expect(node.WorkerRefused).worker_id == "other-1"
     client = shared.open_client()
@@ -246,9 +257,21 @@ def test_second_client_with_the_same_routing_id_gets_nothing_of_the_first(broker
     call_id = victim.call(timeout_s=30)
     dispatch = worker.receive(messages.Dispatches).calls[0]
     victim.close()
-    thief = broker.client(routing_id=victim.routing_id)
-    thief.send(messages.Hello(0, "MCPB", (1,), broker.issuer.token(thief.key.thumbprint, principal="thief")))
-    assert thief.receive(messages.Welcome).name == "thief"
+
+    def robbed() -> Peer | None:
+        # while the victim's connection is still there, libzmq gives the second one of its name no ear
+        thief = broker.client(routing_id=victim.routing_id)
+        thief.send(
+            messages.Hello(0, "MCPB", (1,), broker.issuer.token(thief.key.thumbprint, principal="thief"))
+        )
+        try:
+            assert thief.receive(messages.Welcome, 0.3).name == "thief"
+        except AssertionError:
+            return None
+        return thief
+
+    thief = wait_for(robbed, what="the freed routing id being taken")
+    assert thief is not None
     answer(worker, dispatch, "secret")
     assert thief.hears_nothing_but((messages.Heartbeat,), 0.6), "not even that there was a call"
     assert call_id != b""

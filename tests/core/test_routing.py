@@ -108,6 +108,56 @@ def test_idempotent_call_is_run_at_most_three_times() -> None:
     world.check()
 
 
+def test_started_call_of_a_tool_that_is_not_idempotent_is_never_run_again() -> None:
+    world = World()
+    session = world.hello()
+    world.ready("echo-1")
+    world.ready("echo-2")
+    world.call()
+    call_id = world.call()
+    victim = "echo-1" if call_id in world.dispatched("echo-1") else "echo-2"
+    world.died(victim, started_seq=1)
+    world.later(1)
+    assert world.outcomes(session)[call_id] == "WORKER_LOST"
+    other = "echo-2" if victim == "echo-1" else "echo-1"
+    assert call_id not in world.dispatched(other)
+
+
+def test_calls_that_a_dead_worker_had_not_started_go_to_another_at_once_and_first() -> None:
+    world = World()
+    session = world.hello()
+    world.ready("echo-1", depth=3)
+    held = [world.call() for _ in range(3)]
+    waiting = world.call()
+    world.ready("echo-2", depth=3)
+    assert world.dispatched("echo-2") == [waiting]
+    world.died("echo-1", started_seq=1)
+    world.later(1)
+    assert world.outcomes(session) == {held[0]: "WORKER_LOST"}
+    assert world.dispatched("echo-2") == held[1:]
+    world.check()
+
+
+def test_worker_learns_which_of_its_outcomes_arrived() -> None:
+    world = World()
+    world.hello()
+    world.ready()
+    call_id = world.call()
+    world.heard_by_worker("echo-1")
+    world.answer("echo-1", call_id)
+    world.later(bounds.HEARTBEAT_S * 2)
+    assert messages.Ack(EPOCH, 1) in world.heard_by_worker("echo-1")
+
+
+def test_renewed_token_must_be_the_same_principals() -> None:
+    world = World()
+    session = world.hello()
+    clientele = world.machine.clientele
+    assert not clientele.renew(b"c1", "key-c1", FakeGrant(principal="somebody else"), world.now)
+    assert session.grant.caller.principal == "tester"
+    assert clientele.renew(b"c1", "key-c1", FakeGrant(expires_at=world.now + 5), world.now)
+
+
 def test_failed_pool_tells_its_callers_at_once() -> None:
     world = World()
     session = world.hello()

@@ -18,6 +18,7 @@ from zmq.utils import z85
 from mcp_broker.auth import claims, zap
 from mcp_broker.wire import codec, messages, node, payload
 from mcp_broker.wire.framing import FrameReader, frame
+from tests.support.waiting import wait_for
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -152,9 +153,20 @@ class BrokerProcess:
         self, *tools: messages.ToolDefinition, worker_id: str = "echo-1", pool: str = "echo", depth: int = 16
     ) -> Peer:
         """Admit a worker, register its tools, and wait until the broker counts on it."""
-        peer = self.worker(self.admit(worker_id, pool))
-        peer.send(messages.Register(0, "MCPB", (1,), tools or (definition("echo.echo"),)))
-        peer.welcome = peer.receive(messages.Welcome)
+        key = self.admit(worker_id, pool)
+
+        def welcomed() -> Peer | None:
+            # the handshake may come before the table: like a real worker, try again with a new socket
+            peer = self.worker(key)
+            peer.send(messages.Register(0, "MCPB", (1,), tools or (definition("echo.echo"),)))
+            try:
+                peer.welcome = peer.receive(messages.Welcome, 1.0)
+            except AssertionError:
+                return None
+            return peer
+
+        peer = wait_for(welcomed, what="the worker's welcome")
+        assert peer is not None
         peer.send(messages.Ready(peer.epoch, depth))
         self.expect(node.WorkerUp)
         return peer
