@@ -110,7 +110,8 @@ def _serve(link: NodeLink, boot: node.Boot, rest: list[node.FromSupervisor]) -> 
     finally:
         clients.close()
         workers.close()
-        context.destroy()
+        # not destroy(): it would close the ZAP thread's socket from this one
+        context.term()
 
 
 if __name__ == "__main__":
