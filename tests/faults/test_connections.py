@@ -1,0 +1,188 @@
+"""What a client and its calls live through when connections and processes do not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from mcp_broker import AsyncClient, BrokerError
+from mcp_broker.errors import CallError, Cancelled, DeadlineExceeded, WorkerLost
+from tests.support.proxy import TcpProxy
+from tests.support.running import Running
+from tests.support.waiting import wait_for
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+pytestmark = [pytest.mark.process, pytest.mark.slow]
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[Running]:
+    with Running(tmp_path) as broker:
+        yield broker
+
+
+def through(running: Running) -> TcpProxy:
+    host, port = running.status()["endpoints"]["clients"].removeprefix("tcp://").split(":")
+    return TcpProxy((host, int(port)))
+
+
+def test_call_outlives_a_cut_connection_and_runs_once(running: Running, tmp_path: Path) -> None:
+    marks = tmp_path / "marks"
+    with through(running) as proxy, running.client(running.profile_through(proxy.endpoint)) as client:
+        future = client.submit("t.mark", {"path": str(marks), "seconds": 0.5})
+        wait_for(lambda: marks.exists() and marks.read_text(), what="the tool having started")
+        proxy.cut()
+        assert isinstance(future.result(10), int)
+        assert client.call("t.echo", {"value": 1}) == 1
+        assert proxy.accepted >= 2
+    assert marks.read_text() == "ran\n"
+
+
+def test_client_notices_a_half_open_connection_and_goes_on(running: Running) -> None:
+    with through(running) as proxy, running.client(running.profile_through(proxy.endpoint)) as client:
+        assert client.call("t.echo", {"value": 1}) == 1
+        proxy.stall()
+        began = time.monotonic()
+        assert client.call("t.echo", {"value": 2}, timeout_s=10) == 2
+        assert time.monotonic() - began < 5
+        assert proxy.accepted >= 2
+
+
+def test_idle_connection_that_was_cut_is_opened_again_for_the_next_call(running: Running) -> None:
+    with through(running) as proxy, running.client(running.profile_through(proxy.endpoint)) as client:
+        assert client.call("t.echo", {"value": 1}) == 1
+        proxy.cut()
+        assert client.call("t.echo", {"value": 2}, timeout_s=10) == 2
+
+
+def test_broker_killed_with_64_calls_in_flight_ends_each_once_and_serves_again(running: Running) -> None:
+    with running.client() as client:
+        endpoint = running.status()["endpoints"]["clients"]
+        futures = [client.submit("t.nap", {"seconds": 0.05}, timeout_s=20) for _ in range(64)]
+        assert futures[0].result(10) == "slept"
+        os.kill(running.status()["broker"]["pid"], signal.SIGKILL)
+        began = time.monotonic()
+        answered = None
+        while answered is None:
+            try:
+                answered = client.call("t.echo", {"value": "again"}, timeout_s=5)
+            except BrokerError as error:
+                if error.code != "BROKER_LOST" or time.monotonic() - began > 5:
+                    raise
+        assert time.monotonic() - began < 2.0 * 2, "calls go on within 2 s (doubled: the machine is shared)"
+        codes = []
+        for future in futures:
+            try:
+                codes.append(future.result(10))
+            except CallError as error:
+                codes.append(error.code)
+        assert len(codes) == 64
+        assert set(codes) <= {"slept", "BROKER_LOST"}
+        assert "BROKER_LOST" in codes
+        assert running.status()["endpoints"]["clients"] == endpoint
+
+
+def test_calls_of_a_killed_client_process_are_cancelled_within_a_second(
+    running: Running, tmp_path: Path
+) -> None:
+    marks = tmp_path / "marks"
+    code = f"""
+from mcp_broker import Client
+with Client.connect({str(running.profile)!r}) as client:
+    client.call("t.mark", {{"path": {str(marks)!r}, "seconds": 60}}, timeout_s=120)
+"""
+    victim = subprocess.Popen([sys.executable, "-c", code])
+    wait_for(lambda: marks.exists() and marks.read_text(), what="the tool having started")
+    victim.kill()
+    began = time.monotonic()
+    victim.wait()
+    with running.client() as client:
+        assert client.call("t.echo", {"value": 1}, timeout_s=5) == 1, "the slot is free again"
+        assert time.monotonic() - began < 2.5
+    assert running.status()["calls"]["failed"].get("CANCELLED") == 1
+
+
+def test_killed_worker_is_explained_to_its_caller_and_replaced(running: Running, tmp_path: Path) -> None:
+    marks = tmp_path / "marks"
+    with running.client() as client:
+        pid = client.call("t.pid")
+        future = client.submit("t.mark", {"path": str(marks), "seconds": 30})
+        behind = client.submit("t.echo", {"value": "not mine"})
+        wait_for(lambda: marks.exists() and marks.read_text(), what="the tool having started")
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(WorkerLost) as lost:
+            future.result(10)
+        certificate = lost.value.details["certificate"]
+        assert (certificate["signal"], certificate["pid"]) == ("SIGKILL", pid)
+        assert behind.result(10) == "not mine", "a call that had not started is not hurt"
+        assert client.call("t.pid") != pid
+        why = running.command("why", str(pid))
+        assert why.returncode == 0
+        assert "SIGKILL" in why.stdout
+    assert marks.read_text() == "ran\n", "not run twice"
+
+
+def test_deadline_frees_the_slot_of_a_tool_that_sleeps(running: Running) -> None:
+    with running.client() as client:
+        began = time.monotonic()
+        with pytest.raises(DeadlineExceeded):
+            client.call("t.nap", {"seconds": 60}, timeout_s=0.3)
+        assert time.monotonic() - began < 1.3
+        assert client.call("t.echo", {"value": 1}, timeout_s=5) == 1
+
+
+def test_cancelled_future_ends_as_cancelled_and_frees_the_slot(running: Running) -> None:
+    with running.client() as client:
+        future = client.submit("t.nap", {"seconds": 60})
+        assert future.cancel()
+        with pytest.raises(Cancelled):
+            future.result(5)
+        assert client.call("t.echo", {"value": 1}, timeout_s=5) == 1
+
+
+def test_stream_of_more_parts_than_its_window_arrives_whole(running: Running) -> None:
+    with running.client() as client:
+        assert list(client.stream("t.count", {"n": 500})) == list(range(500))
+        assert client.call("t.count", {"n": 40}) == list(range(40))
+
+
+async def _async_story(running: Running) -> None:
+    async with AsyncClient.connect(str(running.profile)) as client:
+        assert await client.call("t.echo", {"value": 5}) == 5
+        assert [value async for value in client.map("t.echo", [{"value": n} for n in range(200)])] == list(
+            range(200)
+        )
+        assert [part async for part in client.stream("t.count", {"n": 100})] == list(range(100))
+
+
+def test_asyncio_client_does_the_same(running: Running) -> None:
+    import asyncio
+
+    asyncio.run(_async_story(running))
+
+
+def test_supervisor_that_is_killed_takes_everything_with_it(tmp_path: Path) -> None:
+    import psutil
+
+    running = Running(tmp_path)
+    try:
+        family = psutil.Process(running.process.pid).children(recursive=True)
+        assert len(family) >= 2
+        running.process.kill()
+        running.process.wait()
+        _, alive = psutil.wait_procs(family, timeout=3)
+        assert alive == []
+        running.start()
+        with running.client() as client:
+            assert client.call("t.echo", {"value": 1}) == 1
+    finally:
+        running.stop()
