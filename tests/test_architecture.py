@@ -27,7 +27,9 @@ RANKS = {
         3,
     ),
     # config is read by the shells, which hand values to the machines; testing may start anything but the cli
-    **dict.fromkeys(("cli", "testing"), 4),
+    **dict.fromkeys(("cli", "testing"), 5),
+    # the demo is a program of its own that the cli starts
+    "demo": 4,
 }
 
 #: the neighbours that may be seen all the same: (from, to)

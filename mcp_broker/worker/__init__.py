@@ -1,0 +1,8 @@
+"""All that a tool author imports: ``from mcp_broker.worker import tool, ToolContext``."""
+
+from __future__ import annotations
+
+from mcp_broker.worker.context import ToolCaller, ToolContext
+from mcp_broker.worker.tool import Tool, tool
+
+__all__ = ["Tool", "ToolCaller", "ToolContext", "tool"]

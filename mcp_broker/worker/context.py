@@ -1,0 +1,72 @@
+"""What a tool may know and use besides its arguments: a parameter annotated :class:`ToolContext` gets it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mcp_broker.errors import Cancelled
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCaller:
+    """Who calls, as the broker verified it. A tool never sees a token."""
+
+    principal: str
+    #: 0 to 10; at least the tool's level
+    clearance: int
+    #: name patterns that the caller may call, ``text.*``
+    scopes: tuple[str, ...]
+    admin: bool = False
+
+
+#: a direct call, without a broker, has no caller
+NOBODY = ToolCaller(principal="", clearance=0, scopes=())
+
+
+@dataclass(slots=True)
+class ToolContext:
+    """One call, as its tool sees it. Everything has a default, so that a test can call a tool directly.
+
+    Args:
+        call_id: the call's id, 32 hexadecimal digits.
+        tool: the tool's name.
+        caller: who calls.
+        deadline: when the call's time is over, on :func:`time.monotonic`'s clock, seconds; None: never.
+        options: `options` of the pool, from the configuration.
+        scratch: a private writable folder of this worker; it goes with the worker.
+        traceparent: the caller's W3C trace context, to hand on.
+    """
+
+    call_id: str = ""
+    tool: str = ""
+    caller: ToolCaller = NOBODY
+    deadline: float | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    scratch: Path = Path()
+    traceparent: str | None = None
+    #: the caller wants no outcome any more
+    cancelled: bool = False
+
+    @property
+    def logger(self) -> logging.Logger:
+        """The log of this tool; it reaches the worker's log, not the caller."""
+        return logging.getLogger(f"mcp_broker.tool.{self.tool}" if self.tool else "mcp_broker.tool")
+
+    def remaining_s(self) -> float | None:
+        """Seconds until the call's time is over (0 when it is), or None when it has no limit."""
+        if self.deadline is None:
+            return None
+        return max(0.0, self.deadline - time.monotonic())
+
+    def check_cancelled(self) -> None:
+        """Stop here if nobody waits for the outcome: for loops in threads, which no signal reaches.
+
+        Raises:
+            Cancelled: the call was cancelled, or its time is over. Let it pass.
+        """
+        if self.cancelled or self.remaining_s() == 0.0:
+            raise Cancelled("the call was cancelled")

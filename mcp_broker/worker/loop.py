@@ -1,0 +1,143 @@
+"""The loop of a worker whose tools are all synchronous: one thread that reads, runs and answers."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Final
+
+from mcp_broker.worker.execution import Execution, Run
+from mcp_broker.worker.link import Link, LinkLost
+from mcp_broker.worker.shell import Shell
+
+if TYPE_CHECKING:
+    from mcp_broker.wire import messages
+    from mcp_broker.worker.interrupts import Interrupts
+    from mcp_broker.worker.session import Pending, Session
+
+#: a finished outcome waits at most about this long for company before the next call starts
+FLUSH_NS: Final = 300_000
+
+
+class Loop(Shell):
+    """Runs one call after the other, in the order of their seq."""
+
+    def __init__(self, session: Session, link: Link, execution: Execution, interrupts: Interrupts) -> None:
+        super().__init__(session, link, execution, interrupts)
+        #: moving mean of the time that each tool takes, nanoseconds
+        self._services: dict[str, int] = {}
+
+    def run(self) -> None:
+        """Serve until the broker drains the worker or SIGTERM comes.
+
+        Raises:
+            ConfigError: the broker refuses the tools.
+        """
+        session = self.session
+        while not self.has_ended():
+            try:
+                if session.inbox:
+                    self._turn()
+                else:
+                    self._wait()
+            except LinkLost:
+                self.lost()
+        self.end()
+
+    def _wait(self) -> None:
+        """Wait for messages, or for time to pass, with nothing to run."""
+        timeout_s = self.connect()
+        self.send()
+        if self.interrupts.stopping:
+            return
+        if not self.link.is_open:
+            self.link.wait_closed(timeout_s)
+        elif self.link.wait(timeout_s):
+            self.take()
+            self.execution.meter.reset()
+
+    def _turn(self) -> None:
+        """Run what waits here, and answer it in as few messages as is quick."""
+        session = self.session
+        services = self._services
+        oldest_ns = 0
+        while session.inbox and not self.interrupts.stopping:
+            if oldest_ns:
+                expected_ns = services.get(session.inbox[0].dispatch.tool, FLUSH_NS + 1)
+                if expected_ns > FLUSH_NS or time.perf_counter_ns() - oldest_ns > FLUSH_NS:
+                    oldest_ns = 0
+                    self._between()
+                    if not session.inbox:
+                        break
+            pending = session.start()
+            started_ns = time.perf_counter_ns()
+            finished = self.execution.call(pending)
+            if isinstance(finished, Run):
+                outcome, body = self._stream(finished), None
+            else:
+                outcome, body = finished
+            session.finish(pending, outcome, body)
+            ended_ns = time.perf_counter_ns()
+            tool = pending.dispatch.tool
+            spent_ns = ended_ns - started_ns
+            services[tool] = (services.get(tool, spent_ns) * 7 + spent_ns) >> 3
+            session.pace.served(spent_ns * 1e-9)
+            oldest_ns = oldest_ns or ended_ns
+        session.flush()
+        self.send()
+
+    def _between(self) -> None:
+        """Answer before a call that may be long, and hear what was cancelled meanwhile."""
+        self.session.flush()
+        self.send()
+        if self.link.is_readable():
+            self.take()
+        self.execution.meter.reset()
+
+    # -- streams -----------------------------------------------------------------------------------------
+
+    def _stream(self, run: Run) -> messages.Outcome:
+        """Send a stream's parts as its caller takes them; return its outcome."""
+        session, pending = self.session, run.pending
+        session.flush()
+        while not self._is_unwanted(pending):
+            # made before there is credit for it: a stream that is at its end needs none to say so
+            part = self.execution.step(run)
+            if not isinstance(part, bytes):
+                return part
+            if not session.may_send(pending, run.index):
+                self._await_credit(pending, run.index)
+            if not self._is_unwanted(pending) and session.part(pending, run.index, part):
+                run.index += 1
+                self._send_or_lose()
+        return self.execution.stop(run)
+
+    def _await_credit(self, pending: Pending, index: int) -> None:
+        session = self.session
+        while not (session.may_send(pending, index) or self._is_unwanted(pending)):
+            try:
+                left_s = min(self.connect(), max(0.0, pending.deadline - time.monotonic()))
+                self.send()
+                if not self.link.is_open:
+                    return
+                if self.link.wait(left_s):
+                    self.take()
+                    self.send()
+            except LinkLost:
+                self.lost()
+
+    def _is_unwanted(self, pending: Pending) -> bool:
+        """Tell whether nobody takes this stream's parts any more."""
+        interrupts = self.interrupts
+        return (
+            pending.life != self.session.life
+            or pending.dispatch.call_id in self.session.cancelled
+            or interrupts.asked == pending.dispatch.seq
+            or interrupts.stopping
+            or time.monotonic() >= pending.deadline
+        )
+
+    def _send_or_lose(self) -> None:
+        try:
+            self.send()
+        except LinkLost:
+            self.lost()

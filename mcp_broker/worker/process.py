@@ -1,0 +1,124 @@
+"""The worker process: what it inherits, what ends it, and its exit codes."""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import gc
+import importlib.metadata
+import mmap
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from mcp_broker.errors import ConfigError, WireError
+from mcp_broker.wire import codec
+from mcp_broker.wire.marks import MARKS_BYTES, Marks
+from mcp_broker.worker import catalogue
+from mcp_broker.worker.execution import Execution
+from mcp_broker.worker.interrupts import Interrupts
+from mcp_broker.worker.link import Link
+from mcp_broker.worker.session import Session
+
+if TYPE_CHECKING:
+    from mcp_broker.wire.node import WorkerBoot
+
+#: it cannot serve at all, and would not a second time: no module, no tool, tools refused
+EXIT_BOOT: Final = 3
+_PR_SET_PDEATHSIG: Final = 1
+
+
+def read_boot(fd: int) -> WorkerBoot:
+    """Read what the supervisor hands over, to its end, and close it.
+
+    Raises:
+        ConfigError: it is not a boot record (a worker started by hand).
+    """
+    with open(fd, "rb") as source:
+        packed = source.read()
+    try:
+        return codec.decode_worker_boot(packed)
+    except WireError as error:
+        raise ConfigError(
+            f"fd {fd} holds no boot record; workers are started by `mcp-broker start`"
+        ) from error
+
+
+def die_with_parent(life_fd: int | None) -> None:
+    """Make sure that no worker outlives its supervisor.
+
+    Args:
+        life_fd: a pipe whose other end only the supervisor holds; its end of file is the supervisor's.
+    """
+    parent = os.getppid()
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        # it died before the kernel knew that we wanted to hear of it
+        os._exit(0)
+    if life_fd is not None:
+        os.set_inheritable(life_fd, False)
+        threading.Thread(target=_watch, args=(life_fd,), name="life", daemon=True).start()
+
+
+def _watch(life_fd: int) -> None:
+    # a process whose GIL is held by C code is ended by the death signal instead
+    while os.read(life_fd, 1):
+        pass
+    os._exit(0)
+
+
+def open_marks(fd: int) -> Marks:
+    """Map the page shared with the supervisor."""
+    page = mmap.mmap(fd, MARKS_BYTES)
+    os.close(fd)
+    return Marks(memoryview(page))
+
+
+def serve(boot: WorkerBoot) -> None:
+    """Import the tools and answer calls until the broker drains the worker.
+
+    Raises:
+        ConfigError: the module cannot serve (the operator's or its author's fault).
+    """
+    wake_read, wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    interrupts = Interrupts(open_marks(boot.marks_fd), wake_write)
+    tools = catalogue.load(boot.module, boot.path)
+    # not before the import: until here SIGTERM ends the process at once, as it should
+    interrupts.install()
+    session = Session(
+        (tool.definition for tool in tools.values()),
+        boot.concurrency,
+        f"mcp-broker/{importlib.metadata.version('mcp-broker')} python/{sys.version_info[0]}.{sys.version_info[1]}",
+    )
+    execution = Execution(tools, interrupts, boot.options, Path(boot.scratch))
+    link = Link(boot, wake_read)
+    # what was imported stays: no collection need look at it again
+    gc.collect()
+    gc.freeze()
+    if any(tool.is_async for tool in tools.values()):
+        from mcp_broker.worker.tasks import ConcurrentLoop
+
+        ConcurrentLoop(session, link, execution, interrupts).run(boot.concurrency)
+    else:
+        from mcp_broker.worker.loop import Loop
+
+        Loop(session, link, execution, interrupts).run()
+
+
+def main(boot_fd: int, life_fd: int | None) -> int:
+    """Be a worker; return the exit code."""
+    faulthandler.enable()
+    die_with_parent(life_fd)
+    pool = "?"
+    try:
+        boot = read_boot(boot_fd)
+        pool = boot.pool
+        serve(boot)
+    except ConfigError as error:
+        print(f"mcp-broker worker: pool {pool}: {error}", file=sys.stderr)  # noqa: T201 (its log is its stderr)
+        return EXIT_BOOT
+    return 0

@@ -1,0 +1,279 @@
+"""A worker's side of the worker protocol: messages in, calls to run; outcomes in, messages out.
+
+::
+
+    CLOSED --opened()--> REGISTERING --WELCOME--> SERVING --DRAIN--> DRAINING
+       ^                      |  ERROR fatal         |                  |
+       |                      v                      |                  |
+       |                   REFUSED                   |                  |
+       +---------------------- lost() ---------------+------------------+
+
+No socket and no clock: :mod:`mcp_broker.worker.shell` moves the bytes. A new session knows nothing of the old one's
+calls: the broker has ended them or hands them out anew, so that their outcomes are dropped here.
+Source: docs/protocol.md, "Worker sessions".
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from enum import Enum
+from typing import Final
+
+from mcp_broker import limits
+from mcp_broker.errors import WireError
+from mcp_broker.wire import codec, messages, payload
+from mcp_broker.worker.pace import Pace
+
+Frames = list[bytes]
+
+#: broker to worker every second at least (every HEARTBEAT_S while it holds calls): three lost beats, or half again
+#: as long as the idle beat takes
+SILENCE_BUSY_S: Final = 1.5
+SILENCE_IDLE_S: Final = 3.0
+
+
+class State(Enum):
+    """How far the session has come."""
+
+    CLOSED = "closed"
+    REGISTERING = "registering"
+    SERVING = "serving"
+    DRAINING = "draining"
+    REFUSED = "refused"
+
+
+class Pending:
+    """A call that waits here or runs.
+
+    Attributes:
+        arguments: the payload.
+        deadline: on the loop's clock, seconds.
+        life: of which session it is.
+    """
+
+    __slots__ = ("arguments", "deadline", "dispatch", "life")
+
+    def __init__(self, dispatch: messages.Dispatch, arguments: bytes, deadline: float, life: int) -> None:
+        self.dispatch = dispatch
+        self.arguments = arguments
+        self.deadline = deadline
+        self.life = life
+
+
+class Session:
+    """The worker's half of one conversation after another.
+
+    Args:
+        tools: what to register.
+        concurrency: calls that run at a time.
+        agent: name and version of this software.
+
+    Attributes:
+        inbox: calls that wait, in the order of their seq.
+        cancelled: ids of calls that the broker cancelled and that were not waiting any more.
+        credits: call id -> parts that the caller takes, where a CREDIT came.
+        outgoing: messages to send, in order.
+        refusal: why the broker refused the registration.
+    """
+
+    def __init__(self, tools: Iterable[messages.ToolDefinition], concurrency: int, agent: str) -> None:
+        self._tools = tuple(tools)
+        self._agent = agent
+        self.state = State.CLOSED
+        self.pace = Pace(concurrency)
+        self.inbox: deque[Pending] = deque()
+        self.running: set[bytes] = set()
+        self.cancelled: set[bytes] = set()
+        self.credits: dict[bytes, int] = {}
+        self.outgoing: list[Frames] = []
+        self.refusal = ""
+        self.life = 0
+        self.heard_at = 0.0
+        self.window = limits.STREAM_WINDOW_MAX
+        self.worker_id = ""
+        self._epoch = 0
+        self._numbered = 0
+        self._outbox: list[messages.Outcome] = []
+        self._outbox_bytes = 0
+
+    # -- the connection -----------------------------------------------------------------------------
+
+    def opened(self, now: float) -> None:
+        """Begin a session on a new connection: REGISTER, and nothing else before WELCOME."""
+        self.lost()
+        self.state = State.REGISTERING
+        self.heard_at = now
+        register = messages.Register(
+            0, messages.PROTOCOL, (messages.MAJOR,), self._tools, ("streaming",), self._agent
+        )
+        self.outgoing.append([codec.encode(register)])
+
+    def lost(self) -> None:
+        """The connection is gone, and with it all that was on its way."""
+        self.life += 1
+        self.state = State.CLOSED
+        self.inbox.clear()
+        self.running.clear()
+        self.cancelled.clear()
+        self.credits.clear()
+        self.outgoing.clear()
+        self._outbox.clear()
+        self._outbox_bytes = 0
+        self._numbered = 0
+        self._epoch = 0
+
+    def silent_at(self) -> float:
+        """When a broker that says nothing until then counts as gone, on the loop's clock."""
+        busy = self.state is State.REGISTERING or self.inbox or self.running
+        return self.heard_at + (SILENCE_BUSY_S if busy else SILENCE_IDLE_S)
+
+    # -- what the broker says -------------------------------------------------------------------------
+
+    def receive(self, frames: Sequence[bytes], now: float) -> None:
+        """Take one message of the broker; one that is wrong is dropped, as the broker's are ours to survive."""
+        try:
+            message = codec.to_worker.decode(frames[0])
+        except WireError:
+            return
+        self.heard_at = now
+        if isinstance(message, messages.Error):
+            if message.fatal and self.state is State.REGISTERING:
+                self.state = State.REFUSED
+                self.refusal = f"{message.code}: {message.message}"
+            elif message.fatal:
+                # the broker does not know this session any more: begin another
+                self.lost()
+        elif self.state is State.REGISTERING:
+            if isinstance(message, messages.Welcome):
+                self._welcome(message)
+        elif message.epoch == self._epoch and self.state in {State.SERVING, State.DRAINING}:
+            self._serve(message, frames, now)
+
+    def _serve(self, message: messages.ToWorker, frames: Sequence[bytes], now: float) -> None:
+        if isinstance(message, messages.Dispatches):
+            for dispatch in message.calls:
+                arguments = dispatch.arguments
+                if arguments is None:
+                    arguments = frames[1] if len(frames) > 1 else b""
+                self.inbox.append(Pending(dispatch, arguments, now + dispatch.timeout_ms / 1000, self.life))
+        elif isinstance(message, messages.Credit):
+            for credit in message.credits:
+                if credit.call_id in self.running or self._waits(credit.call_id):
+                    self.credits[credit.call_id] = max(credit.limit, self.credits.get(credit.call_id, 0))
+        elif isinstance(message, messages.Cancel):
+            self._cancel(message.call_ids)
+        elif isinstance(message, messages.Heartbeat):
+            self.outgoing.append([codec.encode(messages.Heartbeat(self._epoch))])
+        elif isinstance(message, messages.Drain):
+            self.state = State.DRAINING
+        elif isinstance(message, messages.Goodbye):
+            self.lost()
+
+    def _waits(self, call_id: bytes) -> bool:
+        return any(pending.dispatch.call_id == call_id for pending in self.inbox)
+
+    def _welcome(self, message: messages.Welcome) -> None:
+        self.state = State.SERVING
+        self._epoch = message.epoch
+        self.worker_id = message.name
+        self.window = message.granted.stream_window
+        self.outgoing.append([codec.encode(messages.Ready(self._epoch, self.pace.announce()))])
+
+    def _cancel(self, call_ids: tuple[bytes, ...]) -> None:
+        wanted = set(call_ids)
+        self.cancelled |= wanted & self.running
+        kept: deque[Pending] = deque()
+        for pending in self.inbox:
+            if pending.dispatch.call_id in wanted:
+                self.finish(
+                    pending, fault(pending.dispatch.call_id, "CANCELLED", "cancelled before it started")
+                )
+            else:
+                kept.append(pending)
+        self.inbox = kept
+
+    # -- what the worker says -------------------------------------------------------------------------
+
+    def start(self) -> Pending:
+        """Take the next call to run."""
+        pending = self.inbox.popleft()
+        self.running.add(pending.dispatch.call_id)
+        return pending
+
+    def finish(self, pending: Pending, outcome: messages.Outcome, body: bytes | None = None) -> None:
+        """Take the one outcome of a call; ``body`` is its result where that goes in a frame of its own."""
+        call_id = pending.dispatch.call_id
+        if pending.life != self.life:
+            return
+        self.running.discard(call_id)
+        if self.cancelled:
+            self.cancelled.discard(call_id)
+        if self.credits:
+            self.credits.pop(call_id, None)
+        size = len(outcome.body) if outcome.body is not None else 0
+        if outcome.fault is not None:
+            size += len(outcome.fault.details) + len(outcome.fault.message) * 4
+        full = self._outbox_bytes + size > limits.BATCH_BYTES_MAX or len(self._outbox) >= limits.BATCH_MAX
+        if self._outbox and (full or body is not None):
+            self.flush()
+        self._outbox.append(outcome)
+        self._outbox_bytes += size
+        if body is not None:
+            self.flush(body)
+
+    def part(self, pending: Pending, index: int, body: bytes) -> bool:
+        """Send one part of a stream; False if nobody listens any more."""
+        if pending.life != self.life:
+            return False
+        self.flush()
+        inline = len(body) <= limits.INLINE_BYTES_MAX
+        part = messages.Part(pending.dispatch.call_id, index, body if inline else None)
+        packed = codec.encode(messages.Partial(self._epoch, (part,)))
+        self.outgoing.append([packed] if inline else [packed, body])
+        return True
+
+    def may_send(self, pending: Pending, index: int) -> bool:
+        """Tell whether the caller takes the part with this index."""
+        return index < self.window or index < self.credits.get(pending.dispatch.call_id, 0)
+
+    @property
+    def has_outcomes(self) -> bool:
+        """Tell whether finished outcomes wait for :meth:`flush`."""
+        return bool(self._outbox)
+
+    def flush(self, body: bytes | None = None) -> None:
+        """Make one message of the finished outcomes, and announce a depth that changed."""
+        if self._outbox:
+            first = self._numbered + 1
+            self._numbered += len(self._outbox)
+            packed = codec.encode(messages.Outcomes(self._epoch, first, tuple(self._outbox)))
+            self._outbox.clear()
+            self._outbox_bytes = 0
+            self.outgoing.append([packed] if body is None else [packed, body])
+        if self.state is State.SERVING and self.pace.has_changed():
+            self.outgoing.append([codec.encode(messages.Ready(self._epoch, self.pace.announce()))])
+
+    def goodbye(self, reason: str) -> None:
+        """End the session."""
+        if self.state in {State.SERVING, State.DRAINING}:
+            self.flush()
+            self.outgoing.append([codec.encode(messages.Goodbye(self._epoch, reason))])
+
+
+def fault(
+    call_id: bytes,
+    code: str,
+    message: str,
+    details: dict[str, object] | None = None,
+    *,
+    usage: messages.Usage | None = None,
+    retryable: bool = False,
+) -> messages.Outcome:
+    """Make the outcome of a call without a result, cut to what a message may hold."""
+    packed = payload.pack(details) if details else messages.EMPTY_DETAILS
+    if len(packed) > limits.DETAILS_BYTES_MAX:
+        packed = payload.pack({"truncated": True})
+    if len(message) > limits.TEXT_CHARS_MAX:
+        message = message[: limits.TEXT_CHARS_MAX - 1] + "…"
+    return messages.Outcome(call_id, code, None, usage, messages.Fault(message, retryable, packed))

@@ -1,0 +1,115 @@
+"""What both loops share: moving bytes between link and session, opening the link again, and when to end."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+from typing import TYPE_CHECKING, Final
+
+from mcp_broker import limits
+from mcp_broker.errors import ConfigError
+from mcp_broker.worker.link import Link, LinkLost
+from mcp_broker.worker.session import Session, State
+
+if TYPE_CHECKING:
+    from mcp_broker.worker.execution import Execution
+    from mcp_broker.worker.interrupts import Interrupts
+
+#: waits between attempts to reach the broker, seconds: doubling, each drawn from the half below
+_BACKOFF_S: Final = (0.05, 1.0)
+#: what was sent last may take this long to leave, milliseconds
+LINGER_MS: Final = 500
+
+
+class Shell:
+    """Keeps a session on a link.
+
+    Args:
+        session: what to say.
+        link: how it is carried.
+        execution: who runs the calls.
+        interrupts: who may stop them.
+    """
+
+    def __init__(self, session: Session, link: Link, execution: Execution, interrupts: Interrupts) -> None:
+        self.session = session
+        self.link = link
+        self.execution = execution
+        self.interrupts = interrupts
+        self._backoff_s = _BACKOFF_S[0]
+        self._retry_at = 0.0
+
+    def connect(self) -> float:
+        """Open the link if its time has come; return how long to wait at most, seconds."""
+        now = time.monotonic()
+        if not self.link.is_open:
+            if now < self._retry_at:
+                return self._retry_at - now
+            self.link.open()
+            self.session.opened(now)
+        # after a long call, what the broker said meanwhile is still to be read
+        elif self.session.state is State.CLOSED or (
+            now >= self.session.silent_at() and not self.link.is_readable()
+        ):
+            self.lost()
+            return self.connect()
+        return max(0.0, self.session.silent_at() - now)
+
+    def lost(self) -> None:
+        """Drop the connection; the next one comes after a pause that grows while no broker answers."""
+        self.session.lost()
+        self.link.close()
+        self._retry_at = time.monotonic() + self._backoff_s * random.uniform(0.5, 1.0)  # noqa: S311 (jitter)
+        self._backoff_s = min(self._backoff_s * 2, _BACKOFF_S[1])
+
+    def take(self) -> bool:
+        """Read the messages that wait, up to a turn's bound; True if the first one was a single call."""
+        session, link = self.session, self.link
+        held = len(session.inbox)
+        for _ in range(limits.TURN_MESSAGES_MAX):
+            is_new = session.state is State.REGISTERING
+            session.receive(link.receive(), time.monotonic())
+            if is_new and session.state is not State.REGISTERING:
+                self._registered()
+            # a lone call is answered before anyone asks for the next message
+            if len(session.inbox) == held + 1 and not held:
+                return True
+            if not link.is_readable():
+                break
+        return False
+
+    def _registered(self) -> None:
+        self._backoff_s = _BACKOFF_S[0]
+        # the seqs of a new session begin again
+        self.interrupts.forget()
+        if self.session.state is State.REFUSED:
+            raise ConfigError(f"the broker refused its tools: {self.session.refusal}")
+
+    def send(self) -> None:
+        """Send what the session has to say.
+
+        Raises:
+            LinkLost: the connection takes nothing.
+        """
+        outgoing = self.session.outgoing
+        if outgoing:
+            send = self.link.send
+            for frames in outgoing:
+                send(frames)
+            outgoing.clear()
+
+    def has_ended(self) -> bool:
+        """Tell whether the worker is to exit now."""
+        if self.interrupts.stopping:
+            return not self.session.running
+        draining = self.session.state is State.DRAINING
+        return draining and not self.session.inbox and not self.session.running
+
+    def end(self) -> None:
+        """Say goodbye and close."""
+        self.session.goodbye("drained" if self.session.state is State.DRAINING else "stopped")
+        # without a link nobody is left to hear it
+        with contextlib.suppress(LinkLost):
+            self.send()
+        self.link.end(LINGER_MS)

@@ -1,0 +1,315 @@
+"""Calls to outcomes, without a process or a socket."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import sys
+import uuid
+from collections.abc import Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from mcp_broker.errors import ConfigError, InvalidArgument, Overloaded
+from mcp_broker.wire import codec, messages, payload
+from mcp_broker.wire.marks import MARKS_BYTES, Marks
+from mcp_broker.worker import Tool, ToolContext, catalogue, tool
+from mcp_broker.worker.execution import Execution, Run
+from mcp_broker.worker.interrupts import CallInterrupted, Interrupts
+from mcp_broker.worker.session import Pending
+
+
+class Point(BaseModel):
+    x: int
+    at: dt.datetime
+
+
+@dataclasses.dataclass
+class Pair:
+    left: Decimal
+    data: bytes
+
+
+class Bench:
+    """Runs one tool."""
+
+    def __init__(self, made: Tool[..., Any], now: float = 0.0) -> None:
+        self.marks = Marks(memoryview(bytearray(MARKS_BYTES)))
+        self.interrupts = Interrupts(self.marks, -1)
+        self.execution = Execution(
+            {made.name: made}, self.interrupts, {"a": 1}, Path("scratch"), clock=lambda: now
+        )
+        self.name = made.name
+
+    def pending(self, arguments: Any = None, *, name: str | None = None, deadline: float = 10.0) -> Pending:
+        packed = payload.pack({} if arguments is None else arguments)
+        caller = codec.raw(messages.Caller("ada", 3, ("x.*",)))
+        extra = messages.CallExtra(traceparent="00-1")
+        dispatch = messages.Dispatch(5, b"c" * 16, name or self.name, 1000, packed, caller, extra)
+        return Pending(dispatch, packed, deadline, 0)
+
+    def call(self, arguments: Any = None, **settings: Any) -> messages.Outcome:
+        finished = self.execution.call(self.pending(arguments, **settings))
+        assert not isinstance(finished, Run)
+        return finished[0]
+
+
+def result_of(value: Any, annotation: Any = Any) -> messages.Outcome:
+    def give() -> Any:
+        return value
+
+    give.__annotations__["return"] = annotation
+    return Bench(tool(give)).call()
+
+
+def details(outcome: messages.Outcome) -> dict[str, Any]:
+    assert outcome.fault is not None
+    return payload.unpack_map(outcome.fault.details)
+
+
+def test_result_comes_with_its_cost() -> None:
+    bench = Bench(tool(lambda_sum))
+    bench.execution.meter.reset()
+    outcome = bench.call({"count": 100_000})
+    assert outcome.code == "OK"
+    assert payload.unpack(outcome.body or b"") == 4_999_950_000
+    assert outcome.usage is not None
+    assert 0 < outcome.usage.execution_us < 5_000_000
+    assert outcome.usage.cpu_us > 0
+    assert bench.marks.started_seq == 5
+
+
+def lambda_sum(count: int) -> int:
+    return sum(range(count))
+
+
+def test_context_holds_what_the_dispatch_says() -> None:
+    seen: list[ToolContext] = []
+
+    @tool
+    def look(context: ToolContext) -> None:
+        seen.append(context)
+
+    Bench(look).call()
+    (context,) = seen
+    assert (context.call_id, context.tool, context.traceparent) == (b"c".hex() * 16, "look", "00-1")
+    assert (context.caller.principal, context.caller.clearance, context.caller.scopes) == ("ada", 3, ("x.*",))
+    assert (context.options, context.scratch) == ({"a": 1}, Path("scratch"))
+
+
+def test_call_whose_time_is_over_does_not_run() -> None:
+    ran: list[int] = []
+
+    @tool
+    def run() -> None:
+        ran.append(1)
+
+    outcome = Bench(run, now=10.0).call(deadline=9.0)
+    assert (outcome.code, ran) == ("DEADLINE_EXCEEDED", [])
+
+
+def test_unknown_tool_and_broken_arguments_are_answered() -> None:
+    bench = Bench(tool(lambda_sum))
+    assert bench.call(name="other").code == "NOT_FOUND"
+    assert bench.call([1]).code == "INVALID_ARGUMENT"
+    broken = bench.pending()
+    broken.arguments = b"\xc1"
+    finished = bench.execution.call(broken)
+    assert isinstance(finished, tuple)
+    assert finished[0].code == "INVALID_ARGUMENT"
+
+
+def test_failure_names_the_authors_line_not_ours_or_a_librarys() -> None:
+    @tool
+    def broken() -> None:
+        int("x" * 3, base=99)
+
+    outcome = Bench(broken).call()
+    assert outcome.code == "TOOL_FAILED"
+    assert outcome.fault is not None
+    assert outcome.fault.message == "ValueError: int() base must be >= 2 and <= 36, or 0"
+    told = details(outcome)
+    assert told["type"] == "ValueError"
+    assert told["file"] == __file__
+    assert told["line"] == broken.function.__code__.co_firstlineno + 2
+    assert "mcp_broker/worker/" not in told["traceback"]
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), RecursionError(), MemoryError()])
+def test_whatever_a_tool_raises_is_its_outcome(error: BaseException) -> None:
+    @tool
+    def broken() -> None:
+        raise error
+
+    outcome = Bench(broken).call()
+    assert outcome.code == "TOOL_FAILED"
+    assert details(outcome)["type"] == type(error).__name__
+
+
+def test_error_without_a_text_is_still_told() -> None:
+    class MuteError(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError
+
+    @tool
+    def broken() -> None:
+        raise MuteError
+
+    outcome = Bench(broken).call()
+    assert outcome.fault is not None
+    assert outcome.fault.message == "MuteError: (its text cannot be shown)"
+
+
+def test_tool_may_refuse_its_arguments_itself_but_not_speak_for_the_broker() -> None:
+    @tool
+    def refuse(which: int) -> None:
+        if which:
+            raise Overloaded("no")
+        raise InvalidArgument("no such folder", {"faults": [{"path": "/which"}]})
+
+    outcome = Bench(refuse).call({"which": 0})
+    assert (outcome.code, details(outcome)) == ("INVALID_ARGUMENT", {"faults": [{"path": "/which"}]})
+    assert Bench(refuse).call({"which": 1}).code == "TOOL_FAILED"
+
+
+def test_interruption_is_cancelled_even_when_c_code_wraps_it() -> None:
+    bench: Bench
+
+    @tool
+    def interrupted(wrapped: bool) -> None:
+        try:
+            bench.marks.interrupt_seq = 5
+            bench.interrupts._on_interrupt(0, None)
+        except CallInterrupted as error:
+            if wrapped:
+                raise RuntimeError("Query interrupted") from error
+            raise
+
+    for wrapped in (False, True):
+        bench = Bench(interrupted)
+        assert bench.call({"wrapped": wrapped}).code == "CANCELLED"
+        assert bench.interrupts.armed == 0
+
+
+NOW = dt.datetime(2026, 1, 2, tzinfo=dt.UTC)
+
+
+@pytest.mark.parametrize(
+    ("value", "annotation", "arrives"),
+    [
+        (Point(x=1, at=NOW), Point, {"x": 1, "at": "2026-01-02T00:00:00Z"}),
+        (Pair(Decimal("1.5"), b"x"), Pair, {"left": "1.5", "data": b"x"}),
+        ([Point(x=1, at=NOW)], Any, [{"x": 1, "at": "2026-01-02T00:00:00Z"}]),
+        ({1: "one", None: 2}, dict[Any, Any], {"1": "one", "null": 2}),
+        ({1: "one"}, Any, {"1": "one"}),
+        ({"a": {2: 3}}, dict[str, Any], {"a": {"2": 3}}),
+        ((1, {2}), Any, [1, [2]]),
+        (uuid.UUID(int=1), uuid.UUID, "00000000-0000-0000-0000-000000000001"),
+        (bytearray(b"x"), Any, b"x"),
+        (Path("a"), Path, "a"),
+        (None, None, None),
+    ],
+)
+def test_results_become_what_a_payload_carries(value: Any, annotation: Any, arrives: Any) -> None:
+    outcome = result_of(value, annotation)
+    assert outcome.code == "OK", outcome.fault
+    assert payload.unpack(outcome.body or b"") == arrives
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ({"rows": [object()]}, "builtins.object at /rows/0"),
+        ({(1, 2): 1}, "a key of type tuple"),
+        (2**70, "out of range"),
+        (lambda: None, "builtins.function at /"),
+    ],
+)
+def test_result_that_cannot_be_sent_says_what_and_where(value: Any, says: str) -> None:
+    outcome = result_of(value)
+    assert outcome.code == "TOOL_FAILED"
+    assert outcome.fault is not None
+    assert says in outcome.fault.message
+
+
+def test_result_over_the_bound_names_the_bound() -> None:
+    outcome = result_of(bytes(2_000_000), bytes)
+    assert outcome.code == "PAYLOAD_TOO_LARGE"
+    assert details(outcome)["limit_bytes"] < details(outcome)["bytes"]
+
+
+def stream_of(made: Tool[..., Any]) -> tuple[Execution, Run]:
+    bench = Bench(made)
+    run = bench.execution.call(bench.pending())
+    assert isinstance(run, Run)
+    return bench.execution, run
+
+
+def test_stream_yields_packed_parts_and_ends_with_nil() -> None:
+    @tool
+    def stream() -> Iterator[int]:
+        yield from (1, 2)
+
+    execution, run = stream_of(stream)
+    assert [execution.step(run) for _ in range(2)] == [b"\x01", b"\x02"]
+    outcome = execution.step(run)
+    assert isinstance(outcome, messages.Outcome)
+    assert (outcome.code, outcome.body) == ("OK", b"\xc0")
+
+
+def test_stream_that_fails_or_stops_is_told_and_cleaned_up() -> None:
+    closed: list[str] = []
+
+    @tool
+    def stream() -> Iterator[int]:
+        try:
+            yield 1
+            raise ValueError("late")
+        finally:
+            closed.append("closed")
+
+    execution, run = stream_of(stream)
+    execution.step(run)
+    outcome = execution.step(run)
+    assert isinstance(outcome, messages.Outcome)
+    assert outcome.code == "TOOL_FAILED"
+    execution, run = stream_of(stream)
+    execution.step(run)
+    assert execution.stop(run).code == "CANCELLED"
+    assert closed == ["closed", "closed"]
+
+
+def test_module_is_searched_for_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    head = "from mcp_broker.worker import tool\n"
+    sources = {
+        "fine": head + "@tool(name='x.a')\ndef a(): ...\nalias = a\n",
+        "none": "x = 1\n",
+        "twice": head + "@tool(name='x.a')\ndef a(): ...\n@tool(name='x.a')\ndef b(): ...\n",
+        "broken": "1 / 0\n",
+        "leaves": "import sys\nsys.exit(3)\n",
+    }
+    for name, source in sources.items():
+        (tmp_path / f"catalogued_{name}.py").write_text(source)
+    path = (str(tmp_path),)
+    assert list(catalogue.load("catalogued_fine", path)) == ["x.a"]
+    for name, says in [
+        ("none", "defines no tool"),
+        ("twice", "'x.a' twice"),
+        ("broken", r"ZeroDivisionError: division by zero \(.*catalogued_broken.py:1\)"),
+        ("leaves", "sys.exit"),
+        ("absent", "No module named 'catalogued_absent'"),
+    ]:
+        with pytest.raises(ConfigError, match=says):
+            catalogue.load(f"catalogued_{name}", path)
+
+
+def test_missing_library_of_a_shipped_tool_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "mcp_broker_workers.sql", raising=False)
+    monkeypatch.setitem(sys.modules, "duckdb", None)
+    with pytest.raises(ConfigError, match=r"duckdb.*; install mcp-broker\[tools\]"):
+        catalogue.load("mcp_broker_workers.sql")

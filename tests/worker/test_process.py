@@ -1,0 +1,339 @@
+"""The worker as a real process, against a scripted broker."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from mcp_broker.wire import messages, payload
+
+if TYPE_CHECKING:
+    from tests.worker.conftest import ScriptedBroker, Start
+
+    Until = Callable[[Callable[[], bool]], None]
+
+pytestmark = [pytest.mark.process, pytest.mark.slow]
+
+EPOCH = 7
+
+PLAIN = """
+import os, sys, time
+from pathlib import Path
+
+@tool(name="try.add")
+def add(left: int, right: int = 1) -> int:
+    "Add."
+    return left + right
+
+@tool(name="try.spin")
+def spin(mark: str) -> None:
+    Path(mark).touch()
+    while True:
+        time.sleep(0.01)
+
+@tool(name="try.leave")
+def leave() -> None:
+    sys.exit(4)
+
+@tool(name="try.who")
+def who(context: ToolContext) -> dict[str, object]:
+    remaining = context.remaining_s()
+    return {"call_id": context.call_id, "who": context.caller.principal, "left": remaining,
+            "scratch": str(context.scratch), "options": context.options}
+
+@tool(name="try.large")
+def large(size: int) -> bytes:
+    return bytes(size)
+
+@tool(name="try.size")
+def size(data: bytes) -> int:
+    return len(data)
+
+@tool(name="try.stream")
+def stream(count: int, size: int = 1):
+    for number in range(count):
+        yield bytes(size) if size > 1 else number
+"""
+
+ASYNC = """
+import asyncio
+
+order = []
+
+@tool(name="try.meet")
+async def meet(parties: int) -> int:
+    "Return once this many calls run at the same time."
+    order.append(1)
+    while len(order) < parties:
+        await asyncio.sleep(0.001)
+    return len(order)
+
+@tool(name="try.wait")
+async def wait() -> None:
+    await asyncio.sleep(1000)
+
+@tool(name="try.stream")
+async def stream(count: int):
+    for number in range(count):
+        yield number
+
+@tool(name="try.plain_stream")
+def plain_stream(count: int):
+    yield from range(count)
+
+@tool(name="try.add")
+def add(left: int, right: int) -> int:
+    return left + right
+"""
+
+
+def value(outcome: messages.Outcome) -> Any:
+    assert outcome.code == "OK", outcome.fault
+    assert outcome.body is not None
+    return payload.unpack(outcome.body)
+
+
+def test_registers_all_tools_and_answers(broker: ScriptedBroker, start: Start) -> None:
+    worker = start(PLAIN)
+    register = broker.welcome()
+    assert [tool.name for tool in register.tools][:2] == ["try.add", "try.spin"]
+    outcome = broker.call("try.add", {"left": 2, "right": 3})
+    assert value(outcome) == 5
+    assert outcome.usage is not None
+    assert abs(outcome.usage.finished_wall_ms / 1000 - time.time()) < 60
+    assert outcome.usage.max_rss_kib > 1000
+    assert worker.marks.started_seq == 1
+
+
+def test_answers_a_batch_in_few_messages_numbered_on(broker: ScriptedBroker, start: Start) -> None:
+    start(PLAIN)
+    broker.welcome()
+    broker.give(*(broker.dispatch("try.add", {"left": number}) for number in range(200)))
+    firsts: list[tuple[int, int]] = []
+    results: list[int] = []
+    while len(results) < 200:
+        message = broker.hear(messages.Outcomes)
+        firsts.append((message.first, len(results)))
+        results += [value(outcome) for outcome in message.outcomes]
+    assert results == list(range(1, 201))
+    assert all(first == before + 1 for first, before in firsts)
+    assert len(firsts) < 100
+
+
+def test_wrong_arguments_never_reach_the_tool(broker: ScriptedBroker, start: Start) -> None:
+    start(PLAIN)
+    broker.welcome()
+    outcome = broker.call("try.add", {"left": "2", "rihgt": 1})
+    assert outcome.code == "INVALID_ARGUMENT"
+    assert outcome.fault is not None
+    details = payload.unpack(outcome.fault.details)
+    assert [fault["path"] for fault in details["faults"]] == ["/left", "/rihgt"]
+    assert "did you mean 'right'" in outcome.fault.message
+
+
+def test_exit_of_a_tool_is_its_failure_not_the_workers(broker: ScriptedBroker, start: Start) -> None:
+    start(PLAIN)
+    broker.welcome()
+    outcome = broker.call("try.leave")
+    assert outcome.code == "TOOL_FAILED"
+    assert outcome.fault is not None
+    assert outcome.fault.message == "SystemExit: 4"
+    assert value(broker.call("try.add", {"left": 1})) == 2
+
+
+def test_context_tells_of_call_caller_and_pool(broker: ScriptedBroker, start: Start, tmp_path: Any) -> None:
+    start(PLAIN, options={"folder": "data"})
+    broker.welcome()
+    told = value(broker.call("try.who", timeout_ms=5000))
+    assert told["who"] == "ada"
+    assert told["options"] == {"folder": "data"}
+    assert told["scratch"] == str(tmp_path)
+    assert told["call_id"] == f"{1:032x}"
+    assert 0 < told["left"] <= 5
+
+
+def test_large_payloads_take_the_second_frame_both_ways(broker: ScriptedBroker, start: Start) -> None:
+    start(PLAIN)
+    broker.welcome()
+    assert value(broker.call("try.size", {"data": bytes(1_000_000)})) == 1_000_000
+    outcome = broker.call("try.large", {"size": 1_000_000})
+    assert outcome.code == "OK"
+    assert outcome.body is None
+    assert payload.unpack(broker.bodies[0]) == bytes(1_000_000)
+    outcome = broker.call("try.large", {"size": 2_000_000})
+    assert outcome.code == "PAYLOAD_TOO_LARGE"
+    assert outcome.fault is not None
+    assert payload.unpack(outcome.fault.details)["limit_bytes"] < 2_000_000
+
+
+def test_signal_stops_the_call_that_it_is_meant_for(
+    broker: ScriptedBroker, start: Start, until: Until, tmp_path: Any
+) -> None:
+    worker = start(PLAIN)
+    broker.welcome()
+    spin = broker.dispatch("try.spin", {"mark": str(tmp_path / "spins")})
+    add = broker.dispatch("try.add", {"left": 1})
+    broker.give(spin, add)
+    until((tmp_path / "spins").exists)
+    assert worker.marks.started_seq == spin.seq
+    worker.marks.interrupt_seq = add.seq
+    os.kill(worker.pid, signal.SIGUSR1)
+    worker.marks.interrupt_seq = spin.seq
+    os.kill(worker.pid, signal.SIGUSR1)
+    stopped, added = broker.outcomes(2)
+    assert stopped.code == "CANCELLED"
+    assert value(added) == 2
+
+
+def test_stream_waits_for_credit(broker: ScriptedBroker, start: Start) -> None:
+    start(PLAIN)
+    broker.welcome(stream_window=4)
+    call = broker.dispatch("try.stream", {"count": 6})
+    broker.give(call)
+    parts = [broker.hear(messages.Partial).parts[0] for _ in range(4)]
+    assert [part.index for part in parts] == [0, 1, 2, 3]
+    # a heartbeat is answered while it waits, and no part comes before its answer
+    broker.say(messages.Heartbeat(EPOCH))
+    broker.hear(messages.Heartbeat)
+    broker.say(messages.Credit(EPOCH, (messages.StreamCredit(call.call_id, 6),)))
+    parts += [broker.hear(messages.Partial).parts[0] for _ in range(2)]
+    assert [payload.unpack(part.body or b"") for part in parts] == list(range(6))
+    assert value(broker.outcomes(1)[0]) is None
+
+
+def test_cancel_ends_a_stream_without_credit(broker: ScriptedBroker, start: Start) -> None:
+    start(PLAIN)
+    broker.welcome(stream_window=1)
+    call = broker.dispatch("try.stream", {"count": 6, "size": 100_000})
+    broker.give(call)
+    broker.hear(messages.Partial)
+    assert len(payload.unpack(broker.bodies[0])) == 100_000
+    broker.say(messages.Cancel(EPOCH, (call.call_id,)))
+    (outcome,) = broker.outcomes(1)
+    assert outcome.code == "CANCELLED"
+
+
+def test_drain_finishes_what_it_holds_and_leaves(broker: ScriptedBroker, start: Start) -> None:
+    worker = start(PLAIN)
+    broker.welcome()
+    broker.give(*(broker.dispatch("try.add", {"left": number}) for number in range(5)))
+    broker.say(messages.Drain(EPOCH))
+    assert [value(outcome) for outcome in broker.outcomes(5)] == [1, 2, 3, 4, 5]
+    broker.hear(messages.Goodbye)
+    assert worker.ended() == 0
+
+
+def test_sigterm_stops_the_running_call_and_the_worker(
+    broker: ScriptedBroker, start: Start, until: Until, tmp_path: Any
+) -> None:
+    worker = start(PLAIN)
+    broker.welcome()
+    broker.give(broker.dispatch("try.spin", {"mark": str(tmp_path / "spins")}))
+    until((tmp_path / "spins").exists)
+    os.kill(worker.pid, signal.SIGTERM)
+    assert broker.outcomes(1)[0].code == "CANCELLED"
+    broker.hear(messages.Goodbye)
+    assert worker.ended() == 0
+
+
+@pytest.mark.parametrize("source", [PLAIN, ASYNC], ids=["plain", "async"])
+def test_sigterm_ends_an_idle_worker(source: str, broker: ScriptedBroker, start: Start) -> None:
+    worker = start(source)
+    broker.welcome()
+    os.kill(worker.pid, signal.SIGTERM)
+    broker.hear(messages.Goodbye)
+    assert worker.ended() == 0
+
+
+@pytest.mark.parametrize("source", [PLAIN, ASYNC], ids=["plain", "async"])
+def test_end_of_the_life_pipe_ends_the_worker(source: str, broker: ScriptedBroker, start: Start) -> None:
+    worker = start(source)
+    broker.welcome()
+    os.close(worker.life)
+    worker.life = -1
+    assert worker.ended() == 0
+
+
+@pytest.mark.parametrize("source", [PLAIN, ASYNC], ids=["plain", "async"])
+def test_broker_that_goes_silent_is_registered_with_again(
+    source: str, broker: ScriptedBroker, start: Start
+) -> None:
+    worker = start(source)
+    broker.welcome()
+    assert value(broker.call("try.add", {"left": 1, "right": 1})) == 2
+    old = broker.peer
+    broker.welcome(epoch=EPOCH + 1)
+    assert broker.peer != old
+    assert worker.marks.started_seq == 0
+    broker.give(broker.dispatch("try.add", {"left": 2, "right": 2}), epoch=EPOCH + 1)
+    assert value(broker.outcomes(1)[0]) == 4
+
+
+@pytest.mark.parametrize("source", [PLAIN, ASYNC], ids=["plain", "async"])
+def test_lost_connection_is_opened_again_at_once(source: str, broker: ScriptedBroker, start: Start) -> None:
+    start(source)
+    broker.welcome()
+    began = time.monotonic()
+    broker.restart()
+    broker.welcome(epoch=EPOCH + 1)
+    assert time.monotonic() - began < 2.5
+
+
+def test_refused_tools_end_the_worker_with_the_reason(broker: ScriptedBroker, start: Start) -> None:
+    worker = start(PLAIN)
+    broker.hear(messages.Register)
+    broker.say(messages.Error(EPOCH, "INVALID_ARGUMENT", "try.add is taken", b"\x80", fatal=True))
+    assert worker.ended() == 3
+    assert worker.stderr() == (
+        "mcp-broker worker: pool test: the broker refused its tools: INVALID_ARGUMENT: try.add is taken\n"
+    )
+
+
+def test_module_that_cannot_be_imported_is_one_clear_line(start: Start) -> None:
+    worker = start("import no_such_library")
+    assert worker.ended() == 3
+    assert worker.stderr() == (
+        "mcp-broker worker: pool test: cannot import tried_tools: No module named 'no_such_library'\n"
+    )
+
+
+def test_async_tools_run_at_the_same_time(broker: ScriptedBroker, start: Start) -> None:
+    start(ASYNC, concurrency=3)
+    broker.welcome()
+    broker.give(*(broker.dispatch("try.meet", {"parties": 3}) for _ in range(3)))
+    assert [value(outcome) for outcome in broker.outcomes(3)] == [3, 3, 3]
+
+
+def test_signal_stops_one_async_call_of_several(broker: ScriptedBroker, start: Start, until: Until) -> None:
+    worker = start(ASYNC, concurrency=3)
+    broker.welcome()
+    first, second = broker.dispatch("try.wait"), broker.dispatch("try.wait")
+    broker.give(first, second)
+    until(lambda: worker.marks.started_seq == second.seq)
+    worker.marks.interrupt_seq = first.seq
+    os.kill(worker.pid, signal.SIGUSR1)
+    (outcome,) = broker.outcomes(1)
+    assert (outcome.call_id, outcome.code) == (first.call_id, "CANCELLED")
+    broker.say(messages.Cancel(EPOCH, (second.call_id,)))
+    (outcome,) = broker.outcomes(1)
+    assert (outcome.call_id, outcome.code) == (second.call_id, "CANCELLED")
+
+
+@pytest.mark.parametrize("tool", ["try.stream", "try.plain_stream"])
+def test_async_worker_streams_under_credit(tool: str, broker: ScriptedBroker, start: Start) -> None:
+    start(ASYNC)
+    broker.welcome(stream_window=2)
+    call = broker.dispatch(tool, {"count": 5})
+    broker.give(call)
+    parts = [broker.hear(messages.Partial).parts[0] for _ in range(2)]
+    broker.say(messages.Heartbeat(EPOCH))
+    broker.hear(messages.Heartbeat)
+    broker.say(messages.Credit(EPOCH, (messages.StreamCredit(call.call_id, 5),)))
+    parts += [broker.hear(messages.Partial).parts[0] for _ in range(3)]
+    assert [part.index for part in parts] == [0, 1, 2, 3, 4]
+    assert value(broker.outcomes(1)[0]) is None

@@ -1,0 +1,213 @@
+"""The worker's half of the protocol, without a socket."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mcp_broker import limits
+from mcp_broker.wire import codec, messages, payload
+from mcp_broker.worker.pace import Pace
+from mcp_broker.worker.session import SILENCE_BUSY_S, SILENCE_IDLE_S, Session, State, fault
+
+EPOCH = 9
+CALLER = codec.raw(messages.Caller("ada", 0, ()))
+
+
+def frames(message: messages.Message, *bodies: bytes) -> list[bytes]:
+    return [codec.encode(message), *bodies]
+
+
+def welcome(epoch: int = EPOCH) -> list[bytes]:
+    granted = messages.GrantedLimits(window=256, heartbeat_ms=250, stream_window=4)
+    return frames(messages.Welcome(epoch, (1, 0), b"s" * 16, resumed=False, name="w-1", granted=granted))
+
+
+def dispatch(number: int, *, epoch: int = EPOCH, arguments: bytes | None = b"\x80") -> list[bytes]:
+    call = messages.Dispatch(number, bytes([number]) * 16, "try.it", 1000, arguments, CALLER)
+    return frames(messages.Dispatches(epoch, 0, (call,)))
+
+
+def said(session: Session) -> list[Any]:
+    packed, session.outgoing[:] = list(session.outgoing), []
+    return [codec.from_worker.decode(one[0]) for one in packed]
+
+
+@pytest.fixture
+def session() -> Session:
+    """Return a session that serves, at time 0."""
+    made = Session((), 1, "test")
+    made.opened(0.0)
+    made.receive(welcome(), 0.0)
+    said(made)
+    return made
+
+
+def ok(pending: Any, body: bytes | None = b"\xc0") -> messages.Outcome:
+    return messages.Outcome(pending.dispatch.call_id, "OK", body, messages.Usage(1, 2, 3, 4))
+
+
+def test_registers_first_and_is_ready_after_welcome() -> None:
+    session = Session((), 1, "test")
+    session.opened(0.0)
+    assert [type(message) for message in said(session)] == [messages.Register]
+    session.receive(dispatch(1), 0.0)
+    assert not session.inbox
+    session.receive(welcome(), 0.0)
+    assert said(session) == [messages.Ready(EPOCH, limits.WORKER_DEPTH_START)]
+    assert session.state is State.SERVING
+
+
+def test_refusal_is_kept_for_the_operator() -> None:
+    session = Session((), 1, "test")
+    session.opened(0.0)
+    session.receive(
+        frames(messages.Error(EPOCH, "INVALID_ARGUMENT", "try.it is taken", b"\x80", fatal=True)), 0.0
+    )
+    assert (session.state, session.refusal) == (State.REFUSED, "INVALID_ARGUMENT: try.it is taken")
+
+
+def test_fatal_error_later_begins_another_session(session: Session) -> None:
+    session.receive(
+        frames(messages.Error(EPOCH, "UNAUTHENTICATED", "REGISTER first", b"\x80", fatal=True)), 1.0
+    )
+    assert session.state is State.CLOSED
+
+
+def test_messages_of_another_epoch_and_noise_are_dropped(session: Session) -> None:
+    session.receive(dispatch(1, epoch=EPOCH + 1), 0.0)
+    session.receive([b"noise"], 0.0)
+    session.receive(frames(messages.Register(0, "MCPB", (1,), ())), 0.0)
+    assert not session.inbox
+    assert session.state is State.SERVING
+
+
+def test_cancelled_call_that_waits_is_answered_without_running(session: Session) -> None:
+    for number in (1, 2, 3):
+        session.receive(dispatch(number), 0.0)
+    running = session.start()
+    session.receive(frames(messages.Cancel(EPOCH, (b"\1" * 16, b"\2" * 16, b"\7" * 16))), 0.0)
+    session.flush()
+    (outcomes,) = said(session)
+    assert [(outcome.call_id, outcome.code) for outcome in outcomes.outcomes] == [(b"\2" * 16, "CANCELLED")]
+    assert session.cancelled == {running.dispatch.call_id}
+    assert [pending.dispatch.seq for pending in session.inbox] == [3]
+
+
+def test_outcomes_are_batched_and_numbered_on(session: Session) -> None:
+    for number in (1, 2, 3):
+        session.receive(dispatch(number), 0.0)
+    for _ in range(2):
+        pending = session.start()
+        session.finish(pending, ok(pending))
+    session.flush()
+    pending = session.start()
+    session.finish(pending, ok(pending))
+    session.flush()
+    session.flush()
+    assert [(message.first, len(message.outcomes)) for message in said(session)] == [(1, 2), (3, 1)]
+
+
+def test_large_result_goes_alone_with_its_frame(session: Session) -> None:
+    for number in (1, 2):
+        session.receive(dispatch(number), 0.0)
+    first, second = session.start(), session.start()
+    session.finish(first, ok(first))
+    session.finish(second, ok(second, None), b"x" * 100_000)
+    assert [len(one) for one in session.outgoing] == [1, 2]
+    assert [len(message.outcomes) for message in said(session)] == [1, 1]
+
+
+def test_batch_never_exceeds_its_bounds(session: Session) -> None:
+    for number in range(1, 4):
+        session.receive(dispatch(number), 0.0)
+        pending = session.start()
+        session.finish(pending, ok(pending, payload.pack(b"x" * 60_000)))
+    session.flush()
+    assert [len(message.outcomes) for message in said(session)] == [2, 1]
+
+
+def test_large_arguments_come_in_the_second_frame(session: Session) -> None:
+    head = dispatch(1, arguments=None)
+    session.receive([*head, b"\x81\xa1x\x01"], 0.0)
+    assert session.start().arguments == b"\x81\xa1x\x01"
+
+
+def test_deadline_counts_from_arrival(session: Session) -> None:
+    session.receive(dispatch(1), 50.0)
+    assert session.start().deadline == 51.0
+
+
+def test_new_session_knows_nothing_of_the_old_ones_calls(session: Session) -> None:
+    for number in (1, 2):
+        session.receive(dispatch(number), 0.0)
+    old = session.start()
+    session.opened(1.0)
+    session.receive(welcome(EPOCH + 1), 1.0)
+    said(session)
+    session.finish(old, ok(old))
+    assert not session.part(old, 0, b"\xc0")
+    session.flush()
+    assert said(session) == []
+    assert not session.inbox
+    session.receive(dispatch(1, epoch=EPOCH + 1), 1.0)
+    new = session.start()
+    session.finish(new, ok(new))
+    session.flush()
+    assert said(session)[0].first == 1
+
+
+def test_stream_may_send_up_to_its_window_or_credit(session: Session) -> None:
+    session.receive(dispatch(1), 0.0)
+    # credit may overtake the start of its call
+    session.receive(frames(messages.Credit(EPOCH, (messages.StreamCredit(b"\1" * 16, 6),))), 0.0)
+    pending = session.start()
+    assert [session.may_send(pending, index) for index in (3, 4, 5, 6)] == [True, True, True, False]
+    session.receive(frames(messages.Credit(EPOCH, (messages.StreamCredit(b"\1" * 16, 2),))), 0.0)
+    assert session.may_send(pending, 5)
+    session.finish(pending, ok(pending))
+    assert not session.credits
+
+
+def test_heartbeat_is_answered_and_silence_ends_the_connection(session: Session) -> None:
+    session.receive(frames(messages.Heartbeat(EPOCH)), 5.0)
+    assert said(session) == [messages.Heartbeat(EPOCH)]
+    assert session.silent_at() == 5.0 + SILENCE_IDLE_S
+    session.receive(dispatch(1), 6.0)
+    assert session.silent_at() == 6.0 + SILENCE_BUSY_S
+
+
+def test_fault_is_cut_to_what_a_message_may_hold() -> None:
+    outcome = fault(b"x" * 16, "TOOL_FAILED", "m" * 10_000, {"huge": "x" * 100_000})
+    packed = codec.encode(messages.Outcomes(1, 1, (outcome,)))
+    message = codec.from_worker.decode(packed)
+    assert isinstance(message, messages.Outcomes)
+    (read,) = message.outcomes
+    assert read.fault is not None
+    assert payload.unpack(read.fault.details) == {"truncated": True}
+    assert len(read.fault.message) == limits.TEXT_CHARS_MAX
+
+
+@pytest.mark.parametrize(
+    ("concurrency", "service_s", "depth"),
+    [(1, 0.00001, 200), (1, 0.000001, 256), (1, 0.0015, 2), (1, 0.1, 1), (4, 0.1, 4), (8, 0.0015, 9)],
+)
+def test_depth_hides_the_round_trip_and_no_more(concurrency: int, service_s: float, depth: int) -> None:
+    pace = Pace(concurrency)
+    assert pace.announce() == 16
+    pace.served(service_s)
+    assert abs(pace.depth() - depth) <= 1
+
+
+def test_depth_is_announced_again_when_it_doubles_or_halves(session: Session) -> None:
+    for _ in range(100):
+        session.pace.served(0.00012)
+    session.flush()
+    assert said(session) == []
+    for _ in range(100):
+        session.pace.served(0.00001)
+    session.flush()
+    assert [type(message) for message in said(session)] == [messages.Ready]
+    session.flush()
+    assert said(session) == []
