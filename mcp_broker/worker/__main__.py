@@ -25,7 +25,7 @@ def _leave(code: int) -> NoReturn:
     The teardown destroys modules in no useful order: it costs time at every restart, and binding libraries
     report their own objects as leaks on the way.
     """
-    atexit._run_exitfuncs()
+    atexit._run_exitfuncs()  # noqa: SLF001 (the only way to have them run before os._exit)
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
