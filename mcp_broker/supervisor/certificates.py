@@ -1,0 +1,110 @@
+"""Death certificates: the truth about why a worker ended, and "unknown" rather than a guess."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from mcp_broker.wire.node import Certificate
+
+if TYPE_CHECKING:
+    from mcp_broker.supervisor.process import Exit, Process
+
+#: a worker's exit code for "the module of the tools cannot be imported": another start would end the same way
+IMPORT_FAILED: Final = 3
+
+_MISSING_MODULE: Final = re.compile(r"No module named '([\w.]+)'")
+#: how a worker begins its last words; the pool is named by whoever quotes them
+_WORKER_SAYS: Final = "mcp-broker worker: "
+_POOL_SAYS: Final = re.compile(r"^pool \S+: ")
+_SHIPPED: Final = "mcp_broker_workers."
+_WHY: Final = {"deadline": "its call was past its deadline", "cancel": "its call was cancelled"}
+
+
+@dataclass(frozen=True, slots=True)
+class Interrupted:
+    """The broker's last word about a call of this worker. ``stage`` is "raise", "term" or "kill"."""
+
+    seq: int
+    stage: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Circumstances:
+    """What the supervisor knew when a worker died.
+
+    Args:
+        started_seq: the last call that it had started; 0: none.
+        was_ready: it had registered.
+        is_operators: it was told to stop.
+        fault: why we stopped it although it was wanted, or "".
+    """
+
+    started_seq: int
+    was_ready: bool
+    is_operators: bool
+    fault: str
+    interrupted: Interrupted | None
+
+
+def certify(process: Process, pool: str, module: str, end: Exit, known: Circumstances) -> Certificate:
+    """Write the certificate of a worker that was just reaped."""
+    stderr = process.stderr_tail
+    kind, cause = _cause(end, known, stderr, module)
+    return Certificate(
+        worker_id=process.name,
+        pool=pool,
+        pid=process.pid,
+        cause=cause,
+        kind=kind,
+        exit_code=end.code,
+        signal=end.signal_name if end.signal is not None else None,
+        started_seq=known.started_seq,
+        uptime_s=round(time.monotonic() - process.started_at, 3),
+        cpu_s=round(end.cpu_s, 3),
+        max_rss_kib=end.max_rss_kib,
+        calls_started=known.started_seq,
+        stderr=stderr,
+        wall_at=time.time(),
+    )
+
+
+def _cause(end: Exit, known: Circumstances, stderr: str, module: str) -> tuple[str, str]:
+    how = _how(end)
+    if known.is_operators:
+        return "operator", f"stopped by the operator ({how})"
+    if known.fault:
+        return "boot_failure", f"{known.fault} ({how})"
+    stopped = known.interrupted
+    if stopped is not None and (stopped.stage != "raise" or end.signal == signal.SIGUSR1):
+        return stopped.why, f"stopped because {_WHY.get(stopped.why, stopped.why)} ({how})"
+    if not known.was_ready:
+        return "boot_failure", f"could not start: {boot_reason(stderr, module) or how}"
+    if end.signal == signal.SIGKILL:
+        return "signal", f"{how}, which mcp-broker did not send: an operator, or the kernel out of memory"
+    if end.signal is not None:
+        return "signal", how
+    return "exit", how
+
+
+def _how(end: Exit) -> str:
+    if end.signal is not None:
+        return f"killed by {end.signal_name}"
+    return f"exited with code {end.code}"
+
+
+def boot_reason(stderr: str, module: str) -> str:
+    """Return the sentence that says why a process could not start: its last line, or what to install."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    if not lines:
+        return ""
+    last = lines[-1].removeprefix(_WORKER_SAYS)
+    last = _POOL_SAYS.sub("", last)[:500]
+    missing = _MISSING_MODULE.search(last)
+    if missing is not None and module.startswith(_SHIPPED) and not missing[1].startswith("mcp_broker"):
+        return f"needs the package {missing[1]!r}: pip install 'mcp-broker[tools]'"
+    return last

@@ -1,0 +1,63 @@
+"""Where processes are placed. Local spawning is one way; the seam keeps engines and isolation out of the loop.
+
+A launcher only starts processes. Whether and when one starts again is for :mod:`mcp_broker.core.children`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from mcp_broker.config import PoolTable
+    from mcp_broker.supervisor.poller import Poller
+    from mcp_broker.supervisor.process import Exit, Process
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerOrder:
+    """One worker to start.
+
+    Args:
+        boot: the packed WorkerBoot record; it holds the secret key, so it goes by descriptor only.
+        pass_fds: further descriptors that the worker inherits under the numbers that the record names.
+        life_fd: the read end of a pipe whose end of file means that the supervisor is gone.
+        scratch: its private folder, which exists: working directory, HOME and TMPDIR.
+    """
+
+    worker_id: str
+    instance: str
+    pool: PoolTable
+    boot: bytes
+    pass_fds: Sequence[int]
+    life_fd: int
+    scratch: Path
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerOrder:
+    """The broker to start.
+
+    Args:
+        link_fd: its end of the socketpair; the boot record comes through it.
+        pass_fds: the listening sockets.
+        scratch: its working directory.
+    """
+
+    name: str
+    instance: str
+    link_fd: int
+    pass_fds: Sequence[int]
+    scratch: Path
+
+
+class Launcher(Protocol):
+    """Starts processes and hands them over; raises SupervisionError when it cannot."""
+
+    def launch_worker(self, order: WorkerOrder, poller: Poller, on_exit: Callable[[Exit], None]) -> Process:
+        """Start a worker process."""
+
+    def launch_broker(self, order: BrokerOrder, poller: Poller, on_exit: Callable[[Exit], None]) -> Process:
+        """Start the broker process."""

@@ -1,0 +1,396 @@
+"""The supervisor: the smallest and longest-lived process. Spawns, watches, reaps; parses no network bytes.
+
+Rules:
+
+1. One thread. Whoever waits registers with the poller; nothing here blocks for longer than a look at /proc.
+2. What is decided about a process is decided by its Child machine; this module only carries events to it.
+3. A key is admitted before its process exists; a death is told before anything is done about it.
+4. The broker is told everything again when it is started anew; workers are left alone then, they reconnect.
+5. The end, in order: the broker drains, workers stop, the broker stops, strays are swept, files go.
+
+Deliberately absent: ZeroMQ (not even imported), threads, user code, network input.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import logging
+import os
+import signal
+import time
+from typing import TYPE_CHECKING, Final
+
+from mcp_broker.auth.credentials import Authority
+from mcp_broker.core import children
+from mcp_broker.core.restart import Policy
+from mcp_broker.errors import SupervisionError
+from mcp_broker.supervisor import events, proctable, reclaim
+from mcp_broker.supervisor.broker import BrokerChild
+from mcp_broker.supervisor.launch.local import LocalLauncher
+from mcp_broker.supervisor.lock import Lock
+from mcp_broker.supervisor.poller import Poller
+from mcp_broker.supervisor.pool import Pool
+from mcp_broker.supervisor.ports import Ports
+from mcp_broker.supervisor.records import Counters, Deaths
+from mcp_broker.supervisor.signals import Signals
+from mcp_broker.wire import node
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from mcp_broker.config import Config
+    from mcp_broker.supervisor.launch import Launcher
+    from mcp_broker.supervisor.slot import Slot
+
+_log = logging.getLogger("mcp_broker.supervisor")
+
+_SAMPLE_S: Final = 1.0
+#: between two looks for strays that were killed but are not gone
+_SWEEP_S: Final = 0.01
+_SWEEPS_MAX: Final = 200
+#: a broker says DRAINED by the end of the time that it was given, or it never will
+_DRAIN_SLACK_S: Final = 0.5
+_STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+
+
+class Phase(enum.IntEnum):
+    """Where in its life a supervisor is."""
+
+    SERVING = 0
+    DRAINING = 1
+    STOPPING_WORKERS = 2
+    STOPPING_BROKER = 3
+    STOPPED = 4
+
+
+class Supervisor:
+    """Everything of one state directory, from the lock to the last reaped process.
+
+    Args:
+        config: what to serve.
+        state_dir: made if it is missing (0700).
+        on_event: told what happens, in the main thread; it must not block.
+        launcher: how processes are started.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        state_dir: Path,
+        *,
+        on_event: Callable[[events.Event], None] = lambda _event: None,
+        launcher: Launcher | None = None,
+    ) -> None:
+        self._config = config
+        self._state_dir = state_dir.absolute()
+        self._on_event = on_event
+        self.launcher: Launcher = launcher or LocalLauncher()
+        self.run_dir = self._state_dir / "run"
+        self._phase = Phase.SERVING
+        self._failure: str | None = None
+        self._is_dirty = False
+        self._is_table_complete = False
+        self._sweeps_left = 0
+        self._pool_states: dict[str, str] = {}
+        self._drain_deadline = 0.0
+
+    # -- life ----------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Serve until told to stop; return 0. Call it in the main thread.
+
+        Raises:
+            SupervisionError: the state directory is served already, or the broker cannot start.
+            ConfigError: an address cannot be bound, or a folder not made.
+            CredentialError: a key file may be read by others, or is broken.
+        """
+        self._state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = Lock(self._state_dir)
+        try:
+            self._serve()
+        finally:
+            lock.release()
+        if self._failure is not None:
+            raise SupervisionError(f"the broker could not start: {self._failure}")
+        return 0
+
+    def _serve(self) -> None:
+        logging.getLogger("mcp_broker").setLevel(self._config.observe.log_level.upper())
+        self._authority = Authority.open(self._state_dir)
+        self._counters = Counters(self._state_dir)
+        self._deaths = Deaths(self._state_dir)
+        self.instance = self._counters.instance
+        self.run_dir.mkdir(mode=0o700, exist_ok=True)
+        left_over = reclaim.remove_leftovers(self.run_dir, self.instance)
+        if left_over:
+            _log.warning("killed %d processes that an earlier supervisor left over", left_over)
+        with contextlib.closing(Ports(self._config.broker, self._state_dir)) as self._ports:
+            self._serve_on(self._ports)
+
+    def _serve_on(self, ports: Ports) -> None:
+        self._bystanders = proctable.children(os.getpid())
+        reclaim.become_subreaper()
+        self._authority.ensure_default([ports.client_endpoint])
+        self.worker_endpoint = ports.worker_endpoint
+        self.worker_server_public = self._authority.workers.public
+        self.poller = Poller()
+        self._started_wall = time.time()
+        wanted = self._config.limits
+        policy = Policy(intensity=wanted.restarts, period_s=wanted.restart_period_s)
+        self._pools = {
+            name: Pool(self, name, table, policy, wanted.start_s)
+            for name, table in self._config.pools.items()
+        }
+        self._broker = BrokerChild(self)
+        signals = Signals(_STOP_SIGNALS, self.poller, lambda _number: self._stop())
+        try:
+            self._loop()
+        finally:
+            # also when a bug of ours ends the loop: nothing may stay behind
+            self._end(signals)
+
+    def _loop(self) -> None:
+        self._broker.tell(children.Wanted())
+        for pool in self._pools.values():
+            pool.start()
+        # the broker's first table must be complete: until it comes, an unknown key is told to try again
+        self._is_table_complete = True
+        self._broker.send(self._admissions())
+        self._sample_at = time.monotonic() + _SAMPLE_S
+        self._tidy()
+        while self._phase is not Phase.STOPPED:
+            self.poller.turn(max(0.0, self._deadline() - time.monotonic()))
+            self._expire(time.monotonic())
+            self._tidy()
+
+    def _deadline(self) -> float:
+        deadlines = [self._sample_at]
+        if self._phase is Phase.DRAINING:
+            deadlines.append(self._drain_deadline)
+        if self._sweeps_left:
+            deadlines.append(time.monotonic() + _SWEEP_S)
+        broker = self._broker.child.deadline()
+        if broker is not None:
+            deadlines.append(broker)
+        for pool in self._pools.values():
+            deadlines.extend(pool.deadlines())
+        return min(deadlines)
+
+    def _expire(self, now: float) -> None:
+        self._broker.expire(now)
+        for pool in self._pools.values():
+            for slot in pool.slots:
+                slot.expire(now)
+        if self._phase is Phase.DRAINING and now >= self._drain_deadline:
+            self._stop_workers()
+        if now >= self._sample_at:
+            self._sample_at = now + _SAMPLE_S
+            for slot in self._slots():
+                if slot.life is not None:
+                    slot.life.sample()
+            self._is_dirty = True
+            # adopted orphans that ended by themselves are zombies until somebody looks
+            self._sweeps_left = max(self._sweeps_left, 1)
+
+    def _tidy(self) -> None:
+        """Do at the end of a turn what many events of it may have asked for."""
+        if self._sweeps_left:
+            left = reclaim.sweep(self._alive(), self._bystanders)
+            self._sweeps_left = self._sweeps_left - 1 if left else 0
+        self._announce_pools()
+        if self._is_dirty:
+            self._is_dirty = False
+            self._broker.send(self._report())
+        if self._phase is Phase.STOPPING_WORKERS and all(pool.is_stopped for pool in self._pools.values()):
+            self._phase = Phase.STOPPING_BROKER
+            self._broker.tell(children.Unwanted())
+        if self._phase is Phase.STOPPING_BROKER and not self._broker.child.is_alive:
+            self._phase = Phase.STOPPED
+
+    def _end(self, signals: Signals) -> None:
+        # after an orderly stop there is nothing left to do here
+        self._phase = Phase.STOPPED
+        self._broker.tell(children.Unwanted())
+        for pool in self._pools.values():
+            pool.stop()
+        self._kill_all()
+        for _ in range(_SWEEPS_MAX):
+            self.poller.turn(0.0)
+            if not reclaim.sweep({}, self._bystanders):
+                break
+            time.sleep(_SWEEP_S)
+        reclaim.remove_leftovers(self.run_dir, self.instance)
+        self._counters.close()
+        signals.close()
+        self.poller.close()
+        if self._failure is None:
+            self._on_event(events.Stopped())
+
+    # -- the end -----------------------------------------------------------------------------------------
+
+    def _stop(self) -> None:
+        """Drain first; told again, end at once."""
+        if self._phase is not Phase.SERVING:
+            self._stop_workers()
+            self._kill_all()
+            return
+        drain_s = self._config.limits.drain_s
+        self._on_event(events.Draining(drain_s))
+        if self._broker.child.state is not children.State.RUNNING:
+            self._stop_workers()
+            return
+        self._phase = Phase.DRAINING
+        self._drain_deadline = time.monotonic() + drain_s + _DRAIN_SLACK_S
+        self._broker.send(node.Shutdown(drain_s))
+
+    def _stop_workers(self) -> None:
+        if self._phase < Phase.STOPPING_WORKERS:
+            self._phase = Phase.STOPPING_WORKERS
+            for pool in self._pools.values():
+                pool.stop()
+
+    def _kill_all(self) -> None:
+        for slot in self._slots():
+            slot.kill()
+        self._broker.kill()
+
+    @property
+    def is_leaving(self) -> bool:
+        """Told to stop: what ends by itself now stays away."""
+        return self._phase is not Phase.SERVING
+
+    # -- what slots need ------------------------------------------------------------------------------------
+
+    def next_worker_id(self, pool: str) -> str:
+        """Return an id that no worker had before."""
+        return f"{pool}-{self._counters.next_life()}"
+
+    def admitted(self, admitted: node.Admitted) -> None:
+        """Let the broker admit this key."""
+        if self._is_table_complete:
+            self._broker.send(node.Admit((admitted,)))
+
+    def died(self, certificate: node.Certificate, *, is_news: bool) -> None:
+        """Tell the broker first: a caller waits for it."""
+        self._broker.send(node.Died(certificate))
+        self._deaths.add(certificate)
+        if is_news:
+            _log.warning("worker %s (pid %d): %s", certificate.worker_id, certificate.pid, certificate.cause)
+            self._on_event(events.WorkerDied(certificate))
+
+    def strayed(self) -> None:
+        """Look for processes that lost their parent, at the end of this turn."""
+        self._sweeps_left = _SWEEPS_MAX
+
+    def changed(self) -> None:
+        """Report at the end of this turn."""
+        self._is_dirty = True
+
+    # -- what the broker's process needs ---------------------------------------------------------------------
+
+    def next_epoch(self) -> int:
+        """Return an epoch above all before."""
+        return self._counters.next_epoch()
+
+    def boot(self, epoch: int) -> node.Boot:
+        """Return all that a broker needs to serve."""
+        authority, ports = self._authority, self._ports
+        return node.Boot(
+            epoch=epoch,
+            client_fd=ports.client.fileno(),
+            worker_fd=ports.worker.fileno(),
+            client_endpoint=ports.client_endpoint,
+            worker_endpoint=ports.worker_endpoint,
+            client_secret=authority.server.secret,
+            worker_secret=authority.workers.secret,
+            issuer_keys={kid: key.public for kid, key in authority.verify_keys.items()},
+            issuer=authority.issuer,
+            audience=authority.audience,
+            limits={"drain_s": self._config.limits.drain_s},
+            supervisor_pid=os.getpid(),
+            started_wall=self._started_wall,
+        )
+
+    def briefing(self) -> list[node.FromSupervisor]:
+        """Return what follows BOOT. The first broker gets its table of keys when all are made."""
+        table = [self._admissions()] if self._is_table_complete else []
+        return [*table, node.Deaths(self._deaths.recent), self._report()]
+
+    def heard(self, message: node.ToSupervisor) -> None:
+        """Take a message of the broker."""
+        if isinstance(message, node.Serving):
+            self._on_event(self._serving())
+        elif isinstance(message, node.WorkerUp):
+            for pool in self._pools.values():
+                pool.worker_up(message.worker_id, message.tools)
+        elif isinstance(message, node.WorkerRefused):
+            for pool in self._pools.values():
+                pool.worker_refused(message.worker_id, message.reason)
+        elif isinstance(message, node.Interrupt):
+            for pool in self._pools.values():
+                slot = pool.find(message.worker_id)
+                if slot is not None:
+                    slot.interrupt(message)
+        elif self._phase is Phase.DRAINING:
+            self._stop_workers()
+
+    def broker_died(self, pid: int, reason: str) -> None:
+        """Take note; whoever is leaving wanted it."""
+        if self.is_leaving:
+            if self._phase is Phase.DRAINING:
+                self._stop_workers()
+            if self._broker.child.is_wanted:
+                self._broker.tell(children.Unwanted())
+            return
+        _log.warning("the broker (pid %d): %s", pid, reason)
+        self._on_event(events.BrokerDied(pid, reason))
+
+    def broker_failed(self, reason: str) -> None:
+        """Nothing can be served: end, and say why."""
+        self._failure = reason
+        self._stop_workers()
+
+    # -- what is told ---------------------------------------------------------------------------------------
+
+    def _serving(self) -> events.Serving:
+        return events.Serving(
+            client_endpoint=self._ports.client_endpoint,
+            worker_endpoint=self._ports.worker_endpoint,
+            pid=os.getpid(),
+            broker_pid=self._broker.pid,
+            epoch=self._broker.epoch,
+            pools=tuple(self._pools),
+            state_dir=self._state_dir,
+        )
+
+    def _announce_pools(self) -> None:
+        for pool in self._pools.values():
+            before, now = self._pool_states.get(pool.name), pool.state
+            if now == before:
+                continue
+            self._pool_states[pool.name] = now
+            if now == "ready":
+                self._on_event(events.PoolReady(pool.name, pool.ready, pool.tools))
+            elif any(slot.child.state is children.State.FATAL for slot in pool.slots):
+                self._on_event(events.PoolFailed(pool.name, pool.reason))
+
+    def _report(self) -> node.Report:
+        return node.Report(tuple(pool.report() for pool in self._pools.values()))
+
+    def _admissions(self) -> node.Admit:
+        return node.Admit(tuple(slot.life.admitted for slot in self._slots() if slot.life is not None))
+
+    def _slots(self) -> list[Slot]:
+        return [slot for pool in self._pools.values() for slot in pool.slots]
+
+    def _alive(self) -> dict[int, str]:
+        alive = {
+            slot.life.process.pid: slot.life.worker_id
+            for slot in self._slots()
+            if slot.life is not None and slot.life.process is not None
+        }
+        if self._broker.process is not None:
+            alive[self._broker.pid] = self._broker.process.name
+        return alive

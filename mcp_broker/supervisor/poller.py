@@ -1,0 +1,47 @@
+"""Waiting on many descriptors in one thread; who registered is called when his is ready."""
+
+from __future__ import annotations
+
+import select
+from collections.abc import Callable
+
+#: a hang-up or an error is news for the reader, who finds out what it is by reading
+READ = select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR
+WRITE = select.EPOLLOUT
+
+
+class Poller:
+    """An epoll with callbacks."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()  # close-on-exec by itself
+        self._callbacks: dict[int, Callable[[int], None]] = {}
+
+    def add(self, fd: int, callback: Callable[[int], None], events: int = READ) -> None:
+        """Call ``callback`` with the ready events whenever ``fd`` has some."""
+        self._epoll.register(fd, events)
+        self._callbacks[fd] = callback
+
+    def change(self, fd: int, events: int) -> None:
+        """Wait for other events on a registered descriptor."""
+        self._epoll.modify(fd, events)
+
+    def remove(self, fd: int) -> None:
+        """Forget a descriptor; its owner closes it afterwards, never before."""
+        if self._callbacks.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+
+    def turn(self, timeout_s: float | None) -> None:
+        """Wait for up to ``timeout_s`` (None: for ever) and call whoever has something."""
+        # rounded up by epoll itself; a negative timeout means for ever
+        ready = self._epoll.poll(-1.0 if timeout_s is None else max(0.0, timeout_s))
+        for fd, events in ready:
+            # an earlier callback of this turn may have removed it
+            callback = self._callbacks.get(fd)
+            if callback is not None:
+                callback(events)
+
+    def close(self) -> None:
+        """Let go of the epoll."""
+        self._callbacks.clear()
+        self._epoll.close()

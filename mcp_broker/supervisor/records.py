@@ -1,0 +1,137 @@
+"""What a state directory remembers from one supervisor to the next: epoch, lives, deaths."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+from collections import deque
+from pathlib import Path
+from typing import Any, Final
+
+from mcp_broker import limits
+from mcp_broker.wire import codec, node
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file so that a reader, or the next start after a crash, sees the old or the new one."""
+    part = path.with_name(path.name + ".part")
+    fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        os.write(fd, data)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    part.replace(path)
+
+
+class Counters:
+    """Numbers that only grow, for the life of the state directory.
+
+    Args:
+        state_dir: holds ``counters.json``. Numbers are reserved on disk before they are used.
+    """
+
+    #: a write for each life would cost an fsync per restart
+    _RESERVE: Final = 64
+
+    def __init__(self, state_dir: Path) -> None:
+        self._path = state_dir / "counters.json"
+        saved: dict[str, Any] = {}
+        with contextlib.suppress(OSError, ValueError):
+            loaded = json.loads(self._path.read_bytes())
+            saved = loaded if isinstance(loaded, dict) else {}
+        self._epoch = _count(saved.get("epoch"))
+        #: numbers given so far, and up to which they are reserved
+        self._life = self._reserved = _count(saved.get("life"))
+        #: marks the processes of this state directory, so that the next start knows them
+        instance = saved.get("instance")
+        self.instance = instance if isinstance(instance, str) and instance else secrets.token_hex(8)
+
+    def next_epoch(self) -> int:
+        """Return the epoch of a new broker, greater than every one before."""
+        self._epoch += 1
+        self._save()
+        return self._epoch
+
+    def next_life(self) -> int:
+        """Return the number of a new worker process."""
+        self._life += 1
+        if self._life > self._reserved:
+            self._reserved = self._life + self._RESERVE
+            self._save()
+        return self._life
+
+    def close(self) -> None:
+        """Give back the numbers that were reserved and not used."""
+        self._reserved = self._life
+        self._save()
+
+    def _save(self) -> None:
+        state = {"epoch": self._epoch, "life": self._reserved, "instance": self.instance}
+        write_atomically(self._path, json.dumps(state).encode())
+
+
+def _count(value: object) -> int:
+    return value if isinstance(value, int) and value >= 0 else 0
+
+
+class Deaths:
+    """Recent death certificates, newest first; a file of JSON lines, oldest first.
+
+    Args:
+        state_dir: holds ``deaths.jsonl``.
+    """
+
+    def __init__(self, state_dir: Path) -> None:
+        self._path = state_dir / "deaths.jsonl"
+        self._recent: deque[node.Certificate] = deque(maxlen=limits.DEATHS_MAX)
+        self._lines = 0
+        with contextlib.suppress(OSError):
+            data = self._path.read_bytes()
+            for line in data.splitlines():
+                self._lines += 1
+                certificate = _certificate(line)
+                if certificate is not None:
+                    self._recent.appendleft(certificate)
+            if data and not data.endswith(b"\n"):
+                # torn by a crash: the next line must not continue it
+                self._rewrite()
+
+    @property
+    def recent(self) -> tuple[node.Certificate, ...]:
+        """The certificates kept, newest first."""
+        return tuple(self._recent)
+
+    def add(self, certificate: node.Certificate) -> None:
+        """Keep one more; the file is written anew when it holds twice what is kept."""
+        self._recent.appendleft(certificate)
+        if self._lines >= 2 * limits.DEATHS_MAX:
+            self._rewrite()
+            return
+        # one write of one line: a crash in between costs this line only, and reading skips what is torn
+        fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            os.write(fd, _line(certificate))
+        finally:
+            os.close(fd)
+        self._lines += 1
+
+    def _rewrite(self) -> None:
+        write_atomically(self._path, b"".join(map(_line, reversed(self._recent))))
+        self._lines = len(self._recent)
+
+
+def _line(certificate: node.Certificate) -> bytes:
+    return json.dumps(codec.as_plain(certificate)).encode() + b"\n"
+
+
+def _certificate(line: bytes) -> node.Certificate | None:
+    """Read one line; None when it is torn, or of a version that we do not read."""
+    known = set(node.Certificate.__struct_fields__)
+    try:
+        fields = json.loads(line)
+        return node.Certificate(**{key: value for key, value in fields.items() if key in known})
+    except (ValueError, TypeError, AttributeError):
+        return None

@@ -1,0 +1,286 @@
+"""One worker slot: a Child machine, and the process that it has just now."""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from mcp_broker.auth.keys import CurvePair
+from mcp_broker.core import children
+from mcp_broker.errors import SupervisionError
+from mcp_broker.supervisor import proctable, reclaim
+from mcp_broker.supervisor.certificates import IMPORT_FAILED, Circumstances, Interrupted, certify
+from mcp_broker.supervisor.launch import WorkerOrder
+from mcp_broker.wire import codec, node
+from mcp_broker.wire.marks import MARKS_BYTES, Marks
+
+if TYPE_CHECKING:
+    from mcp_broker.config import PoolTable
+    from mcp_broker.core.restart import Restarts
+    from mcp_broker.supervisor.launch import Launcher
+    from mcp_broker.supervisor.poller import Poller
+    from mcp_broker.supervisor.process import Exit, Process
+
+_log = logging.getLogger("mcp_broker.supervisor")
+
+
+class Ground(Protocol):
+    """What a slot stands on: the supervisor, as far as a slot sees it."""
+
+    poller: Poller
+    launcher: Launcher
+    run_dir: Path
+    instance: str
+    worker_endpoint: str
+    worker_server_public: bytes
+
+    @property
+    def is_leaving(self) -> bool:
+        """Told to stop: a worker that ends by itself stays away."""
+
+    def next_worker_id(self, pool: str) -> str:
+        """Return an id that no worker had before."""
+
+    def admitted(self, admitted: node.Admitted) -> None:
+        """Let the broker admit this key, before its process exists."""
+
+    def died(self, certificate: node.Certificate, *, is_news: bool) -> None:
+        """Pass a death on."""
+
+    def strayed(self) -> None:
+        """Processes may have lost their parent."""
+
+    def changed(self) -> None:
+        """Something that a report shows is different now."""
+
+
+class Life:
+    """All that belongs to one worker process and goes with it.
+
+    Args:
+        worker_id: of this life; its folder and record have the same name.
+        run_dir: where they are.
+    """
+
+    def __init__(self, worker_id: str, pool: str, run_dir: Path) -> None:
+        self.worker_id = worker_id
+        self.pool = pool
+        self.keys = CurvePair.generate()
+        self.scratch = run_dir / worker_id
+        self.scratch.mkdir(mode=0o700)
+        self.marks_fd = os.memfd_create("mcpb-marks", os.MFD_CLOEXEC)
+        os.ftruncate(self.marks_fd, MARKS_BYTES)
+        self._page = mmap.mmap(self.marks_fd, MARKS_BYTES)
+        self._view = memoryview(self._page)
+        self.marks = Marks(self._view)
+        #: the read end goes to the worker; while we live, nobody closes the write end
+        self.life_fd, self._our_end = os.pipe2(os.O_CLOEXEC)
+        self.process: Process | None = None
+        self.interrupted: Interrupted | None = None
+        self.rss_kib = 0
+        self.cpu_s = 0.0
+
+    def started(self, process: Process) -> None:
+        """Keep the process, and let go of what only it needs."""
+        self.process = process
+        os.close(self.life_fd)
+        os.close(self.marks_fd)
+
+    @property
+    def admitted(self) -> node.Admitted:
+        """What the broker lets in for this life."""
+        return node.Admitted(thumbprint=self.keys.thumbprint, worker_id=self.worker_id, pool=self.pool)
+
+    def sample(self) -> None:
+        """Read what the process costs now."""
+        entry = None if self.process is None else proctable.read(self.process.pid)
+        if entry is not None:
+            self.rss_kib, self.cpu_s = entry.rss_kib, entry.cpu_s
+
+    def end(self) -> None:
+        """Let go of everything."""
+        if self.process is None:
+            os.close(self.life_fd)
+            os.close(self.marks_fd)
+        os.close(self._our_end)
+        self.marks.release()
+        self._view.release()
+        self._page.close()
+        if not reclaim.remove_tree(self.scratch):
+            _log.warning("could not remove all of %s", self.scratch)
+
+
+class Slot:
+    """Keeps one worker of a pool as wanted.
+
+    Args:
+        pool: the pool's name.
+        restarts: the record of deaths that the pool's slots share.
+        start_s: from spawned to ready, at most.
+    """
+
+    def __init__(
+        self, ground: Ground, pool: str, table: PoolTable, restarts: Restarts, start_s: float
+    ) -> None:
+        self._ground = ground
+        self._pool = pool
+        self._table = table
+        self.child = children.Child(restarts, start_s=start_s)
+        self.life: Life | None = None
+        #: registered at least once in this life
+        self._was_ready = False
+
+    # -- what happens --------------------------------------------------------------------------------
+
+    def tell(self, event: children.Event) -> None:
+        """Feed the machine, and do what it says."""
+        if isinstance(event, children.BecameReady):
+            self._was_ready = True
+        self._perform(self.child.handle(event, time.monotonic()))
+
+    def expire(self, now: float) -> None:
+        """Do what is due."""
+        self._perform(self.child.expire(now))
+
+    def interrupt(self, order: node.Interrupt) -> None:
+        """End one call of this worker, as far as that is still the call that runs."""
+        life = self.life
+        # before it is ready it has no handler, so the signal would kill what runs no call
+        if life is None or life.process is None or self.child.state is not children.State.RUNNING:
+            return
+        if order.stage == "raise":
+            life.marks.interrupt_seq = order.seq
+            life.interrupted = Interrupted(order.seq, order.stage, order.why)
+            life.process.signal(signal.SIGUSR1)
+            return
+        started = life.marks.started_seq
+        # not started: CANCEL reaches it in time; and one call at a time means that an earlier one has ended.
+        # Either way the process now runs somebody else's call, or none.
+        if order.seq > started or (self._table.concurrency == 1 and order.seq < started):
+            return
+        life.interrupted = Interrupted(order.seq, order.stage, order.why)
+        if order.stage == "term":
+            life.process.signal(signal.SIGTERM)
+        else:
+            life.process.kill()
+
+    def kill(self) -> None:
+        """SIGKILL whatever there is, now."""
+        if self.life is not None and self.life.process is not None:
+            self.life.process.kill()
+
+    # -- what the machine wants ------------------------------------------------------------------------
+
+    def _perform(self, effects: list[children.Effect]) -> None:
+        for effect in effects:
+            if isinstance(effect, children.Spawn):
+                self._spawn()
+            elif isinstance(effect, children.Signal):
+                if self.life is not None and self.life.process is not None:
+                    self.life.process.signal(signal.SIGTERM)
+            elif isinstance(effect, children.Kill):
+                self.kill()
+            else:
+                _log.debug("a worker of %s: %s %s", self._pool, effect.state.value, effect.reason)
+                self._ground.changed()
+
+    def _spawn(self) -> None:
+        ground = self._ground
+        worker_id = ground.next_worker_id(self._pool)
+        self._was_ready = False
+        life = self.life = Life(worker_id, self._pool, ground.run_dir)
+        ground.admitted(life.admitted)
+        boot = node.WorkerBoot(
+            worker_id=worker_id,
+            pool=self._pool,
+            endpoint=ground.worker_endpoint,
+            server_public=ground.worker_server_public,
+            public=life.keys.public,
+            secret=life.keys.secret,
+            module=self._table.module,
+            path=self._table.path,
+            concurrency=self._table.concurrency,
+            options=self._table.options,
+            marks_fd=life.marks_fd,
+            scratch=str(life.scratch),
+        )
+        order = WorkerOrder(
+            worker_id=worker_id,
+            instance=ground.instance,
+            pool=self._table,
+            boot=codec.encode(boot),
+            pass_fds=(life.marks_fd,),
+            life_fd=life.life_fd,
+            scratch=life.scratch,
+        )
+        try:
+            process = ground.launcher.launch_worker(order, ground.poller, self._exited)
+        except SupervisionError as error:
+            self._never_lived(life, error)
+            return
+        life.started(process)
+        reclaim.record(ground.run_dir, process)
+        self.tell(children.Spawned())
+
+    def _never_lived(self, life: Life, error: SupervisionError) -> None:
+        self.life = None
+        life.end()
+        reason = str(error)
+        self._ground.died(
+            node.Certificate(
+                worker_id=life.worker_id,
+                pool=self._pool,
+                pid=0,
+                cause=reason,
+                kind="boot_failure",
+                wall_at=time.time(),
+            ),
+            is_news=True,
+        )
+        self.tell(children.SpawnFailed(reason, jitter=random.random()))  # noqa: S311 (spreads restarts)
+
+    def _exited(self, end: Exit) -> None:
+        life, child = self.life, self.child
+        if life is None or life.process is None:
+            return
+        is_operators = child.state is children.State.STOPPING and not child.is_wanted
+        # a broker that drains dismisses its workers: they end by themselves, as they should
+        is_dismissed = self._ground.is_leaving and end.code == 0
+        known = Circumstances(
+            started_seq=life.marks.started_seq,
+            was_ready=self._was_ready,
+            is_operators=is_operators or is_dismissed,
+            fault=child.reason if child.state is children.State.STOPPING else "",
+            interrupted=self._meant_interrupt(life),
+        )
+        certificate = certify(life.process, self._pool, self._table.module, end, known)
+        # the caller of the call that died waits for this: the rest comes after it
+        self._ground.died(certificate, is_news=certificate.kind != "operator")
+        self.life = None
+        life.end()
+        reclaim.forget(self._ground.run_dir, life.worker_id)
+        self._ground.strayed()
+        if is_dismissed and not is_operators:
+            self.tell(children.Unwanted())
+        self.tell(
+            children.Died(
+                certificate.cause.removeprefix("could not start: "),
+                hopeless=not self._was_ready and end.code == IMPORT_FAILED,
+                # without a mark for finished calls, a worker that served is given the benefit of the doubt
+                charged=self._was_ready and known.started_seq > 0,
+                jitter=random.random(),  # noqa: S311 (spreads restarts)
+            )
+        )
+
+    def _meant_interrupt(self, life: Life) -> Interrupted | None:
+        """Return the last interrupt, unless the worker went on to another call after it."""
+        stopped = life.interrupted
+        if stopped is None or (self._table.concurrency == 1 and stopped.seq != life.marks.started_seq):
+            return None
+        return stopped

@@ -1,0 +1,99 @@
+"""A worker without ZeroMQ: does what ``options["do"]`` says."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import mmap
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from mcp_broker.wire import codec
+from mcp_broker.wire.marks import MARKS_BYTES, Marks
+
+#: leaves its parent, its session and its group, hears no signal, says who it is, and stays
+DAEMON = """
+import os, signal, sys, time
+for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+    signal.signal(number, signal.SIG_IGN)
+if os.fork(): os._exit(0)
+os.setsid()
+if os.fork(): os._exit(0)
+with open(sys.argv[1] + ".part", "w") as file: file.write(str(os.getpid()))
+os.rename(sys.argv[1] + ".part", sys.argv[1])
+time.sleep(600)
+"""
+
+
+def open_files() -> list[str]:
+    files = []
+    for path in Path("/proc/self/fd").iterdir():
+        try:
+            files.append(str(path.readlink()))
+        except OSError:  # the listing itself
+            continue
+    return files
+
+
+def watch(life_fd: int) -> None:
+    while os.read(life_fd, 1):
+        pass
+    os._exit(0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--boot-fd", type=int)
+    parser.add_argument("--life-fd", type=int)
+    given = parser.parse_args()
+    with open(given.boot_fd, "rb") as source:  # noqa: PTH123 (an inherited fd)
+        boot = codec.decode_worker_boot(source.read())
+    options: dict[str, Any] = boot.options
+    if not options.get("deaf"):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    threading.Thread(target=watch, args=(given.life_fd,), daemon=True).start()
+    if "boot_exit" in options:
+        print(options.get("says", "something is wrong"), file=sys.stderr, flush=True)  # noqa: T201
+        sys.exit(options["boot_exit"])
+    if options.get("do") == "hang":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.pause()
+    marks = Marks(memoryview(mmap.mmap(boot.marks_fd, MARKS_BYTES)))
+    marks.started_seq = options.get("started_seq", 0)
+    heard = Path(options["heard"]) if "heard" in options else None
+
+    def on_interrupt(_number: int, _frame: object) -> None:
+        if heard is not None:
+            heard.write_text(str(marks.interrupt_seq))
+
+    signal.signal(signal.SIGUSR1, on_interrupt)
+    if options.get("deaf"):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if "daemon" in options:
+        subprocess.run([sys.executable, "-c", DAEMON, options["daemon"]], check=True, env=os.environ)
+    if "environment" in options:
+        seen = {
+            "env": dict(os.environ),
+            "cwd": str(Path.cwd()),
+            "fds": open_files(),
+        }
+        umask = os.umask(0)
+        part = Path(options["environment"] + ".part")
+        part.write_text(json.dumps({**seen, "umask": umask, "sid": os.getsid(0), "pid": os.getpid()}))
+        part.rename(options["environment"])
+    host, port = boot.endpoint.removeprefix("tcp://").split(":")
+    connection = socket.create_connection((host, int(port)))
+    connection.sendall(f"{'refuse' if options.get('refuse') else 'up'} {boot.worker_id}\n".encode())
+    while True:
+        signal.pause()
+
+
+if __name__ == "__main__":
+    main()

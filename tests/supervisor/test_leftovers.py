@@ -1,0 +1,145 @@
+"""What may be left of a process: nothing, however it or its supervisor ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mcp_broker.supervisor import proctable
+from tests.supervisor.conftest import Start, is_running, of_instance, wait_for
+
+pytestmark = [pytest.mark.process, pytest.mark.slow]
+
+
+def daemon_of(path: Path) -> int:
+    return int(wait_for(lambda: path.exists() and path.read_text(), "the daemon's pid"))
+
+
+def test_a_double_forked_daemon_goes_with_its_worker(start: Start, tmp_path: Path) -> None:
+    node = start({"daemon": str(tmp_path / "daemon"), "started_seq": 1})
+    node.event("PoolReady")
+    daemon = daemon_of(tmp_path / "daemon")
+    worker = node.worker()
+    assert is_running(daemon)
+    os.kill(worker["pid"], signal.SIGKILL)
+    node.event("WorkerDied")
+    wait_for(lambda: not is_running(daemon), "the end of the daemon", 2)
+
+
+def test_a_daemon_of_a_live_worker_is_left_alone(start: Start, tmp_path: Path) -> None:
+    node = start(pools={"quiet": {"daemon": str(tmp_path / "daemon")}, "loud": {"started_seq": 1}})
+    for _ in range(2):
+        node.event("PoolReady")
+    daemon = daemon_of(tmp_path / "daemon")
+    wait_for(lambda: proctable.read(daemon).ppid == node.pid, "the adoption")  # type: ignore[union-attr]
+    os.kill(node.worker("loud")["pid"], signal.SIGKILL)
+    node.event("PoolReady", pool="loud")
+    # the sweep of that death is over when the next death's is
+    os.kill(node.worker("loud")["pid"], signal.SIGKILL)
+    node.event("PoolReady", pool="loud")
+    assert is_running(daemon)
+    assert node.stop() == 0
+    assert not is_running(daemon)
+
+
+def test_nothing_lives_a_second_after_the_supervisor_was_killed(start: Start) -> None:
+    node = start(pools={"left": {}, "right": {}, "third": {}})
+    for _ in range(3):
+        node.event("PoolReady")
+    assert len(of_instance(node.state_dir)) == 4
+    node.popen.kill()
+    node.popen.wait()
+    wait_for(lambda: not of_instance(node.state_dir), "the end of all", 1.0)
+
+
+def test_the_pipe_alone_ends_a_worker_without_death_signal(start: Start) -> None:
+    node = start({"deaf": True})
+    node.event("PoolReady")
+    worker = node.worker()
+    node.popen.kill()
+    wait_for(lambda: not is_running(worker["pid"]), "the end of the worker", 1.0)
+
+
+def test_the_next_start_removes_what_a_killed_supervisor_left(start: Start, tmp_path: Path) -> None:
+    node = start({"daemon": str(tmp_path / "daemon")})
+    node.event("PoolReady")
+    daemon = daemon_of(tmp_path / "daemon")
+    left = node.worker()["id"]
+    node.popen.kill()
+    node.popen.wait()
+    assert is_running(daemon), "neither pipe nor death signal reaches it"
+    assert (node.state_dir / "run" / left).is_dir()
+    again = start()
+    again.event("PoolReady")
+    assert not is_running(daemon)
+    assert not (node.state_dir / "run" / left).exists()
+    assert not (node.state_dir / "run" / f"{left}.json").exists()
+
+
+def test_the_next_start_touches_no_process_that_only_has_a_recorded_pid(start: Start, tmp_path: Path) -> None:
+    run_dir = tmp_path / "state" / "run"
+    run_dir.mkdir(parents=True, mode=0o700)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as stranger:
+        entry = proctable.read(stranger.pid)
+        assert entry is not None
+        identity = {"pid": stranger.pid, "starttime": entry.starttime, "boot_id": proctable.boot_id()}
+        for name, wrong in (("old-1", {"starttime": entry.starttime - 1}), ("old-2", {"boot_id": "another"})):
+            (run_dir / f"{name}.json").write_text(json.dumps({**identity, **wrong}))
+        node = start()
+        node.event("PoolReady")
+        assert is_running(stranger.pid)
+        assert node.stop() == 0
+        assert is_running(stranger.pid)
+        stranger.kill()
+
+
+def test_the_next_start_kills_a_recorded_process_of_this_boot(start: Start, tmp_path: Path) -> None:
+    run_dir = tmp_path / "state" / "run"
+    run_dir.mkdir(parents=True, mode=0o700)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as left:
+        entry = proctable.read(left.pid)
+        assert entry is not None
+        identity = {"pid": left.pid, "starttime": entry.starttime, "boot_id": proctable.boot_id()}
+        (run_dir / "old-1.json").write_text(json.dumps(identity))
+        start().event("PoolReady")
+        assert left.wait(5) == -signal.SIGKILL
+
+
+def test_a_worker_sees_none_of_our_environment_files_or_terminal(start: Start, tmp_path: Path) -> None:
+    path = tmp_path / "seen"
+    node = start(
+        {"environment": str(path)}, env={"AWS_SECRET_ACCESS_KEY": "x"}, keys='env = { FRUIT = "fig" }'
+    )
+    node.event("PoolReady")
+    seen = json.loads(path.read_text())
+    scratch = node.state_dir / "run" / node.worker()["id"]
+    assert seen["cwd"] == seen["env"]["HOME"] == seen["env"]["TMPDIR"] == str(scratch)
+    assert scratch.stat().st_mode & 0o777 == 0o700
+    assert seen["env"]["FRUIT"] == "fig"
+    assert "AWS_SECRET_ACCESS_KEY" not in seen["env"]
+    assert seen["umask"] == 0o077
+    assert seen["sid"] == seen["pid"]
+    kinds = sorted(file.split(":")[0] for file in seen["fds"] if "marks" not in file)
+    assert kinds == ["/dev/null", "pipe", "pipe", "pipe"], "neither lock, link nor listening sockets"
+
+
+def test_no_secret_key_stands_in_arguments_or_environment(start: Start) -> None:
+    node = start()
+    node.event("PoolReady")
+    for pid in of_instance(node.state_dir):
+        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        assert all(len(argument) < 40 or b"/" in argument for argument in arguments)
+
+
+def test_a_child_that_ended_by_itself_is_reaped(start: Start, tmp_path: Path) -> None:
+    node = start({"daemon": str(tmp_path / "daemon")})
+    node.event("PoolReady")
+    daemon = daemon_of(tmp_path / "daemon")
+    os.kill(daemon, signal.SIGKILL)
+    wait_for(lambda: not Path(f"/proc/{daemon}").exists(), "the reaping", 5)

@@ -1,0 +1,311 @@
+"""The supervisor's parts, one at a time, without a supervisor."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mcp_broker import limits
+from mcp_broker.config import BrokerTable
+from mcp_broker.errors import ConfigError, SupervisionError
+from mcp_broker.supervisor import certificates, reclaim
+from mcp_broker.supervisor.certificates import Circumstances, Interrupted
+from mcp_broker.supervisor.link import Link
+from mcp_broker.supervisor.lock import Lock, holder
+from mcp_broker.supervisor.poller import Poller
+from mcp_broker.supervisor.ports import Ports
+from mcp_broker.supervisor.process import Exit, Process
+from mcp_broker.supervisor.records import Counters, Deaths
+from mcp_broker.wire import codec, node
+from mcp_broker.wire.framing import FrameReader, frame
+from tests.supervisor.conftest import PATIENCE_S, is_running, wait_for
+
+
+@pytest.fixture
+def poller() -> Iterator[Poller]:
+    poller = Poller()
+    yield poller
+    poller.close()
+
+
+def certificate(worker_id: str) -> node.Certificate:
+    return node.Certificate(worker_id=worker_id, pool="p", pid=1, cause="exited with code 1", kind="exit")
+
+
+# -- the link ---------------------------------------------------------------------------------------
+
+
+class Ends:
+    def __init__(self, poller: Poller) -> None:
+        ours, self.theirs = socket.socketpair()
+        self.heard: list[node.ToSupervisor] = []
+        self.lost: list[str] = []
+        self.link = Link(ours, poller, self.heard.append, self.lost.append)
+
+
+@pytest.fixture
+def ends(poller: Poller) -> Iterator[Ends]:
+    ends = Ends(poller)
+    yield ends
+    ends.link.close()
+    ends.theirs.close()
+
+
+def test_messages_arrive_whole_however_they_are_cut(ends: Ends, poller: Poller) -> None:
+    stream = frame(codec.encode(node.Serving(7))) + frame(codec.encode(node.Drained(2)))
+    for byte in stream:
+        ends.theirs.sendall(bytes([byte]))
+        poller.turn(PATIENCE_S)
+    assert ends.heard == [node.Serving(7), node.Drained(2)]
+
+
+def test_a_slow_reader_gets_everything_in_order(ends: Ends, poller: Poller) -> None:
+    sent = [node.Died(certificate(f"p-{number}")) for number in range(5000)]
+    for message in sent:
+        ends.link.send(message)
+    reader, received = FrameReader(), 0
+    while received < len(sent):
+        poller.turn(0)
+        for body in reader.feed(ends.theirs.recv(65536)):
+            assert codec.from_supervisor.decode(body) == sent[received]
+            received += 1
+    assert ends.lost == []
+
+
+@pytest.mark.parametrize(
+    ("stream", "said"),
+    [
+        (frame(b"\xc1"), "it sent what is no message"),
+        (frame(codec.encode(node.Admit(()))), "it sent what is no message"),
+        ((limits.NODE_BYTES_MAX + 1).to_bytes(4, "big"), "it sent what is no message"),
+        (b"", "it closed its link"),
+    ],
+)
+def test_a_link_that_cannot_be_used_is_lost_once(
+    ends: Ends, poller: Poller, stream: bytes, said: str
+) -> None:
+    ends.theirs.sendall(stream)
+    ends.theirs.shutdown(socket.SHUT_WR)
+    poller.turn(PATIENCE_S)
+    ends.link.send(node.Admit(()))
+    assert len(ends.lost) == 1
+    assert ends.lost[0].startswith(said)
+
+
+# -- lock, ports, records ------------------------------------------------------------------------------
+
+
+def test_a_held_lock_names_its_holder_and_a_free_one_nobody(tmp_path: Path) -> None:
+    assert holder(tmp_path) is None
+    lock = Lock(tmp_path)
+    assert holder(tmp_path) == os.getpid()
+    with pytest.raises(SupervisionError, match=rf"\(pid {os.getpid()}\)"):
+        Lock(tmp_path)
+    lock.release()
+    assert holder(tmp_path) is None
+    Lock(tmp_path).release()
+
+
+def test_ports_are_remembered_and_another_is_taken_when_they_are_gone(tmp_path: Path) -> None:
+    first = Ports(BrokerTable(), tmp_path)
+    endpoints = (first.client_endpoint, first.worker_endpoint)
+    first.close()
+    second = Ports(BrokerTable(), tmp_path)
+    assert (second.client_endpoint, second.worker_endpoint) == endpoints
+    third = Ports(BrokerTable(), tmp_path)
+    assert third.client_endpoint not in endpoints
+    second.close()
+    third.close()
+
+
+def test_a_port_that_the_configuration_names_must_be_free(tmp_path: Path) -> None:
+    taken = Ports(BrokerTable(), tmp_path)
+    port = taken.client.getsockname()[1]
+    with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1 port {port}: Address already in use"):
+        Ports(BrokerTable(client_port=port), tmp_path)
+    taken.close()
+
+
+def test_numbers_only_grow_also_after_a_crash(tmp_path: Path) -> None:
+    first = Counters(tmp_path)
+    used = [first.next_life() for _ in range(3)]
+    epoch = first.next_epoch()
+    # no close: it crashed
+    second = Counters(tmp_path)
+    assert second.next_life() > max(used)
+    assert second.next_epoch() > epoch
+    assert second.instance == first.instance
+    second.close()
+    assert Counters(tmp_path).next_life() == second.next_life()
+
+
+def test_deaths_survive_newest_first_and_bounded(tmp_path: Path) -> None:
+    deaths = Deaths(tmp_path)
+    for number in range(2 * limits.DEATHS_MAX + 5):
+        deaths.add(certificate(f"p-{number}"))
+    again = Deaths(tmp_path)
+    assert again.recent == deaths.recent
+    assert len(again.recent) == limits.DEATHS_MAX
+    assert again.recent[0].worker_id == f"p-{2 * limits.DEATHS_MAX + 4}"
+    assert len((tmp_path / "deaths.jsonl").read_bytes().splitlines()) <= 2 * limits.DEATHS_MAX
+
+
+def test_a_torn_line_costs_that_line_only(tmp_path: Path) -> None:
+    deaths = Deaths(tmp_path)
+    deaths.add(certificate("p-1"))
+    with (tmp_path / "deaths.jsonl").open("ab") as file:
+        file.write(b'{"worker_id": "p-2", "po')
+    Deaths(tmp_path).add(certificate("p-3"))
+    assert [one.worker_id for one in Deaths(tmp_path).recent] == ["p-3", "p-1"]
+
+
+# -- folders ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_very_deep_folder_is_removed(tmp_path: Path) -> None:
+    top = tmp_path / "scratch"
+    top.mkdir()
+    home = os.open(".", os.O_RDONLY)
+    try:
+        os.chdir(top)
+        for _ in range(3000):
+            os.mkdir("d")  # noqa: PTH102 (a path this deep has no absolute name)
+            os.chdir("d")
+    finally:
+        os.fchdir(home)
+        os.close(home)
+    assert reclaim.remove_tree(top)
+    assert not top.exists()
+
+
+def test_closed_folders_go_and_links_are_not_followed(tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "file").touch()
+    top = tmp_path / "scratch"
+    (top / "closed" / "inner").mkdir(parents=True)
+    (top / "closed" / "inner" / "file").touch()
+    (top / "link").symlink_to(kept)
+    (top / "closed" / "link").symlink_to(kept)
+    (top / "closed" / "inner").chmod(0)
+    (top / "closed").chmod(0)
+    assert reclaim.remove_tree(top)
+    assert not top.exists()
+    assert (kept / "file").exists()
+
+
+# -- processes -------------------------------------------------------------------------------------------
+
+
+def run(poller: Poller, tmp_path: Path, code: str) -> tuple[Process, Exit]:
+    ends: list[Exit] = []
+    process = Process(
+        "p-1",
+        [sys.executable, "-c", code],
+        env={},
+        cwd=tmp_path,
+        pass_fds=(),
+        poller=poller,
+        on_exit=ends.append,
+    )
+    while not ends:
+        poller.turn(PATIENCE_S)
+    return process, ends[0]
+
+
+@pytest.mark.process
+def test_the_end_of_standard_error_is_kept_and_a_flood_blocks_nobody(poller: Poller, tmp_path: Path) -> None:
+    code = "import sys; sys.stderr.write('x' * 1_000_000 + 'the last words'); sys.exit(4)"
+    process, end = run(poller, tmp_path, code)
+    assert process.stderr_tail.endswith("the last words")
+    assert len(process.stderr_tail) == limits.STDERR_TAIL_BYTES
+    assert (end.code, end.signal) == (4, None)
+    assert end.max_rss_kib > 1000
+
+
+@pytest.mark.process
+def test_a_group_dies_with_its_leader(poller: Poller, tmp_path: Path) -> None:
+    code = (
+        "import os, subprocess, sys\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "open('pid', 'w').write(str(child.pid)); os._exit(0)"
+    )
+    run(poller, tmp_path, code)
+    child = int((tmp_path / "pid").read_text())
+    wait_for(lambda: not is_running(child), "the end of the group")
+
+
+def test_a_program_that_is_not_there_is_our_error(poller: Poller, tmp_path: Path) -> None:
+    with pytest.raises(SupervisionError, match="cannot start /no/such: No such file or directory"):
+        Process(
+            "p-1", ["/no/such"], env={}, cwd=tmp_path, pass_fds=(), poller=poller, on_exit=lambda _end: None
+        )
+
+
+def test_importing_the_supervisor_loads_no_zeromq() -> None:
+    code = "import sys, mcp_broker.supervisor; sys.exit('zmq' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# -- certificates ------------------------------------------------------------------------------------------
+
+
+def cause(end: Exit, stderr: str = "", module: str = "mine", **known: object) -> tuple[str, str]:
+    facts = {"started_seq": 1, "was_ready": True, "is_operators": False, "fault": "", "interrupted": None}
+    return certificates._cause(end, Circumstances(**{**facts, **known}), stderr, module)  # type: ignore[arg-type]
+
+
+def exited(code: int) -> Exit:
+    return Exit(code, None, 0.0, 0)
+
+
+def signalled(number: int) -> Exit:
+    return Exit(None, number, 0.0, 0)
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (cause(exited(7)), ("exit", "exited with code 7")),
+        (cause(signalled(11)), ("signal", "killed by SIGSEGV")),
+        (cause(signalled(60)), ("signal", "killed by signal 60")),
+        (cause(exited(0), is_operators=True), ("operator", "stopped by the operator (exited with code 0)")),
+        (
+            cause(signalled(9), interrupted=Interrupted(1, "kill", "cancel")),
+            ("cancel", "stopped because its call was cancelled (killed by SIGKILL)"),
+        ),
+        (
+            cause(signalled(11), interrupted=Interrupted(1, "raise", "cancel")),
+            ("signal", "killed by SIGSEGV"),
+        ),
+        (
+            cause(exited(1), "Traceback\nValueError: no\n", was_ready=False),
+            ("boot_failure", "could not start: ValueError: no"),
+        ),
+        (cause(exited(1), was_ready=False), ("boot_failure", "could not start: exited with code 1")),
+        (
+            cause(
+                exited(3),
+                "mcp-broker worker: pool sql: cannot import it: No module named 'duckdb'",
+                "mcp_broker_workers.sql",
+                was_ready=False,
+            ),
+            ("boot_failure", "could not start: needs the package 'duckdb': pip install 'mcp-broker[tools]'"),
+        ),
+    ],
+)
+def test_a_certificate_says_what_is_known(found: tuple[str, str], expected: tuple[str, str]) -> None:
+    assert found == expected
+
+
+def test_a_kill_that_we_did_not_send_is_not_explained_away() -> None:
+    kind, said = cause(signalled(9))
+    assert kind == "signal"
+    assert said.startswith("killed by SIGKILL, which mcp-broker did not send")

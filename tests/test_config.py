@@ -1,0 +1,161 @@
+"""Configuration: what is read, what is refused, and how a refusal reads."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from mcp_broker import config, limits
+from mcp_broker.errors import ConfigError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def refusal(text: str, environ: dict[str, str] | None = None) -> str:
+    with pytest.raises(ConfigError) as refused:
+        config.parse(text, environ=environ)
+    return str(refused.value)
+
+
+def test_without_a_file_the_shipped_tools_are_served_on_free_loopback_ports() -> None:
+    loaded = config.load(environ={})
+    assert list(loaded.pools) == ["echo", "text", "sql", "sequence"]
+    assert {pool.module for pool in loaded.pools.values()} == {
+        f"mcp_broker_workers.{n}" for n in loaded.pools
+    }
+    assert (loaded.broker.host, loaded.broker.client_port, loaded.broker.worker_port) == ("127.0.0.1", 0, 0)
+    assert loaded.limits.drain_s == limits.DRAIN_S
+    assert Path(loaded.pools["sql"].options["folder"]).name == "demo_data"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.name)
+def test_every_shipped_example_loads(path: Path) -> None:
+    assert config.load(path, environ={}).pools
+
+
+def test_the_example_of_the_default_is_the_default() -> None:
+    written, built_in = config.load(CONFIGS / "default.toml", environ={}), config.load(environ={})
+    assert written.model_copy(update={"pools": {}}) == built_in.model_copy(update={"pools": {}})
+    assert {n: p.module for n, p in written.pools.items()} == {n: p.module for n, p in built_in.pools.items()}
+
+
+def test_a_pool_in_the_file_replaces_the_shipped_ones() -> None:
+    assert list(config.parse('[pools.mine]\nmodule = "mine"').pools) == ["mine"]
+
+
+def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    file = tmp_path / "broker.toml"
+    file.write_text('[pools.mine]\nmodule = "mine"\npath = ["tools"]\npython = "bin/python"')
+    pool = config.load(file, environ={}).pools["mine"]
+    assert pool.path == (str(tmp_path / "tools"),)
+    assert pool.python == str(tmp_path / "bin" / "python"), "a link to an interpreter is an environment: kept"
+
+
+def test_values_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError):
+        config.parse("").broker.client_port = 1  # type: ignore[misc]  # that it may not is the point
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "[broker]\nclient_prot = 1",
+            "line 2: unknown key 'client_prot' in [broker]; did you mean 'client_port'?",
+        ),
+        ("[brokr]\nhost = 'x'", "line 1: unknown key 'brokr' at the top; did you mean 'broker'?"),
+        (
+            "\n[pools.mine]\nmodule = 'mine'\noption = {}",
+            "line 4: unknown key 'option' in [pools.mine]; did you mean 'options'?",
+        ),
+        ("[observe]\nxyzzy = 1", "unknown key 'xyzzy' in [observe]; known: log_level"),
+        ("[auth]\nissuer = 'x'", "unknown key 'issuer' in [auth]; known: none"),
+        ("[broker]\nclient_port = 70000", "line 2: broker.client_port: Input should be less than"),
+        ("[broker]\nclient_port = '7000'", "line 2: broker.client_port: Input should be a valid integer"),
+        ("[pools.mine]\nmin = 1", "line 1: pools.mine.module: Field required"),
+        ("[pools.mine]\nmodule = 'a; b'", "line 2: pools.mine.module: String should match"),
+        ("[pools.mine]\nmodule = 'm'\nmin = 3\nmax = 2", "line 1: pools.mine: max = 2 is below min = 3"),
+        ("[pools.Mine]\nmodule = 'm'", "line 1: 'Mine' is no name for a pool"),
+        ("broker = 3", "line 1: 'broker' must be a table"),
+        ("pools.mine = 3", "line 1: 'pools.mine' must be a table"),
+        ("[limits]\ndrain_s = -1", "line 2: limits.drain_s: Input should be greater than or equal to 0"),
+        (
+            "[pools.m]\nmodule = 'm'\npython = '/nowhere/python'",
+            "line 3: the interpreter /nowhere/python of pool 'm'",
+        ),
+        ("[broker", "is not TOML"),
+    ],
+)
+def test_a_wrong_configuration_is_refused_with_place_and_mend(text: str, said: str) -> None:
+    assert said in refusal(text)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "isolation = 'restricted'",
+        "secrets = { key = '/run/key' }",
+        "read = ['/data']",
+        "write = ['/data']",
+        "network = 'none'",
+        "spare = 1",
+        "start = 'zygote'",
+        "limits = { memory_mb = 100 }",
+        "max = 4",
+    ],
+)
+def test_what_this_version_cannot_enforce_is_refused_and_never_silently_accepted(row: str) -> None:
+    assert "not supported yet" in refusal(f"[pools.mine]\nmodule = 'mine'\n{row}")
+
+
+def test_a_table_of_a_later_version_is_refused() -> None:
+    assert "'audit' at the top is not supported yet" in refusal("[audit]\nfile = 'x'")
+
+
+def test_what_this_version_does_is_accepted() -> None:
+    pool = config.parse("[pools.m]\nmodule = 'm'\nisolation = 'process'\nmin = 2\nmax = 2").pools["m"]
+    assert (pool.min, pool.max) == (2, 2)
+
+
+def test_the_environment_overrides_single_keys() -> None:
+    environ = {
+        "MCP_BROKER_BROKER__CLIENT_PORT": "7000",
+        "MCP_BROKER_OBSERVE__LOG_LEVEL": "debug",
+        "MCP_BROKER_LIMITS__DRAIN_S": "2",
+        "MCP_BROKER_STATE_DIR": "/else/where",
+        "MCP_BROKER_PROFILE": "/a/profile.toml",
+    }
+    loaded = config.parse("[broker]\nclient_port = 1\nworker_port = 2", environ=environ)
+    assert (loaded.broker.client_port, loaded.broker.worker_port) == (7000, 2)
+    assert (loaded.observe.log_level, loaded.limits.drain_s) == ("debug", 2.0)
+
+
+@pytest.mark.parametrize(
+    ("variable", "said"),
+    [
+        (
+            "MCP_BROKER_BROKER__PORT",
+            "the environment (MCP_BROKER_BROKER__PORT): unknown key 'port' in [broker]",
+        ),
+        ("MCP_BROKER_POOLS__X", "names no table"),
+    ],
+)
+def test_an_unknown_variable_is_refused_by_name(variable: str, said: str) -> None:
+    assert said in refusal("", {variable: "1"})
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read the configuration .*none\.toml: No such file"):
+        config.load(tmp_path / "none.toml")
+
+
+def test_a_fault_names_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "broker.toml"
+    file.write_text("[broker]\nhots = 'x'")
+    with pytest.raises(ConfigError, match=r"broker\.toml, line 2: unknown key 'hots'"):
+        config.load(file, environ={})
