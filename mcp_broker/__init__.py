@@ -1,0 +1,93 @@
+"""mcp-broker: tools for agents and pipelines in isolated, supervised worker processes.
+
+The names below load on first use, so that importing the package costs nothing: the supervisor and the command
+line must not load ZeroMQ.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mcp_broker.client.aio import AsyncClient
+    from mcp_broker.client.sync import Client
+    from mcp_broker.errors import (
+        BrokerError,
+        BrokerLost,
+        CallError,
+        Cancelled,
+        ConfigError,
+        CredentialError,
+        DeadlineExceeded,
+        Forbidden,
+        Internal,
+        InvalidArgument,
+        NotFound,
+        NotReachable,
+        Overloaded,
+        PayloadTooLarge,
+        Poisoned,
+        RateLimited,
+        ResourceExhausted,
+        ToolFailed,
+        Unauthenticated,
+        Unavailable,
+        UnsupportedVersion,
+        WorkerLost,
+    )
+
+__all__ = [
+    "AsyncClient",
+    "BrokerError",
+    "BrokerLost",
+    "CallError",
+    "Cancelled",
+    "Client",
+    "ConfigError",
+    "CredentialError",
+    "DeadlineExceeded",
+    "Forbidden",
+    "Internal",
+    "InvalidArgument",
+    "NotFound",
+    "NotReachable",
+    "Overloaded",
+    "PayloadTooLarge",
+    "Poisoned",
+    "RateLimited",
+    "ResourceExhausted",
+    "ToolFailed",
+    "Unauthenticated",
+    "Unavailable",
+    "UnsupportedVersion",
+    "WorkerLost",
+    "__version__",
+]
+
+#: the names that do not come from mcp_broker.errors
+_HOMES = {"AsyncClient": "mcp_broker.client.aio", "Client": "mcp_broker.client.sync"}
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 (any public name)
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "__version__":
+        value: Any = _version()
+    else:
+        value = getattr(import_module(_HOMES.get(name, "mcp_broker.errors")), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415 (slow, and rarely asked for)
+
+    try:
+        return version("mcp-broker")
+    except PackageNotFoundError:  # run from a checkout that was never installed
+        return "0+unknown"

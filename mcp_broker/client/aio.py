@@ -1,0 +1,314 @@
+"""The asyncio client: the loop watches the socket's raw fd, and one turn takes all that has come.
+
+Not one await a receive: a future is completed by the turn that its outcome came in. What is submitted in one turn
+of the loop goes out as one batch; a call that is alone goes out at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import deque
+from collections.abc import AsyncIterator, Generator, Iterable, Mapping
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Final, Self
+
+from mcp_broker import errors, limits
+from mcp_broker.client import connection
+from mcp_broker.client.awaitables import AsyncCallFuture, AsyncPartStream
+from mcp_broker.client.link import Link
+from mcp_broker.client.session import State
+from mcp_broker.client.sync import MAP_AHEAD, asked, pack, seconds
+from mcp_broker.client.targets import OVER
+
+if TYPE_CHECKING:
+    from mcp_broker.auth.profile import Profile
+    from mcp_broker.client.session import PendingCall
+
+#: messages of which one turn of the loop takes the outcomes, before others have their turn
+TURN_MAX: Final = 64
+
+
+class _Connecting:
+    """What AsyncClient.connect returns: await it, or enter it with ``async with``."""
+
+    def __init__(self, profile: str | os.PathLike[str] | Profile | None, timeout_s: float) -> None:
+        self._profile = profile
+        self._timeout_s = timeout_s
+        self._client: AsyncClient | None = None
+
+    def __await__(self) -> Generator[Any, None, AsyncClient]:
+        return AsyncClient.open(self._profile, self._timeout_s).__await__()
+
+    async def __aenter__(self) -> AsyncClient:
+        self._client = await self
+        return self._client
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._client is not None:
+            await self._client.close()
+
+
+class AsyncClient:
+    """A session with a broker for one event loop; ``async with AsyncClient.connect() as client``."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._session = link.session
+        self._generation = connection.generation
+        self._loop = asyncio.get_running_loop()
+        self._watched: connection.Connection | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._turn_is_due = False
+        #: tasks that wait for a place in the window, or for the session
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._closed = False
+
+    @classmethod
+    def connect(
+        cls, profile: str | os.PathLike[str] | Profile | None = None, *, timeout_s: float = limits.CONNECT_S
+    ) -> _Connecting:
+        """Connect; as :meth:`mcp_broker.Client.connect`, awaited or entered."""
+        return _Connecting(profile, timeout_s)
+
+    @classmethod
+    async def open(cls, profile: str | os.PathLike[str] | Profile | None, timeout_s: float) -> AsyncClient:
+        """Connect; :meth:`connect` is what to call."""
+        link = Link.of(profile)
+        client = cls(link)
+        session = link.session
+        session.wanted = True
+        link.dial(monotonic())
+        try:
+            client._turn()
+            async with asyncio.timeout(timeout_s):
+                while session.state is not State.OPEN and session.state not in OVER:
+                    await client._news()
+        except TimeoutError:
+            await client.close()
+            raise link.unreachable(timeout_s) from None
+        except BaseException:
+            await client.close()
+            raise
+        session.wanted = False
+        if session.refusal is not None:
+            await client.close()
+            raise session.refusal
+        return client
+
+    @property
+    def principal(self) -> str:
+        """Who the broker takes this client for."""
+        return self._session.name
+
+    # -- calls ------------------------------------------------------------------------------------------------
+
+    async def call(
+        self, tool: str, arguments: Mapping[str, Any] | None = None, *, timeout_s: float | None = None
+    ) -> Any:  # noqa: ANN401 (any payload)
+        """Call a tool and await its result; cancelling the awaiting task cancels the call.
+
+        Raises:
+            CallError: it ended without a result.
+            TypeError, ValueError: the arguments hold something that cannot be sent.
+        """
+        return await (await self.submit(tool, arguments, timeout_s=timeout_s))
+
+    async def submit(
+        self, tool: str, arguments: Mapping[str, Any] | None = None, *, timeout_s: float | None = None
+    ) -> AsyncCallFuture:
+        """Call a tool; await a place in the window, and return a future of the result.
+
+        Raises:
+            Overloaded: the window stayed full for ``timeout_s``.
+        """
+        future = AsyncCallFuture(self, self._loop)
+        await self._submit(tool, arguments, seconds(timeout_s), future, streamed=False)
+        return future
+
+    async def map(
+        self, tool: str, arguments: Iterable[Mapping[str, Any]], *, timeout_s: float | None = None
+    ) -> AsyncIterator[Any]:
+        """Yield the results of many calls, in order; up to 128 are under way at a time.
+
+        Raises:
+            CallError: at the place of the call that failed; the calls after it are cancelled.
+        """
+        ahead: deque[AsyncCallFuture] = deque()
+        try:
+            for one in arguments:
+                ahead.append(await self.submit(tool, one, timeout_s=timeout_s))
+                if len(ahead) >= MAP_AHEAD:
+                    yield await ahead.popleft()
+            while ahead:
+                yield await ahead.popleft()
+        finally:
+            for future in ahead:
+                if not future.cancel() and not future.cancelled():
+                    future.exception()  # taken, so that asyncio does not call it forgotten
+
+    async def stream(
+        self, tool: str, arguments: Mapping[str, Any] | None = None, *, timeout_s: float | None = None
+    ) -> AsyncIterator[Any]:
+        """Yield the parts of a streaming tool's result as they come; leaving the loop early cancels the call."""
+        stream = AsyncPartStream(self)
+        await self._submit(tool, arguments, seconds(timeout_s), stream, streamed=True)
+        try:
+            async for part in stream:
+                yield part
+        finally:
+            stream.cancel()
+
+    async def tools(
+        self, name: str | None = None, capability: str | None = None, tag: str | None = None
+    ) -> list[dict[str, Any]]:
+        """Return the definitions of the tools that this client may call, filtered."""
+        answer = await self.call("system.tools", asked(name=name, capability=capability, tag=tag))
+        tools: list[dict[str, Any]] = answer["tools"]
+        return tools
+
+    def cancel(self, call: AsyncCallFuture | bytes) -> bool:
+        """Cancel a call, by its future or id; False if it has ended."""
+        if not isinstance(call, bytes):
+            return call.cancel()
+        pending = self._session.book.calls.get(call)
+        return pending is not None and self.cancel_pending(pending)
+
+    async def close(self) -> None:
+        """End the session; calls that have not ended are cancelled."""
+        if self._closed or self._generation != connection.generation:
+            return
+        self._closed = True
+        self._watch(None)
+        self._link.close()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._settle()
+        self._wake()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    # -- inside -------------------------------------------------------------------------------------------------
+
+    async def _submit(
+        self,
+        tool: str,
+        arguments: Mapping[str, Any] | None,
+        timeout_s: float,
+        waiter: AsyncCallFuture | AsyncPartStream,
+        *,
+        streamed: bool,
+    ) -> None:
+        if self._generation != connection.generation:
+            raise errors.BrokerError("this client belongs to the process that connected it; connect one here")
+        packed = pack(arguments)
+        session = self._session
+        if not session.has_room and session.state not in OVER:
+            await self._room(timeout_s)
+        waiter.pending = session.submit(tool, timeout_s, packed, monotonic(), waiter, streamed=streamed)
+        if not session.book.in_flight:
+            self._turn()
+        else:
+            self._turn_soon()
+
+    async def _room(self, timeout_s: float) -> None:
+        session = self._session
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not session.has_room and session.state not in OVER:
+                    await self._news()
+        except TimeoutError:
+            window = session.granted.window
+            raise errors.Overloaded(
+                f"the session's window of {window} unfinished calls stayed full",
+                {"limit": window, "retry_after_s": 0.1},
+            ) from None
+
+    async def _news(self) -> None:
+        """Wait until something has changed."""
+        future: asyncio.Future[None] = self._loop.create_future()
+        self._waiting.append(future)
+        await future
+
+    def _wake(self) -> None:
+        waiting, self._waiting = self._waiting, deque()
+        for future in waiting:
+            if not future.done():
+                future.set_result(None)
+
+    def cancel_pending(self, pending: PendingCall) -> bool:
+        """End a call as CANCELLED and tell the broker now; False if it had ended."""
+        done = self._session.cancel(pending)
+        if done:
+            self._turn()
+        return done
+
+    def took(self, pending: PendingCall) -> None:
+        """A part of a stream was taken."""
+        self._session.took(pending)
+        if self._session.book.credits:
+            self._turn_soon()
+
+    def _turn_soon(self) -> None:
+        if not self._turn_is_due:
+            self._turn_is_due = True
+            self._loop.call_soon(self._turn)
+
+    def _turn(self) -> None:
+        """Send what waits, take what has come, and see to the next turn."""
+        self._turn_is_due = False
+        if self._closed:
+            return
+        link, session = self._link, self._session
+        now = monotonic()
+        turns = 0
+        while link.serve(now):
+            self._settle()
+            turns += 1
+            if turns >= TURN_MAX:
+                self._turn_soon()
+                break
+        self._settle()
+        if link.connection is not self._watched:
+            self._watch(link.connection)
+        if self._waiting and (session.has_room or session.state is not State.OPEN):
+            self._wake()
+        # stay awake only while there is something to wait for
+        if session.is_needed:
+            self._wake_at(now + link.wait_s(now))
+
+    def _wake_at(self, at: float) -> None:
+        # loop.time() is monotonic() on every loop that we know, but only its own clock is promised
+        when = self._loop.time() + max(0.0, at - monotonic())
+        if self._timer is not None:
+            if self._timer.when() <= when:
+                return
+            self._timer.cancel()
+        self._timer = self._loop.call_at(when, self._ring)
+
+    def _ring(self) -> None:
+        self._timer = None
+        self._turn()
+
+    def _watch(self, current: connection.Connection | None) -> None:
+        # the old socket may be closed already; its number may even be the new one's
+        if self._watched is not None:
+            self._loop.remove_reader(self._watched.fd)
+        self._watched = current
+        if current is not None:
+            self._loop.add_reader(current.fd, self._turn)
+
+    def _settle(self) -> None:
+        book = self._session.book
+        if book.arrived:
+            arrived, book.arrived = book.arrived, []
+            for pending, part in arrived:
+                pending.waiter.feed(part)
+        if book.ended:
+            ended, book.ended = book.ended, []
+            for end in ended:
+                end.pending.waiter.settle(end.value, end.error, end.usage)

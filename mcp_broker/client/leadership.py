@@ -1,0 +1,386 @@
+"""Who serves the socket of a blocking client: whoever waits does the work.
+
+Rules
+    The lock guards session, link and socket. It is never held while anybody waits, nor while a future is told.
+    One thread at a time *leads*: it waits for the socket's fd, and serves. A thread that waits for a call leads if
+    nobody does; else it takes a *seat*, and is woken when its call has ended or the leader leaves. Waiting means
+    ``poll`` on the raw fd, which does not touch the socket: meanwhile any other thread may take the lock, send
+    and receive. Whoever did so and told somebody kicks the leader.
+    Calls that nobody waits for are served by the *helper* thread, started on first need: it leads when nobody
+    else did for a tick, gives way to any thread that waits, and ends itself after a second without calls.
+    What is submitted while calls are in flight goes out in one batch when a thread next serves.
+
+An I/O thread on every call would cost half the latency (two more thread switches); it was tried.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+import warnings
+from collections import deque
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Final
+
+from mcp_broker import errors, limits
+from mcp_broker.client import connection
+from mcp_broker.client.targets import OVER, Room, Target, Unattended
+
+if TYPE_CHECKING:
+    from mcp_broker.client.link import Link
+    from mcp_broker.client.session import PendingCall
+
+#: how long calls may wait for a thread before the helper takes them on (after one to two ticks)
+TICK_S: Final = 0.002
+#: ticks without calls after which the helper sleeps, and how long it then waits before it ends
+QUIET_TICKS: Final = 25
+HELPER_IDLE_S: Final = 1.0
+
+
+class Leadership:
+    """Serves one link for the threads of one process."""
+
+    def __init__(self, link: Link) -> None:
+        self.link = link
+        self.session = link.session
+        self._generation = connection.generation
+        self._lock = threading.Lock()
+        #: what the leading thread waits for, if one leads
+        self._leader: Target | None = None
+        #: threads that could lead, longest waiting first
+        self._seats: deque[threading.Event] = deque()
+        self._rooms: list[Room] = []
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._poller = select.poll()
+        self._poller.register(self._wake_fd, select.POLLIN)
+        self._polled: connection.Connection | None = None
+        #: the leader waits for the fd, or is about to
+        self._polling = False
+        self._kicked = False
+        #: counts what leaders do, so that the helper sees whether anybody serves
+        self._turns = 0
+        self._helper: threading.Thread | None = None
+        self._bell = threading.Event()
+        self._asleep = False
+        self._urgent = False
+        self._unattended = Unattended(link)
+        #: calls whose stream was dropped; a destructor may not take the lock
+        self._orphans: deque[PendingCall] = deque()
+        self._closed = False
+
+    def check_process(self) -> None:
+        """Refuse to work in a forked child.
+
+        Raises:
+            BrokerError: this is not the process that connected (the caller's fault).
+        """
+        if self._generation != connection.generation:
+            raise errors.BrokerError(
+                "this client belongs to the process that connected it, and this one was forked from that; "
+                "connect a client of its own here",
+                {"hint": "call Client.connect() after the fork"},
+            )
+
+    # -- what the client asks for -----------------------------------------------------------------------------
+
+    def submit(
+        self,
+        tool: str,
+        timeout_s: float,
+        packed: bytes,
+        waiter: Any,  # noqa: ANN401 (a future or a stream)
+        *,
+        streamed: bool = False,
+        waits: bool = False,
+    ) -> None:
+        """Take a call, after waiting for a place in the window, and set ``waiter.pending``.
+
+        Args:
+            packed: the arguments.
+            waits: this thread waits for the outcome at once, and will send it then.
+
+        Raises:
+            Overloaded: there was no place within ``timeout_s``.
+            BrokerError: the client is closed or refused, or such a call cannot be.
+        """
+        self.check_process()
+        session = self.session
+        with self._lock:
+            now = monotonic()
+            if not session.has_room and session.state not in OVER:
+                self._await_room(now + timeout_s)
+                now = monotonic()
+            waiter.pending = session.submit(tool, timeout_s, packed, now, waiter, streamed=streamed)
+            if waits:
+                return
+            book = session.book
+            if not book.in_flight or len(book.queue) >= limits.BATCH_MAX:
+                self._push()
+            elif self._polling:
+                self._kick()
+            self._call_helper()
+
+    def cancel_pending(self, pending: PendingCall) -> bool:
+        """End a call as CANCELLED and tell the broker now; False if it had ended."""
+        self.check_process()
+        with self._lock:
+            done = self.session.cancel(pending)
+            if done:
+                self._push()
+        return done
+
+    def cancel_id(self, call_id: bytes) -> bool:
+        """As :meth:`cancel_pending`, by id."""
+        pending = self.session.book.calls.get(call_id)
+        return pending is not None and self.cancel_pending(pending)
+
+    def took(self, pending: PendingCall) -> None:
+        """A part of a stream was taken."""
+        with self._lock:
+            self.session.took(pending)
+            if self.session.book.credits:
+                self._push()
+
+    def orphan(self, pending: PendingCall) -> None:
+        """Nobody can take this call's parts any more. Safe in a destructor: takes no lock."""
+        self._orphans.append(pending)
+
+    def attend(self) -> None:
+        """Somebody waits in a way that serves nothing: the helper leads from now on."""
+        with self._lock:
+            if self.session.book.calls and not self._closed:
+                self._urgent = True
+                self._call_helper()
+                self._bell.set()
+
+    def await_end(self, target: Target, timeout_s: float | None) -> bool:
+        """Serve, or wait for who serves, until ``target.ready``; False if the time ran out before."""
+        self.check_process()
+        with self._lock:
+            self._await(target, None if timeout_s is None else monotonic() + timeout_s)
+        return target.ready
+
+    def close(self) -> None:
+        """End the session; calls that have not ended are cancelled. A forked child has nothing to close."""
+        if self._generation != connection.generation:
+            return
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self.link.close()
+            self._settle()
+            self._bell.set()
+            self._hand_over()
+            if self._leader is not None:
+                self._kick()  # it drops the wake fd when it leaves
+            else:
+                self._drop_wake_fd()
+
+    def __del__(self) -> None:
+        # nobody is inside: a thread there, or a future, would hold a reference
+        if getattr(self, "_closed", True) or self._generation != connection.generation:
+            return
+        warnings.warn(
+            "a Client was dropped and not closed; use `with` or close()",
+            ResourceWarning,
+            stacklevel=2,
+            source=self,
+        )
+        self.close()
+
+    # -- waiting; the lock is held in all that follows ----------------------------------------------------------
+
+    def _await(self, target: Target, ends: float | None) -> None:
+        try:
+            while not target.ready and not self._closed:
+                if self._leader is None:
+                    self._lead(target, ends)
+                    break
+                if not self._sit(target, ends):
+                    break
+        finally:
+            if self._leader is None:
+                # this thread led, or was woken to lead and does not
+                self._hand_over()
+
+    def _await_room(self, ends: float) -> None:
+        room = Room(self.link)
+        self._rooms.append(room)
+        try:
+            self._await(room, ends)
+        finally:
+            self._rooms.remove(room)
+        if not room.ready:
+            window = self.session.granted.window
+            raise errors.Overloaded(
+                f"the session's window of {window} unfinished calls stayed full",
+                {"limit": window, "retry_after_s": 0.1},
+            )
+
+    def _sit(self, target: Target, ends: float | None) -> bool:
+        """Wait until the target is there or the leader leaves; False if the time ran out."""
+        self._push()
+        if self._leader is self._unattended:
+            self._unattended.give_way = True
+            self._kick()
+        seat = threading.Event()
+        if target.seats is None:
+            target.seats = []
+        target.seats.append(seat)
+        self._seats.append(seat)
+        in_time = True
+        # who makes it ready looks at the seats afterwards, so look again now
+        if not target.ready and self._leader is not None:
+            self._lock.release()
+            try:
+                in_time = seat.wait(None if ends is None else max(0.0, ends - monotonic()))
+            finally:
+                self._lock.acquire()
+        if seat in self._seats:
+            self._seats.remove(seat)
+        return in_time
+
+    def _hand_over(self) -> None:
+        """Nobody leads: wake one who could."""
+        if self._seats:
+            self._seats.popleft().set()
+
+    # -- serving ------------------------------------------------------------------------------------------------
+
+    def _lead(self, target: Target, ends: float | None) -> None:
+        self._leader = target
+        try:
+            while not self._closed:
+                self._turns += 1
+                now = monotonic()
+                more = self._serve(now)
+                if target.ready or self._closed:
+                    return
+                if more or self.session.has_outgoing:
+                    continue
+                wait_s = self.link.wait_s(now)
+                if ends is not None:
+                    if now >= ends:
+                        return
+                    wait_s = min(wait_s, ends - now)
+                self._poll(target, wait_s)
+        finally:
+            self._leader = None
+            self._polling = False
+            if self._closed:
+                self._drop_wake_fd()
+
+    def _poll(self, target: Target, wait_s: float) -> None:
+        current = self.link.connection
+        if current is not self._polled:
+            if self._polled is not None:
+                self._poller.unregister(self._polled.fd)
+            if current is not None:
+                self._poller.register(current.fd, select.POLLIN)
+            self._polled = current
+        # who makes the target ready looks at _polling afterwards, so look again now
+        self._polling = True
+        if not target.ready:
+            self._lock.release()
+            try:
+                # rounded up, or the last fraction of a millisecond would be spent spinning
+                self._poller.poll(wait_s * 1000 + 1)
+            finally:
+                self._lock.acquire()
+        self._polling = False
+        if self._kicked:
+            self._kicked = False
+            os.eventfd_read(self._wake_fd)
+
+    def _serve(self, now: float) -> bool:
+        """Serve once, and tell whom it concerns; True if there may be more at once."""
+        while self._orphans:
+            self.session.cancel(self._orphans.popleft())
+        more = self.link.serve(now)
+        book = self.session.book
+        if book.ended or book.arrived:
+            self._settle()
+        elif self._rooms:
+            self._tell_rooms()
+        return more
+
+    def _push(self) -> None:
+        """Serve without waiting, on behalf of whoever leads."""
+        before = self.link.connection
+        now = monotonic()
+        while not self._closed and self._serve(now):
+            pass
+        if self._polling and self.link.connection is not before:
+            self._kick()
+
+    def _settle(self) -> None:
+        """Tell futures and streams, with the lock released: they run other people's code."""
+        book = self.session.book
+        ended, book.ended = book.ended, []
+        arrived, book.arrived = book.arrived, []
+        if self._rooms:
+            self._tell_rooms()
+        self._lock.release()
+        try:
+            for pending, part in arrived:
+                pending.waiter.feed(part)
+            for end in ended:
+                end.pending.waiter.settle(end.value, end.error, end.usage)
+        finally:
+            self._lock.acquire()
+        if self._polling:
+            # the leader's own call may be among them
+            self._kick()
+
+    def _tell_rooms(self) -> None:
+        for room in self._rooms:
+            if room.ready and room.seats:
+                for seat in room.seats:
+                    seat.set()
+
+    def _kick(self) -> None:
+        """Let the leader look again."""
+        if not self._kicked and self._wake_fd >= 0:
+            self._kicked = True
+            os.eventfd_write(self._wake_fd, 1)
+
+    def _drop_wake_fd(self) -> None:
+        if self._wake_fd >= 0:
+            os.close(self._wake_fd)
+            self._wake_fd = -1
+
+    # -- the helper -----------------------------------------------------------------------------------------------
+
+    def _call_helper(self) -> None:
+        if self._helper is None:
+            self._helper = threading.Thread(target=self._help, name="mcp-broker-helper", daemon=True)
+            self._helper.start()
+        elif self._asleep:
+            self._asleep = False
+            self._bell.set()
+
+    def _help(self) -> None:
+        seen, quiet = -1, 0
+        book = self.session.book
+        with self._lock:
+            while not self._closed:
+                if book.calls and self._leader is None and (self._urgent or self._turns == seen):
+                    self._unattended.give_way = False
+                    self._lead(self._unattended, None)
+                    self._hand_over()
+                if self._orphans:
+                    self._push()
+                quiet = 0 if book.calls or self._turns != seen else quiet + 1
+                seen, self._urgent = self._turns, False
+                self._asleep = quiet > QUIET_TICKS
+                self._bell.clear()
+                self._lock.release()
+                try:
+                    rung = self._bell.wait(HELPER_IDLE_S if self._asleep else TICK_S)
+                finally:
+                    self._lock.acquire()
+                if self._asleep and not rung and not book.calls:
+                    break
+            self._helper = None

@@ -1,0 +1,186 @@
+"""The blocking client: what people call. How it works inside stands in :mod:`mcp_broker.client.leadership`."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Final, Self
+
+from mcp_broker import limits
+from mcp_broker.client.future import CallFuture
+from mcp_broker.client.leadership import Leadership
+from mcp_broker.client.link import Link
+from mcp_broker.client.session import State
+from mcp_broker.client.stream import PartStream
+from mcp_broker.client.targets import Connected
+from mcp_broker.wire import payload
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from mcp_broker.auth.profile import Profile
+
+#: calls that map() keeps going: a full batch, and the next one while its outcomes come back
+MAP_AHEAD: Final = 128
+NO_ARGUMENTS: Final = payload.pack({})
+
+
+class Client:
+    """A session with a broker; make it with :meth:`connect`, and close it, best with ``with``.
+
+    All methods may be called from any thread of the process that connected it.
+    """
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._threads = Leadership(link)
+
+    @classmethod
+    def connect(
+        cls, profile: str | os.PathLike[str] | Profile | None = None, *, timeout_s: float = limits.CONNECT_S
+    ) -> Client:
+        """Connect to the broker that a profile names, and wait for its welcome.
+
+        Args:
+            profile: a profile or its path; None: MCP_BROKER_PROFILE, then the default one.
+            timeout_s: for how long the broker may be away, in seconds.
+
+        Raises:
+            NotReachable: there is no profile, or no broker answered in time.
+            CredentialError: the profile cannot be used, or its key is refused.
+            CallError: the broker refused the token (Unauthenticated) or the version (UnsupportedVersion).
+        """
+        link = Link.of(profile)
+        client = cls(link)
+        session = link.session
+        try:
+            session.wanted = True
+            link.dial(monotonic())
+            client._threads.await_end(Connected(link), timeout_s)
+            session.wanted = False
+            if session.refusal is not None:
+                raise session.refusal
+            if session.state is not State.OPEN:
+                raise link.unreachable(timeout_s)
+        except BaseException:
+            client.close()
+            raise
+        return client
+
+    @property
+    def principal(self) -> str:
+        """Who the broker takes this client for."""
+        return self._link.session.name
+
+    def call(
+        self, tool: str, arguments: Mapping[str, Any] | None = None, *, timeout_s: float | None = None
+    ) -> Any:  # noqa: ANN401 (any payload)
+        """Call a tool and wait for its result; a streaming tool's parts come as a list.
+
+        Args:
+            timeout_s: how long the call may take, in seconds; 30 if None.
+
+        Raises:
+            CallError: it ended without a result; the class and ``code`` say how.
+            TypeError, ValueError: the arguments hold something that cannot be sent.
+        """
+        future = CallFuture(self._threads)
+        self._threads.submit(tool, seconds(timeout_s), pack(arguments), future, waits=True)
+        return future.result()
+
+    def submit(
+        self, tool: str, arguments: Mapping[str, Any] | None = None, *, timeout_s: float | None = None
+    ) -> CallFuture:
+        """Call a tool and return at once; wait only for a place in the session's window.
+
+        Returns:
+            A :class:`concurrent.futures.Future` that knows its ``call_id`` and, once done, its ``usage``.
+
+        Raises:
+            Overloaded: the window stayed full for ``timeout_s``.
+            TypeError, ValueError: the arguments hold something that cannot be sent.
+        """
+        future = CallFuture(self._threads)
+        self._threads.submit(tool, seconds(timeout_s), pack(arguments), future)
+        return future
+
+    def map(
+        self, tool: str, arguments: Iterable[Mapping[str, Any]], *, timeout_s: float | None = None
+    ) -> Iterator[Any]:
+        """Yield the results of many calls, in order; up to 128 are under way at a time.
+
+        Raises:
+            CallError: at the place of the call that failed; the calls after it are cancelled.
+        """
+        ahead: deque[CallFuture] = deque()
+        try:
+            for one in arguments:
+                ahead.append(self.submit(tool, one, timeout_s=timeout_s))
+                if len(ahead) >= MAP_AHEAD:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
+
+    def stream(
+        self, tool: str, arguments: Mapping[str, Any] | None = None, *, timeout_s: float | None = None
+    ) -> PartStream:
+        """Call a streaming tool and iterate over the parts of its result as they come.
+
+        The tool is at most 16 parts ahead. Leaving the ``with`` block of the iterator, or closing it, cancels the
+        call if it has not ended; so does dropping it.
+        """
+        stream = PartStream(self._threads)
+        self._threads.submit(tool, seconds(timeout_s), pack(arguments), stream.inbox, streamed=True)
+        return stream
+
+    def tools(
+        self, name: str | None = None, capability: str | None = None, tag: str | None = None
+    ) -> list[dict[str, Any]]:
+        """Return the definitions of the tools that this client may call, filtered."""
+        answer = self.call("system.tools", asked(name=name, capability=capability, tag=tag))
+        tools: list[dict[str, Any]] = answer["tools"]
+        return tools
+
+    def cancel(self, call: CallFuture | PartStream | bytes) -> bool:
+        """Cancel a call, by its future, stream or id; False if it has ended."""
+        return self._threads.cancel_id(call) if isinstance(call, bytes) else call.cancel()
+
+    def close(self) -> None:
+        """End the session; calls that have not ended are cancelled."""
+        self._threads.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def pack(arguments: Mapping[str, Any] | None) -> bytes:
+    """Pack a call's arguments.
+
+    Raises:
+        TypeError, ValueError: they hold something that cannot be sent, or are no map (the caller's fault).
+    """
+    if arguments is None:
+        return NO_ARGUMENTS
+    if not isinstance(arguments, Mapping):
+        raise TypeError(f"arguments are a map of names to values, not {type(arguments).__name__}")
+    return payload.pack(arguments if type(arguments) is dict else dict(arguments))
+
+
+def seconds(timeout_s: float | None) -> float:
+    """Return a call's time-out in seconds, the default for None."""
+    return limits.CALL_TIMEOUT_S if timeout_s is None else timeout_s
+
+
+def asked(**filters: str | None) -> dict[str, str]:
+    """Return the filters that were given."""
+    return {name: value for name, value in filters.items() if value is not None}

@@ -1,0 +1,62 @@
+"""What a thread of a blocking client may wait for."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Final, Protocol
+
+from mcp_broker.client.session import State
+
+if TYPE_CHECKING:
+    from mcp_broker.client.link import Link
+
+#: states that no event but close leaves
+OVER: Final = frozenset({State.REFUSED, State.CLOSED})
+
+
+class Target(Protocol):
+    """What a thread waits for."""
+
+    #: threads that wait for it and do not lead; whoever makes it ready sets them
+    seats: list[threading.Event] | None
+
+    @property
+    def ready(self) -> bool:
+        """It is there."""
+        ...
+
+
+class Connected:
+    """The session is open, or never will be."""
+
+    def __init__(self, link: Link) -> None:
+        self.seats: list[threading.Event] | None = None
+        self._session = link.session
+
+    @property
+    def ready(self) -> bool:
+        """It is there."""
+        return self._session.state is State.OPEN or self._session.state in OVER
+
+
+class Room(Connected):
+    """The window has room for another call."""
+
+    @property
+    def ready(self) -> bool:
+        """It is there."""
+        return self._session.has_room or self._session.state in OVER
+
+
+class Unattended:
+    """What the helper leads for: until a thread wants to, or no calls are left."""
+
+    def __init__(self, link: Link) -> None:
+        self.seats: list[threading.Event] | None = None
+        self._book = link.session.book
+        self.give_way = False
+
+    @property
+    def ready(self) -> bool:
+        """It is there."""
+        return self.give_way or not self._book.calls

@@ -1,0 +1,193 @@
+"""The asyncio client against a scripted broker."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+
+from mcp_broker import AsyncClient, errors
+from mcp_broker.wire import messages
+from tests.client.support.broker import USAGE, ScriptedBroker
+from tests.client.support.proxy import TcpProxy
+
+Body = Callable[[AsyncClient], Awaitable[None]]
+
+
+async def until(condition: Callable[[], object], seconds: float = 5.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+@asynccontextmanager
+async def connected(broker: ScriptedBroker) -> AsyncIterator[AsyncClient]:
+    async with asyncio.timeout(30), AsyncClient.connect(broker.profile()) as client:
+        yield client
+
+
+def run(broker: ScriptedBroker, body: Body) -> None:
+    async def main() -> None:
+        async with connected(broker) as client:
+            await body(client)
+
+    asyncio.run(main(), debug=False)
+
+
+def test_call_submit_map_stream_and_tools_work_as_in_the_blocking_client(broker: ScriptedBroker) -> None:
+    async def body(client: AsyncClient) -> None:
+        assert client.principal == "tester"
+        assert await client.call("echo", {"a": 1}) == {"a": 1}
+        future = await client.submit("echo", {"a": 2})
+        assert await future == {"a": 2}
+        assert future.usage == USAGE
+        assert len(future.call_id) == 16
+        assert [one["i"] async for one in client.map("echo", ({"i": at} for at in range(500)))] == list(range(500))
+        assert [part async for part in client.stream("count", {"n": 100})] == list(range(100))
+        assert await client.call("count", {"n": 40}) == list(range(40))
+        assert (await client.tools(name="echo"))[0]["asked"] == {"name": "echo"}
+        data = bytes(1_000_000)
+        assert await client.call("echo", {"data": data}) == {"data": data}
+
+    run(broker, body)
+
+
+def test_failed_call_raises_its_typed_error(broker: ScriptedBroker) -> None:
+    async def body(client: AsyncClient) -> None:
+        with pytest.raises(errors.ToolFailed) as failed:
+            await client.call("fail")
+        assert failed.value.tool == "fail"
+        with pytest.raises(errors.ToolFailed):
+            [one async for one in client.map("fail", [{}, {}, {}])]
+        with pytest.raises(TypeError):
+            await client.call("echo", {"a": object()})
+
+    run(broker, body)
+
+
+def test_calls_of_one_turn_go_out_in_one_batch(broker: ScriptedBroker) -> None:
+    async def body(client: AsyncClient) -> None:
+        results = await asyncio.gather(*(client.call("echo", {"i": at}) for at in range(200)))
+        assert [one["i"] for one in results] == list(range(200))
+        assert len(broker.of_kind(messages.Calls)) < 10
+
+    run(broker, body)
+
+
+def test_cancelled_task_cancels_its_call(broker: ScriptedBroker) -> None:
+    async def body(client: AsyncClient) -> None:
+        task = asyncio.create_task(client.call("hold"))
+        await until(lambda: broker.held)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await until(lambda: not broker.held)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await client.call("hold")
+        await until(lambda: len(broker.of_kind(messages.Cancel)) == 2)
+        held = await client.submit("hold")
+        await until(lambda: broker.held)
+        assert client.cancel(held.call_id)
+        with pytest.raises(errors.Cancelled):
+            await held
+
+    run(broker, body)
+
+
+def test_stream_left_early_is_cancelled(broker: ScriptedBroker) -> None:
+    async def body(client: AsyncClient) -> None:
+        stream = client.stream("count", {"n": 1000})
+        async for part in stream:
+            if part == 3:
+                break
+        await stream.aclose()
+        await until(lambda: not broker.streams)
+
+    run(broker, body)
+
+
+def test_submit_waits_for_room_in_the_window() -> None:
+    async def body(client: AsyncClient) -> None:
+        held = [await client.submit("hold") for _ in range(4)]
+        with pytest.raises(errors.Overloaded):
+            await client.submit("echo", timeout_s=0.05)
+        waiting = asyncio.create_task(client.call("echo", {"a": 1}))
+        await until(lambda: len(broker.held) == 4)
+        assert not waiting.done()
+        await asyncio.to_thread(broker.release)
+        assert await waiting == {"a": 1}
+        assert await asyncio.gather(*held) == ["released"] * 4
+
+    with ScriptedBroker(window=4) as broker:
+        run(broker, body)
+
+
+def test_no_broker_is_not_reachable() -> None:
+    broker = ScriptedBroker()
+    profile = broker.profile()
+    broker.stop()
+
+    async def main() -> None:
+        with pytest.raises(errors.NotReachable, match="mcp-broker start"):
+            await AsyncClient.connect(profile, timeout_s=0.3)
+
+    asyncio.run(main())
+
+
+def test_refused_hello_raises_at_once(broker: ScriptedBroker) -> None:
+    broker.refuse = messages.Error(broker.epoch, "UNAUTHENTICATED", "not you", b"\x80", fatal=True)
+
+    async def main() -> None:
+        with pytest.raises(errors.Unauthenticated, match="not you"):
+            async with AsyncClient.connect(broker.profile()):
+                pass
+
+    asyncio.run(main())
+
+
+def test_call_outlives_a_cut_connection(broker: ScriptedBroker) -> None:
+    with TcpProxy(broker.endpoint) as proxy:
+
+        async def main() -> None:
+            async with AsyncClient.connect(broker.profile(proxy.endpoint)) as client:
+                task = asyncio.create_task(client.call("hold"))
+                await until(lambda: broker.held)
+                proxy.cut()
+                await until(lambda: len(broker.of_kind(messages.Hello)) == 2)
+                await asyncio.to_thread(broker.release)
+                assert await task == "released"
+                assert set(broker.runs.values()) == {1}
+
+        asyncio.run(main())
+
+
+@pytest.mark.slow
+def test_half_open_connection_is_noticed_by_silence(broker: ScriptedBroker) -> None:
+    with TcpProxy(broker.endpoint) as proxy:
+
+        async def main() -> None:
+            async with AsyncClient.connect(broker.profile(proxy.endpoint)) as client:
+                assert await client.call("echo", {"a": 1}) == {"a": 1}
+                proxy.stall(only_existing=True)
+                began = time.monotonic()
+                assert await client.call("echo", {"a": 2}, timeout_s=10) == {"a": 2}
+                assert time.monotonic() - began < 3
+
+        asyncio.run(main())
+
+
+def test_closed_client_cancels_and_takes_no_calls(broker: ScriptedBroker) -> None:
+    async def main() -> None:
+        client = await AsyncClient.connect(broker.profile())
+        future = await client.submit("hold")
+        await client.close()
+        with pytest.raises(errors.Cancelled):
+            await future
+        with pytest.raises(errors.BrokerError, match="closed"):
+            await client.call("echo")
+
+    asyncio.run(main())

@@ -1,0 +1,423 @@
+"""The client's session as a pure machine: resume, resend, batches, deadlines, streams, refusals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mcp_broker import errors, limits
+from mcp_broker.client.session import ClientSession, PendingCall, State
+from mcp_broker.client.session.machine import BACKOFF_MAX_S
+from mcp_broker.wire import messages, payload
+
+EMPTY = b"\x80"
+SESSION = b"s" * 16
+NIL = b"\xc0"
+
+
+def welcome(*, epoch: int = 7, session_id: bytes = SESSION, resumed: bool = False, window: int = 1024) -> messages.Welcome:
+    granted = messages.GrantedLimits(window=window, heartbeat_ms=250, stream_window=4)
+    return messages.Welcome(epoch, (1, 0), session_id, resumed, "me", granted)
+
+
+def opened(**how: Any) -> ClientSession:
+    session = ClientSession(b"p" * 8, "token")
+    reopen(session, 0.0, **how)
+    return session
+
+
+def reopen(session: ClientSession, now: float, **how: Any) -> messages.Hello:
+    session.dial(now)
+    session.connected(now)
+    [(hello, _)] = session.outgoing(now)
+    session.receive(welcome(**how), None, now)
+    assert isinstance(hello, messages.Hello)
+    return hello
+
+
+def outcomes(first: int, *pending: PendingCall, code: str = "OK", epoch: int = 7) -> messages.Outcomes:
+    fault = None if code == "OK" else messages.Fault("no", False, EMPTY)
+    body = NIL if code == "OK" else None
+    return messages.Outcomes(
+        epoch, first, tuple(messages.Outcome(one.call_id, code, body, None, fault) for one in pending)
+    )
+
+
+def sent(session: ClientSession, now: float = 0.0) -> list[Any]:
+    return [message for message, _ in session.outgoing(now)]
+
+
+def ends(session: ClientSession) -> list[tuple[PendingCall, str]]:
+    taken, session.book.ended = session.book.ended, []
+    return [(end.pending, "OK" if end.error is None else end.error.code) for end in taken]
+
+
+def test_everything_submitted_since_the_last_flush_is_one_message() -> None:
+    session = opened()
+    calls = [session.submit("t", 5.0, EMPTY, 0.0) for _ in range(10)]
+    [message] = sent(session)
+    assert [call.call_id for call in message.calls] == [one.call_id for one in calls]
+    assert sent(session) == []
+
+
+def test_batches_keep_the_bounds_of_items_bytes_and_window() -> None:
+    session = opened()
+    for _ in range(300):
+        session.submit("t", 5.0, EMPTY, 0.0)
+    assert [len(message.calls) for message in sent(session)] == [256, 44]
+    session = opened()
+    for _ in range(5):
+        session.submit("t", 5.0, bytes(60_000), 0.0)
+    assert [len(message.calls) for message in sent(session)] == [2, 2, 1]
+    session = opened(window=3)
+    calls = [session.submit("t", 5.0, EMPTY, 0.0) for _ in range(5)]
+    assert not session.has_room
+    assert [len(message.calls) for message in sent(session)] == [3]
+    session.receive(outcomes(1, calls[0]), None, 0.0)
+    assert [len(message.calls) for message in sent(session)] == [1]
+
+
+def test_large_arguments_go_alone_in_the_second_frame() -> None:
+    session = opened()
+    large = bytes(limits.INLINE_BYTES_MAX + 1)
+    for arguments in (EMPTY, large, EMPTY):
+        session.submit("t", 5.0, arguments, 0.0)
+    out = session.outgoing(0.0)
+    assert [body for _, body in out] == [None, large, None]
+    middle = out[1][0]
+    assert isinstance(middle, messages.Calls)
+    assert [call.arguments for call in middle.calls] == [None]
+
+
+def test_call_that_cannot_be_is_refused_before_it_is_taken() -> None:
+    session = opened()
+    with pytest.raises(errors.PayloadTooLarge) as too_large:
+        session.submit("t", 5.0, bytes(limits.BODY_BYTES_MAX + 1), 0.0)
+    assert too_large.value.details["limit_bytes"] == limits.BODY_BYTES_MAX
+    for tool, timeout_s in (("t", 0.0), ("t", 1e9), ("t", float("nan")), ("", 5.0), ("t" * 129, 5.0)):
+        with pytest.raises(errors.InvalidArgument):
+            session.submit(tool, timeout_s, EMPTY, 0.0)
+    assert session.book.calls == {}
+
+
+def test_nothing_but_hello_goes_out_before_welcome() -> None:
+    session = ClientSession(b"p" * 8, "token")
+    session.submit("t", 5.0, EMPTY, 0.0)
+    assert sent(session) == []
+    session.dial(0.0)
+    assert sent(session) == []
+    session.connected(0.0)
+    assert [type(message) for message in sent(session)] == [messages.Hello]
+    assert sent(session) == []
+    session.receive(welcome(), None, 0.0)
+    assert [type(message) for message in sent(session)] == [messages.Calls]
+
+
+def test_resumed_session_sends_again_what_has_no_outcome_in_order() -> None:
+    session = opened()
+    first, second = (session.submit("t", 5.0, EMPTY, 0.0) for _ in range(2))
+    sent(session)
+    session.disconnected("cut")
+    third = session.submit("t", 5.0, EMPTY, 0.5)
+    hello = reopen(session, 1.0, resumed=True)
+    assert (hello.session_id, hello.ack) == (SESSION, 0)
+    # the outcome of the first was on its way when the connection went
+    session.receive(outcomes(1, first), None, 1.0)
+    [message] = sent(session, 1.0)
+    assert [call.call_id for call in message.calls] == [second.call_id, third.call_id]
+    assert [call.timeout_ms for call in message.calls] == [4000, 4500]
+    assert ends(session) == [(first, "OK")]
+
+
+def test_session_that_is_not_resumed_loses_what_was_sent_and_sends_the_rest() -> None:
+    session = opened()
+    lost = session.submit("t", 5.0, EMPTY, 0.0)
+    sent(session)
+    session.disconnected("cut")
+    fresh = session.submit("t", 5.0, EMPTY, 0.5)
+    reopen(session, 1.0, session_id=b"x" * 16, epoch=8)
+    assert ends(session) == [(lost, "BROKER_LOST")]
+    [message] = sent(session, 1.0)
+    assert [call.call_id for call in message.calls] == [fresh.call_id]
+    assert (message.epoch, message.ack) == (8, 0)
+
+
+def test_call_that_may_have_run_is_never_given_to_another_session() -> None:
+    session = opened()
+    call = session.submit("t", 50.0, EMPTY, 0.0)
+    sent(session)
+    session.disconnected("cut")
+    # resumed, and lost again before the call was sent again
+    reopen(session, 1.0, resumed=True)
+    session.disconnected("cut")
+    reopen(session, 2.0, session_id=b"x" * 16, epoch=8)
+    assert sent(session, 2.0) == []
+    assert ends(session) == [(call, "BROKER_LOST")]
+
+
+def test_message_that_no_socket_took_was_never_sent() -> None:
+    session = opened()
+    call = session.submit("t", 50.0, EMPTY, 0.0)
+    unsent = sent(session)
+    session.disconnected("cut", unsent)
+    reopen(session, 1.0, session_id=b"x" * 16, epoch=8)
+    [message] = sent(session, 1.0)
+    assert [one.call_id for one in message.calls] == [call.call_id]
+    assert ends(session) == []
+
+
+def test_duplicates_are_dropped_and_counted_outcomes_acknowledged() -> None:
+    session = opened()
+    calls = [session.submit("t", 5.0, EMPTY, 0.0) for _ in range(3)]
+    sent(session)
+    session.receive(outcomes(1, calls[0], calls[1]), None, 0.0)
+    session.receive(outcomes(2, calls[1], calls[2]), None, 0.0)
+    assert ends(session) == [(call, "OK") for call in calls]
+    session.submit("t", 5.0, EMPTY, 0.0)
+    [message] = sent(session)
+    assert message.ack == 3
+
+
+def test_ack_goes_alone_after_64_outcomes_or_with_a_heartbeat() -> None:
+    session = opened()
+    calls = [session.submit("t", 5.0, EMPTY, 0.0) for _ in range(65)]
+    sent(session)
+    session.receive(outcomes(1, *calls[:63]), None, 0.0)
+    assert sent(session) == []
+    session.receive(outcomes(64, calls[63]), None, 0.0)
+    assert sent(session) == [messages.Ack(7, 64)]
+    session.receive(outcomes(65, calls[64]), None, 0.0)
+    assert sent(session) == []
+    session.receive(messages.Heartbeat(7), None, 0.0)
+    assert sent(session) == [messages.Ack(7, 65)]
+
+
+def test_gap_in_the_numbers_of_outcomes_is_repaired_by_resuming() -> None:
+    session = opened()
+    calls = [session.submit("t", 5.0, EMPTY, 0.0) for _ in range(2)]
+    sent(session)
+    session.receive(outcomes(2, calls[1]), None, 0.0)
+    assert session.state is State.DISCONNECTED
+    assert ends(session) == []
+    hello = reopen(session, 0.1, resumed=True)
+    assert hello.ack == 0
+
+
+def test_message_of_another_epoch_is_dropped() -> None:
+    session = opened()
+    call = session.submit("t", 5.0, EMPTY, 0.0)
+    sent(session)
+    session.receive(outcomes(1, call, epoch=6), None, 0.0)
+    session.receive(messages.Goodbye(6), None, 0.0)
+    assert session.state is State.OPEN
+    assert ends(session) == []
+
+
+def test_silence_with_calls_in_flight_means_a_new_connection() -> None:
+    session = opened()
+    session.expire(100.0)
+    assert session.state is State.OPEN, "nobody has to speak while nothing is under way"
+    session.submit("t", 60.0, EMPTY, 100.0)
+    sent(session, 100.0)
+    assert session.deadline() == pytest.approx(100.0 + limits.SILENCE_S)
+    session.expire(100.9)
+    assert session.state is State.OPEN
+    session.receive(messages.Heartbeat(7), None, 100.9)
+    session.expire(101.5)
+    assert session.state is State.OPEN
+    session.expire(102.0)
+    assert session.state is State.DISCONNECTED
+    session.back_off(102.0, 1.0)
+    assert session.deadline() == session.dial_at
+
+
+def test_back_off_doubles_to_a_second_with_jitter() -> None:
+    session = ClientSession(b"p" * 8, "token")
+    delays = []
+    for _ in range(8):
+        session.dial(0.0)
+        session.disconnected("refused")
+        session.back_off(0.0, 1.0)
+        assert session.dial_at is not None
+        delays.append(session.dial_at)
+    assert delays[:3] == pytest.approx([0.05, 0.1, 0.2])
+    assert delays[-1] == BACKOFF_MAX_S
+    session.back_off(0.0, 0.0)
+    assert session.dial_at == BACKOFF_MAX_S / 2
+
+
+def test_idle_session_that_was_cut_waits_for_a_reason_to_reconnect() -> None:
+    session = opened()
+    session.disconnected("cut")
+    session.back_off(0.0, 0.5)
+    assert session.deadline() == float("inf")
+    session.submit("t", 5.0, EMPTY, 10.0)
+    assert session.deadline() < 10.0
+
+
+def test_client_ends_a_call_itself_half_a_second_after_its_deadline() -> None:
+    session = opened()
+    call = session.submit("t", 2.0, EMPTY, 0.0)
+    sent(session)
+    for now in (0.9, 1.8, 2.4):
+        session.receive(messages.Heartbeat(7), None, now)
+        session.expire(now)
+    assert ends(session) == []
+    session.expire(2.5)
+    assert ends(session) == [(call, "DEADLINE_EXCEEDED")]
+    session.receive(outcomes(1, call), None, 2.6)
+    assert ends(session) == []
+    assert session.book.late == 1
+
+
+def test_call_that_was_never_sent_ends_at_its_deadline_and_may_be_tried_again() -> None:
+    session = ClientSession(b"p" * 8, "token")
+    call = session.submit("t", 2.0, EMPTY, 0.0)
+    session.expire(2.0)
+    [end] = session.book.ended
+    assert end.pending is call
+    assert isinstance(end.error, errors.BrokerLost)
+    assert end.error.retryable
+    assert (end.error.call_id, end.error.tool) == (call.call_id, "t")
+
+
+def test_cancel_before_sending_is_silent_and_after_it_tells_the_broker_once() -> None:
+    session = opened()
+    queued = session.submit("t", 5.0, EMPTY, 0.0)
+    assert session.cancel(queued)
+    assert sent(session) == []
+    call = session.submit("t", 5.0, EMPTY, 0.0)
+    sent(session)
+    assert session.cancel(call)
+    assert not session.cancel(call)
+    assert sent(session) == [messages.Cancel(7, (call.call_id,))]
+    assert ends(session) == [(queued, "CANCELLED"), (call, "CANCELLED")]
+    assert session.book.in_flight == 1, "its place in the window is free when the broker says so"
+    session.receive(outcomes(1, call), None, 0.0)
+    assert (session.book.in_flight, session.book.calls) == (0, {})
+    assert ends(session) == []
+
+
+def test_cancel_while_disconnected_is_told_after_resuming() -> None:
+    session = opened()
+    call = session.submit("t", 5.0, EMPTY, 0.0)
+    sent(session)
+    session.disconnected("cut")
+    assert session.cancel(call)
+    reopen(session, 1.0, resumed=True)
+    assert sent(session, 1.0) == [messages.Cancel(7, (call.call_id,))]
+    assert session.book.calls == {}
+
+
+def parts(call: PendingCall, *indexes: int) -> messages.Partial:
+    return messages.Partial(7, tuple(messages.Part(call.call_id, at, payload.pack(at)) for at in indexes))
+
+
+def test_stream_gives_parts_in_order_and_credit_as_they_are_taken() -> None:
+    session = opened()
+    call = session.submit("t", 5.0, EMPTY, 0.0, streamed=True)
+    sent(session)
+    session.receive(parts(call, 0, 1, 1, 2, 3), None, 0.0)
+    assert [part for _, part in session.book.arrived] == [0, 1, 2, 3]
+    session.took(call)
+    assert sent(session) == []
+    session.took(call)
+    assert sent(session) == [messages.Credit(7, (messages.StreamCredit(call.call_id, 6),))]
+
+
+@pytest.mark.parametrize(("indexes", "code"), [((0, 2), "BROKER_LOST"), ((0, 1, 2, 3, 4), "INTERNAL")])
+def test_stream_with_a_gap_or_beyond_its_credit_is_cancelled(indexes: tuple[int, ...], code: str) -> None:
+    session = opened()
+    call = session.submit("t", 5.0, EMPTY, 0.0, streamed=True)
+    sent(session)
+    session.receive(parts(call, *indexes), None, 0.0)
+    assert ends(session) == [(call, code)]
+    assert sent(session) == [messages.Cancel(7, (call.call_id,))]
+
+
+def test_stream_does_not_outlive_its_connection() -> None:
+    session = opened()
+    call = session.submit("t", 5.0, EMPTY, 0.0, streamed=True)
+    sent(session)
+    session.receive(parts(call, 0), None, 0.0)
+    session.disconnected("cut")
+    reopen(session, 1.0, resumed=True)
+    assert ends(session) == [(call, "BROKER_LOST")]
+    assert sent(session, 1.0) == [messages.Cancel(7, (call.call_id,))]
+
+
+def test_plain_call_of_a_streaming_tool_collects_its_parts() -> None:
+    session = opened()
+    call = session.submit("t", 5.0, EMPTY, 0.0)
+    sent(session)
+    session.receive(parts(call, 0, 1), None, 0.0)
+    session.receive(parts(call, 2), None, 0.0)
+    session.receive(outcomes(1, call), None, 0.0)
+    [end] = session.book.ended
+    assert end.value == [0, 1, 2]
+
+
+def test_goodbye_ends_what_was_sent_and_forgets_the_session() -> None:
+    session = opened()
+    call = session.submit("t", 5.0, EMPTY, 0.0)
+    sent(session)
+    session.receive(messages.Goodbye(7, "shutting down"), None, 0.0)
+    assert ends(session) == [(call, "BROKER_LOST")]
+    hello = reopen(session, 1.0, session_id=b"x" * 16, epoch=8)
+    assert hello.session_id is None
+
+
+@pytest.mark.parametrize("code", ["UNAUTHENTICATED", "UNSUPPORTED_VERSION", "FORBIDDEN"])
+def test_final_refusal_of_hello_ends_every_call_with_its_code(code: str) -> None:
+    session = ClientSession(b"p" * 8, "token")
+    call = session.submit("t", 5.0, EMPTY, 0.0)
+    session.dial(0.0)
+    session.connected(0.0)
+    session.receive(messages.Error(7, code, "no", payload.pack({"supported": [2]}), fatal=True), None, 0.0)
+    assert session.state is State.REFUSED
+    [end] = session.book.ended
+    assert (end.pending, end.error.code if end.error else "") == (call, code)
+    with pytest.raises(errors.CALL_ERRORS[code]):
+        session.submit("t", 5.0, EMPTY, 1.0)
+
+
+def test_overloaded_broker_is_asked_again_later() -> None:
+    session = ClientSession(b"p" * 8, "token")
+    session.dial(0.0)
+    session.connected(0.0)
+    session.receive(messages.Error(7, "OVERLOADED", "full", EMPTY, fatal=True), None, 0.0)
+    assert session.state is State.DISCONNECTED
+
+
+def test_session_of_another_key_is_given_up_and_a_new_one_asked_for() -> None:
+    session = opened()
+    call = session.submit("t", 5.0, EMPTY, 0.0)
+    sent(session)
+    session.disconnected("cut")
+    session.dial(1.0)
+    session.connected(1.0)
+    session.receive(messages.Error(7, "FORBIDDEN", "not yours", EMPTY, fatal=True), None, 1.0)
+    assert ends(session) == [(call, "BROKER_LOST")]
+    assert session.state is State.DISCONNECTED
+    assert reopen(session, 2.0).session_id is None
+
+
+def test_close_says_goodbye_and_cancels_what_is_left() -> None:
+    session = opened()
+    call = session.submit("t", 5.0, EMPTY, 0.0)
+    sent(session)
+    session.close()
+    assert sent(session) == [messages.Goodbye(7, "closed")]
+    assert ends(session) == [(call, "CANCELLED")]
+    with pytest.raises(errors.BrokerError, match="closed"):
+        session.submit("t", 5.0, EMPTY, 0.0)
+
+
+def test_unreadable_result_is_an_error_of_its_call_only() -> None:
+    session = opened()
+    bad, good = (session.submit("t", 5.0, EMPTY, 0.0) for _ in range(2))
+    sent(session)
+    broken = messages.Outcome(bad.call_id, "OK", b"\xc1")
+    session.receive(messages.Outcomes(7, 1, (broken, messages.Outcome(good.call_id, "OK", NIL))), None, 0.0)
+    assert ends(session) == [(bad, "INTERNAL"), (good, "OK")]
