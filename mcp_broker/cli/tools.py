@@ -1,0 +1,102 @@
+"""``mcp-broker tools``: what may be called, and how."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from mcp_broker.cli import connection, output, schema, settings
+from mcp_broker.errors import NotFound
+
+_NAME_WIDTH = 30
+
+
+def _complete(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
+    return [name for name in connection.tool_names(settings.current(context)) if name.startswith(incomplete)]
+
+
+@click.command(
+    short_help="List tools, or show one with an example call.",
+    epilog="""\b
+Examples:
+  mcp-broker tools
+  mcp-broker tools text.word_count
+  mcp-broker tools --tag text --json""",
+)
+@click.argument("name", required=False, shell_complete=_complete)
+@click.option("--capability", metavar="NAME", help="Only tools with this capability.")
+@click.option("--tag", metavar="NAME", help="Only tools with this tag.")
+@settings.shared("json", "profile", "state-dir")
+def tools(name: str | None, capability: str | None, tag: str | None) -> None:
+    """List the tools that you may call; with NAME show its signature, schema and an example call."""
+    chosen = settings.current()
+    with connection.connected(chosen) as client:
+        definitions = client.tools(name, capability, tag)
+        if name is not None and not definitions:
+            raise NotFound(
+                f"there is no tool {name!r}",
+                {"did_you_mean": _near(name, client), "hint": chosen.again("tools")},
+            )
+    for definition in definitions:
+        for key in ("parameters", "returns"):
+            definition[key] = schema.load(definition.get(key, "{}"))
+    definitions.sort(key=lambda definition: str(definition["name"]))
+    if chosen.as_json:
+        output.document(definitions[0] if name is not None else {"tools": definitions})
+    elif name is not None:
+        _show(definitions[0], chosen)
+    else:
+        _list(definitions, chosen)
+
+
+def _near(name: str, client: connection.ClientLike) -> list[str]:
+    import difflib
+
+    known = [str(definition["name"]) for definition in client.tools()]
+    return difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+
+
+def _list(definitions: list[connection.Map], chosen: settings.Settings) -> None:
+    if not definitions:
+        output.note(f"no tool fits; {chosen.again('status')} says which pools are up")
+        return
+    width = min(_NAME_WIDTH, max(len(str(definition["name"])) for definition in definitions))
+    for definition in definitions:
+        summary = (str(definition.get("description") or "").strip().splitlines() or [""])[0]
+        state = definition.get("state")
+        if state not in {None, "", "ready"}:
+            summary = f"[pool {definition.get('pool', '?')}: {state}] {summary}"
+        text = f"{definition['name']:<{width}}  {summary}".rstrip()
+        output.line(output.cut(text, os.get_terminal_size().columns) if output.is_terminal() else text)
+    if output.is_terminal():
+        output.note(f"\n{chosen.again('tools NAME')}   shows one with an example call")
+
+
+def _show(definition: connection.Map, chosen: settings.Settings) -> None:
+    name = str(definition["name"])
+    parameters, returns = definition["parameters"], definition["returns"]
+    output.line(f"{name} {definition.get('version', '')}".rstrip())
+    for text in str(definition.get("description") or "").strip().splitlines():
+        output.line(f"  {text.strip()}".rstrip())
+    output.line()
+    output.line(f"Signature: {schema.signature(name, parameters, returns)}")
+    for key, part in schema.properties(parameters).items():
+        if part.get("description"):
+            output.line(f"  {key}: {part['description']}")
+    facts = {
+        "Pool": definition.get("pool"),
+        "Timeout": output.duration(float(definition.get("timeout_s") or 0))
+        if definition.get("timeout_s")
+        else None,
+        "Capabilities": ", ".join(definition.get("capabilities") or ()),
+        "Tags": ", ".join(definition.get("tags") or ()),
+        "Traits": ", ".join(trait for trait in ("idempotent", "streaming") if definition.get(trait)),
+        "Clearance": definition.get("level"),
+    }
+    output.line("  ".join(f"{key}: {value}" for key, value in facts.items() if value))
+    output.line()
+    output.line("Arguments (JSON Schema):")
+    output.line(output.dumps(parameters, pretty=True))
+    output.line()
+    output.line(f"Example: {chosen.again(schema.example_call(name, parameters))}")

@@ -1,0 +1,162 @@
+"""``mcp-broker why``: why a worker died, or how a call ended, in words that do not guess."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Final
+
+import click
+
+from mcp_broker.cli import connection, output, settings
+from mcp_broker.errors import NotFound, NotReachable
+
+Map = connection.Map
+
+#: what each kind of a certificate means, for people
+KINDS: Final[dict[str, str]] = {
+    "exit": "the process ended by itself",
+    "signal": "a signal that mcp-broker did not send ended it",
+    "boot_failure": "it ended before it was ready to serve",
+    "operator": "it was stopped on purpose",
+    "deadline": "mcp-broker killed it, because its call was past its deadline",
+    "cancel": "mcp-broker killed it, because its call was cancelled and did not end",
+    "limit": "mcp-broker killed it, because it exceeded a limit",
+    "unknown": "unknown; nothing that could be observed tells more",
+}
+
+
+@click.command(
+    short_help="Say why a worker died or how a call ended.",
+    epilog="""\b
+Examples:
+  mcp-broker why            the latest death
+  mcp-broker why text-3     a worker by its id
+  mcp-broker why 4711       a worker by its pid""",
+)
+@click.argument("id_", metavar="[ID]", required=False)
+@settings.shared("json", "profile", "state-dir")
+def why(id_: str | None) -> None:
+    """Say why the worker ID (worker id or pid) died, or how the call ID (or the start of it) ended.
+
+    Without ID it tells the latest death. When no broker answers it reads the state directory's own records.
+    """
+    chosen = settings.current()
+    try:
+        with connection.connected(chosen) as client:
+            record = _asked(client, id_)
+    except NotReachable as error:
+        recorded = _recorded(chosen.state_dir / "deaths.jsonl", id_)
+        if recorded is None:
+            raise
+        record = recorded
+        output.note(f"no broker answers ({error.message}); this is from the records in {chosen.state_dir}")
+    if not record.get("found", True):
+        raise NotFound(
+            f"nothing is known of {id_!r}: no worker, pid or recent call has it",
+            {"hint": f"{chosen.again('ps')}; {chosen.again('status')} lists recent deaths"},
+        )
+    if chosen.as_json:
+        output.document(record)
+        return
+    for text in story(record):
+        output.line(text)
+
+
+def _asked(client: connection.ClientLike, id_: str | None) -> Map:
+    if id_ is not None:
+        answer: Map = client.call("system.why", {"id": id_})
+        return answer
+    deaths = client.call("system.status", {}).get("deaths") or []
+    return (
+        {"found": True, "kind": "none"}
+        if not deaths
+        else {"found": True, "kind": "death", "certificate": deaths[0]}
+    )
+
+
+def _recorded(path: Path, id_: str | None) -> Map | None:
+    """Return the newest recorded death that fits, ``found: False`` for none, None without records."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    for text in reversed(lines):
+        try:
+            certificate = json.loads(text)
+        except ValueError:
+            continue  # a line that a crash cut short
+        if isinstance(certificate, dict) and (
+            id_ is None or id_ in {str(certificate.get("worker_id")), str(certificate.get("pid"))}
+        ):
+            return {"found": True, "kind": "death", "certificate": certificate}
+    return {"found": False} if id_ is not None else {"found": True, "kind": "none"}
+
+
+def certificate_of(record: Map) -> Map | None:
+    """Return the death certificate in an answer of ``system.why``, wherever it stands in it."""
+    inner = record.get("certificate")
+    if isinstance(inner, dict):
+        return inner
+    return record if "cause" in record and "worker_id" in record else None
+
+
+def story(record: Map) -> list[str]:
+    """Tell an answer in lines for people."""
+    if record.get("kind") == "none":
+        return ["no worker has died"]
+    lines = _call(record) if record.get("kind") == "call" else []
+    certificate = certificate_of(record)
+    if certificate is not None:
+        lines += _death(certificate)
+    elif record.get("kind") == "worker":
+        lines += [
+            f"worker {record.get('id', '?')} of pool {record.get('pool', '?')} lives: {record.get('state', '?')}"
+        ]
+    return lines
+
+
+def _call(record: Map) -> list[str]:
+    call_id = record.get("call_id", "?")
+    name = call_id.hex() if isinstance(call_id, bytes) else str(call_id)
+    head = (
+        f"call {name} of {record.get('tool', '?')}: {record.get('code') or record.get('state') or 'unknown'}"
+    )
+    return [
+        head,
+        *_rest({key: value for key, value in record.items() if key not in {"call_id", "tool", "code"}}),
+    ]
+
+
+def _rest(record: Map) -> list[str]:
+    hidden = {"found", "kind", "certificate", "id", "worker_id"}
+    return [
+        f"  {key.replace('_', ' '):<14} {output.plain(value)}"
+        for key, value in record.items()
+        if key not in hidden and value not in (None, "", [], {})
+    ]
+
+
+def _death(certificate: Map) -> list[str]:
+    kind = str(certificate.get("kind") or "unknown")
+    signal, code = certificate.get("signal"), certificate.get("exit_code")
+    facts = {
+        "why": f"{certificate.get('cause') or 'unknown'}",
+        "kind": f"{kind}: {KINDS.get(kind, 'a kind that this version does not know')}",
+        "signal": signal or "none",
+        "exit code": code if code is not None else "none, it did not exit by itself" if signal else "unknown",
+        "lived": f"{output.duration(float(certificate.get('uptime_s') or 0))}, "
+        f"{certificate.get('calls_started', 0)} calls started",
+        "used": f"{float(certificate.get('cpu_s') or 0):.1f} s of CPU, "
+        f"{output.mebibytes(float(certificate.get('max_rss_kib') or 0))} MB at most",
+    }
+    head = (
+        f"worker {certificate.get('worker_id', '?')} of pool {certificate.get('pool', '?')} "
+        f"(pid {certificate.get('pid', '?')}) died {output.ago(float(certificate.get('wall_at') or 0))}"
+    )
+    lines = [head]
+    lines += [f"  {key:<10} {value}" for key, value in facts.items() if value is not None]
+    stderr = str(certificate.get("stderr") or "").rstrip()
+    if stderr:
+        lines += ["  last standard error:", *(f"    {text}" for text in stderr.splitlines()[-12:])]
+    return lines
