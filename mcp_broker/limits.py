@@ -35,9 +35,6 @@ SCHEMA_BYTES_MAX: Final = 32 * 1024
 CAPABILITIES_MAX: Final = 32
 #: REGISTER is the one message that may exceed the envelope's bound: 256 tools with schemas.
 REGISTER_BYTES_MAX: Final = BODY_BYTES_MAX
-#: Depth to which msgpack may nest in an envelope (the deepest legal message has 5) and in a payload.
-ENVELOPE_DEPTH_MAX: Final = 8
-PAYLOAD_DEPTH_MAX: Final = 64
 
 # -- time ------------------------------------------------------------------------------------
 
@@ -51,8 +48,6 @@ SILENCE_S: Final = 1.0
 #: How long a lost client session waits for its client to resume, before its calls are cancelled.
 #: With one heartbeat to notice, a vanished client's calls are cancelled within a second.
 RESUME_GRACE_S: Final = 0.5
-#: A worker's lease, renewed by any traffic or its node's word (docs/protocol.md, "Leases").
-WORKER_LEASE_S: Final = 10.0
 #: Outcomes of a dying worker may still be in its socket's buffer when its death is reported.
 DEATH_SETTLE_S: Final = 0.02
 #: After the cooperative cancel (at once): SIGTERM, then SIGKILL (design: outcome first, kill behind).

@@ -7,7 +7,7 @@ decode, whatever the sender's rights. Source: docs/protocol.md, "Frames" and "Me
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 import msgspec
 
@@ -16,6 +16,9 @@ from mcp_broker.errors import MalformedFrame, UnknownKind, WireError
 from mcp_broker.wire import messages, node
 
 T = TypeVar("T")
+
+#: what msgspec raises for bytes that are not of a type
+_BROKEN: Final = (msgspec.DecodeError, RecursionError, UnicodeDecodeError, OverflowError)
 
 #: One encoder for all: it keeps no state between messages.
 encode: Final[Callable[[msgspec.Struct], bytes]] = msgspec.msgpack.Encoder().encode
@@ -47,11 +50,12 @@ class Decoder(Generic[T]):
             )
         try:
             return self._decode(frame)
-        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError, OverflowError) as error:
+        except _BROKEN as error:
             raise _explain(bytes(frame), error) from error
 
 
-_kind_decoder: Final = msgspec.msgpack.Decoder(tuple[str, msgspec.Raw])
+_parts_decoder: Final = msgspec.msgpack.Decoder(list[msgspec.Raw])
+_text_decoder: Final = msgspec.msgpack.Decoder(str)
 _KINDS: Final = frozenset(messages.kind_of(kind) for kind in messages.AnyMessage.__args__)
 
 
@@ -59,13 +63,12 @@ def _explain(frame: bytes, error: Exception) -> WireError:
     """Tell an unknown kind from a broken message; only ever called for frames that did not decode."""
     if isinstance(error, msgspec.ValidationError) and str(error).endswith("at `$[0]`"):
         try:
-            head = msgspec.msgpack.decode(frame)
-        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError, OverflowError):
-            head = None
-        if isinstance(head, list) and head and isinstance(head[0], str):
-            kind = head[0][:32]
-            known = "not taken at this socket" if kind in _KINDS else "unknown"
-            return UnknownKind(f"the kind {kind!r} is {known}", {"kind": kind})
+            # the fields are skipped, not built: a stranger may have sent anything in them
+            kind = _text_decoder.decode(_parts_decoder.decode(frame)[0])[:32]
+        except (*_BROKEN, IndexError):
+            return MalformedFrame(f"not a message of this protocol: {error}"[:500])
+        known = "not taken at this socket" if kind in _KINDS else "unknown"
+        return UnknownKind(f"the kind {kind!r} is {known}", {"kind": kind})
     return MalformedFrame(f"not a message of this protocol: {error}"[:500])
 
 
@@ -94,7 +97,7 @@ def decode_caller(packed: msgspec.Raw) -> messages.Caller:
     """
     try:
         return _caller_decoder.decode(packed)
-    except msgspec.DecodeError as error:
+    except _BROKEN as error:
         raise MalformedFrame(f"not a caller: {error}") from error
 
 
@@ -106,10 +109,17 @@ def decode_worker_boot(packed: bytes) -> node.WorkerBoot:
     """
     try:
         return _worker_boot_decoder.decode(packed)
-    except msgspec.DecodeError as error:
+    except _BROKEN as error:
         raise MalformedFrame(f"not a worker's boot record: {error}") from error
 
 
-def as_plain(record: object) -> object:
-    """Turn a record into dicts, lists and scalars, with defaults filled in, for payloads and JSON."""
-    return msgspec.to_builtins(record, builtin_types=(bytes,))
+def as_plain(value: Any) -> Any:  # noqa: ANN401 (any record, item or field)
+    """Turn records into maps and items into lists, defaults filled in, for payloads and JSON; bytes stay bytes."""
+    if isinstance(value, msgspec.Struct):
+        names = value.__struct_fields__
+        if value.__struct_config__.array_like:
+            return [as_plain(getattr(value, name)) for name in names]
+        return {name: as_plain(getattr(value, name)) for name in names}
+    if isinstance(value, tuple | list):
+        return [as_plain(item) for item in value]
+    return value

@@ -6,11 +6,14 @@ types, so that no payload can name a class to build.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import msgpack
 
 from mcp_broker.errors import MalformedFrame
+
+#: fixext 4, fixext 8 and ext 8 of 12 bytes, each of type -1
+_TIMESTAMP_HEADS: Final = (b"\xd6\xff", b"\xd7\xff", b"\xc7\x0c\xff")
 
 
 def _refuse_ext(code: int, data: bytes) -> Any:  # noqa: ANN401 (msgpack's own signature)
@@ -22,9 +25,12 @@ def pack(value: Any) -> bytes:  # noqa: ANN401 (any payload)
 
     Raises:
         TypeError: it holds something that msgpack cannot carry (the sender's fault).
-        ValueError: an integer beyond 64 bits, or nested too deep.
+        ValueError: an integer beyond 64 bits, or nested deeper than 511 levels.
     """
-    packed: bytes = msgpack.packb(value, use_bin_type=True)
+    try:
+        packed: bytes = msgpack.packb(value, use_bin_type=True)
+    except OverflowError as error:
+        raise ValueError(str(error)) from error
     return packed
 
 
@@ -35,12 +41,29 @@ def unpack(data: bytes) -> Any:  # noqa: ANN401 (any payload)
         MalformedFrame: the bytes are not one payload (the sender's fault).
     """
     try:
-        return msgpack.unpackb(data, raw=False, strict_map_key=True, ext_hook=_refuse_ext)
+        value = msgpack.unpackb(data, raw=False, strict_map_key=True, ext_hook=_refuse_ext)
     except MalformedFrame:
         raise
     # msgpack raises ValueError's kin, and StackError or RecursionError for depth
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
         raise MalformedFrame(f"the payload is not msgpack: {error}") from error
+    # msgpack answers its own ext type, the timestamp, without asking; its three heads are rare in other data
+    if any(head in data for head in _TIMESTAMP_HEADS) and _holds_timestamp(value):
+        raise MalformedFrame("a payload may not hold a timestamp: send seconds, or ISO 8601 text")
+    return value
+
+
+def _holds_timestamp(value: Any) -> bool:  # noqa: ANN401 (any payload)
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, msgpack.Timestamp):
+            return True
+        if isinstance(one, list):
+            waiting += one
+        elif isinstance(one, dict):
+            waiting += one.values()
+    return False
 
 
 def unpack_map(data: bytes) -> dict[str, Any]:

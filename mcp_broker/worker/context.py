@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mcp_broker.errors import Cancelled
+from mcp_broker.errors import Cancelled, DeadlineExceeded
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,11 @@ class ToolContext:
         """Stop here if nobody waits for the outcome: for loops in threads, which no signal reaches.
 
         Raises:
-            Cancelled: the call was cancelled, or its time is over. Let it pass.
+            DeadlineExceeded: the call's time is over. Let it pass.
+            Cancelled: the call was cancelled. Let it pass.
         """
-        if self.cancelled or self.remaining_s() == 0.0:
+        # the deadline first: at that instant the broker cancels too, and the cause is the one to tell
+        if self.remaining_s() == 0.0:
+            raise DeadlineExceeded("the call's time is over")
+        if self.cancelled:
             raise Cancelled("the call was cancelled")

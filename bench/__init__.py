@@ -1,0 +1,1 @@
+"""How fast it is, against libzmq's own proxy in the same run. ``python -m bench --help``."""
