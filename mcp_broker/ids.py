@@ -27,4 +27,4 @@ def call_id(prefix: bytes, counter: int, shard: int = 0) -> CallId:
 
     Source: docs/protocol.md, "Identifiers".
     """
-    return CallId(prefix + shard.to_bytes(2, "big") + counter.to_bytes(6, "big"))
+    return CallId(prefix + (shard << 48 | counter).to_bytes(8, "big"))

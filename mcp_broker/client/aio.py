@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import deque
-from collections.abc import AsyncIterator, Generator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Generator, Iterable, Mapping
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -19,7 +19,7 @@ from mcp_broker.client.awaitables import AsyncCallFuture, AsyncPartStream
 from mcp_broker.client.link import Link
 from mcp_broker.client.session import State
 from mcp_broker.client.sync import MAP_AHEAD, asked, pack, seconds
-from mcp_broker.client.targets import OVER
+from mcp_broker.client.targets import OVER, window_full
 
 if TYPE_CHECKING:
     from mcp_broker.auth.profile import Profile
@@ -128,7 +128,7 @@ class AsyncClient:
 
     async def map(
         self, tool: str, arguments: Iterable[Mapping[str, Any]], *, timeout_s: float | None = None
-    ) -> AsyncIterator[Any]:
+    ) -> AsyncGenerator[Any, None]:
         """Yield the results of many calls, in order; up to 128 are under way at a time.
 
         Raises:
@@ -149,7 +149,7 @@ class AsyncClient:
 
     async def stream(
         self, tool: str, arguments: Mapping[str, Any] | None = None, *, timeout_s: float | None = None
-    ) -> AsyncIterator[Any]:
+    ) -> AsyncGenerator[Any, None]:
         """Yield the parts of a streaming tool's result as they come; leaving the loop early cancels the call."""
         stream = AsyncPartStream(self)
         await self._submit(tool, arguments, seconds(timeout_s), stream, streamed=True)
@@ -222,11 +222,7 @@ class AsyncClient:
                 while not session.has_room and session.state not in OVER:
                     await self._news()
         except TimeoutError:
-            window = session.granted.window
-            raise errors.Overloaded(
-                f"the session's window of {window} unfinished calls stayed full",
-                {"limit": window, "retry_after_s": 0.1},
-            ) from None
+            raise window_full(session.granted.window) from None
 
     async def _news(self) -> None:
         """Wait until something has changed."""
@@ -311,4 +307,6 @@ class AsyncClient:
         if book.ended:
             ended, book.ended = book.ended, []
             for end in ended:
-                end.pending.waiter.settle(end.value, end.error, end.usage)
+                # future and call hold each other: taken apart here, they cost the collector nothing
+                waiter, end.pending.waiter = end.pending.waiter, None
+                waiter.settle(end.value, end.error, end.usage)

@@ -70,23 +70,29 @@ class CallFuture(Future[Any]):
         """The call's id on the wire, 16 bytes."""
         return self.pending.call_id
 
-    # what concurrent.futures reaches for; mypy's stubs call it a plain attribute
-    @property
-    def _condition(self) -> threading.Condition:  # type: ignore[override]
-        condition = self._real_condition
-        if condition is None:
-            with _making:
-                if self._real_condition is None:
-                    self._waiters: list[Any] = []
-                    self._done_callbacks: list[Any] = []
-                    self._real_condition = threading.Condition()
-                condition = self._real_condition
-            if not self.ready:
-                self._owner.attend()
-        return condition
+    if not TYPE_CHECKING:  # checkers see the base's plain attribute, as they must to take this for a Future
 
-    def settle(self, value: Any, error: CallError | None, usage: Usage | None) -> None:  # noqa: ANN401
-        """Give the future its outcome; once, by its client."""
+        @property
+        def _condition(self) -> threading.Condition:
+            """What concurrent.futures reaches for; whoever does waits in a way that serves nothing."""
+            condition = self._real_condition
+            if condition is None:
+                with _making:
+                    if self._real_condition is None:
+                        self._waiters = []
+                        self._done_callbacks = []
+                        self._real_condition = threading.Condition()
+                    condition = self._real_condition
+                if not self.ready:
+                    self._owner.attend()
+            return condition
+
+    def settle(self, value: Any, error: CallError | None, usage: Usage | None) -> bool:  # noqa: ANN401
+        """Give the future its outcome; once, by its client. Runs nobody's code.
+
+        Returns:
+            True if :meth:`tell_strangers` must follow, with no lock held.
+        """
         self.usage = usage
         self._result = value
         if error is not None:
@@ -98,11 +104,11 @@ class CallFuture(Future[Any]):
             self.seats = None
             for seat in seats:
                 seat.set()
-        if self._real_condition is not None:
-            self._tell_strangers(self._real_condition)
+        return self._real_condition is not None
 
-    def _tell_strangers(self, condition: threading.Condition) -> None:
-        with condition:
+    def tell_strangers(self) -> None:
+        """Tell those who wait by concurrent.futures, and run the callbacks."""
+        with self._condition:
             for waiter in self._waiters:
                 if self._state == _CANCELLED:
                     waiter.add_cancelled(self)
@@ -110,7 +116,7 @@ class CallFuture(Future[Any]):
                     waiter.add_exception(self)
                 else:
                     waiter.add_result(self)
-            condition.notify_all()
+            self._condition.notify_all()
         self._invoke_callbacks()  # type: ignore[attr-defined]
 
     def done(self) -> bool:

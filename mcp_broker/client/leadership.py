@@ -1,7 +1,7 @@
 """Who serves the socket of a blocking client: whoever waits does the work.
 
 Rules
-    The lock guards session, link and socket. It is never held while anybody waits, nor while a future is told.
+    The lock guards session, link and socket. It is never held while anybody waits, nor while callbacks run.
     One thread at a time *leads*: it waits for the socket's fd, and serves. A thread that waits for a call leads if
     nobody does; else it takes a *seat*, and is woken when its call has ended or the leader leaves. Waiting means
     ``poll`` on the raw fd, which does not touch the socket: meanwhile any other thread may take the lock, send
@@ -9,8 +9,7 @@ Rules
     Calls that nobody waits for are served by the *helper* thread, started on first need: it leads when nobody
     else did for a tick, gives way to any thread that waits, and ends itself after a second without calls.
     What is submitted while calls are in flight goes out in one batch when a thread next serves.
-
-An I/O thread on every call would cost half the latency (two more thread switches); it was tried.
+    An I/O thread on every call would cost half the latency: two more thread switches.
 """
 
 from __future__ import annotations
@@ -25,9 +24,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from mcp_broker import errors, limits
 from mcp_broker.client import connection
-from mcp_broker.client.targets import OVER, Room, Target, Unattended
+from mcp_broker.client.targets import OVER, Room, Target, Unattended, window_full
 
 if TYPE_CHECKING:
+    from mcp_broker.client.future import CallFuture
     from mcp_broker.client.link import Link
     from mcp_broker.client.session import PendingCall
 
@@ -46,8 +46,9 @@ class Leadership:
         self.session = link.session
         self._generation = connection.generation
         self._lock = threading.Lock()
-        #: what the leading thread waits for, if one leads
+        #: what the leading thread waits for, if one leads, and which thread it is
         self._leader: Target | None = None
+        self._leading_thread = 0
         #: threads that could lead, longest waiting first
         self._seats: deque[threading.Event] = deque()
         self._rooms: list[Room] = []
@@ -65,6 +66,8 @@ class Leadership:
         self._asleep = False
         self._urgent = False
         self._unattended = Unattended(link)
+        #: futures that are done, and whose strangers are still to be told
+        self._untold: deque[CallFuture] = deque()
         #: calls whose stream was dropped; a destructor may not take the lock
         self._orphans: deque[PendingCall] = deque()
         self._closed = False
@@ -77,8 +80,7 @@ class Leadership:
         """
         if self._generation != connection.generation:
             raise errors.BrokerError(
-                "this client belongs to the process that connected it, and this one was forked from that; "
-                "connect a client of its own here",
+                "this client belongs to the process that connected it, and this one was forked from that",
                 {"hint": "call Client.connect() after the fork"},
             )
 
@@ -97,7 +99,6 @@ class Leadership:
         """Take a call, after waiting for a place in the window, and set ``waiter.pending``.
 
         Args:
-            packed: the arguments.
             waits: this thread waits for the outcome at once, and will send it then.
 
         Raises:
@@ -129,11 +130,6 @@ class Leadership:
             if done:
                 self._push()
         return done
-
-    def cancel_id(self, call_id: bytes) -> bool:
-        """As :meth:`cancel_pending`, by id."""
-        pending = self.session.book.calls.get(call_id)
-        return pending is not None and self.cancel_pending(pending)
 
     def took(self, pending: PendingCall) -> None:
         """A part of a stream was taken."""
@@ -195,15 +191,15 @@ class Leadership:
     def _await(self, target: Target, ends: float | None) -> None:
         try:
             while not target.ready and not self._closed:
-                if self._leader is None:
+                # a callback that the leader runs leads in its place
+                if self._leader is None or self._leading_thread == threading.get_ident():
                     self._lead(target, ends)
                     break
                 if not self._sit(target, ends):
                     break
         finally:
-            if self._leader is None:
-                # this thread led, or was woken to lead and does not
-                self._hand_over()
+            # this thread led, or was woken to lead and does not
+            self._hand_over()
 
     def _await_room(self, ends: float) -> None:
         room = Room(self.link)
@@ -213,11 +209,7 @@ class Leadership:
         finally:
             self._rooms.remove(room)
         if not room.ready:
-            window = self.session.granted.window
-            raise errors.Overloaded(
-                f"the session's window of {window} unfinished calls stayed full",
-                {"limit": window, "retry_after_s": 0.1},
-            )
+            raise window_full(self.session.granted.window)
 
     def _sit(self, target: Target, ends: float | None) -> bool:
         """Wait until the target is there or the leader leaves; False if the time ran out."""
@@ -243,20 +235,25 @@ class Leadership:
         return in_time
 
     def _hand_over(self) -> None:
-        """Nobody leads: wake one who could."""
-        if self._seats:
+        """If nobody leads, wake one who could."""
+        if self._leader is None and self._seats:
             self._seats.popleft().set()
 
     # -- serving ------------------------------------------------------------------------------------------------
 
     def _lead(self, target: Target, ends: float | None) -> None:
+        outer = self._leader
         self._leader = target
+        self._leading_thread = threading.get_ident()
         try:
             while not self._closed:
                 self._turns += 1
                 now = monotonic()
                 more = self._serve(now)
                 if target.ready or self._closed:
+                    if self.session.book.cancels:
+                        # nobody may come after this thread
+                        self.link.flush(now)
                     return
                 if more or self.session.has_outgoing:
                     continue
@@ -267,9 +264,9 @@ class Leadership:
                     wait_s = min(wait_s, ends - now)
                 self._poll(target, wait_s)
         finally:
-            self._leader = None
+            self._leader = outer
             self._polling = False
-            if self._closed:
+            if self._closed and outer is None:
                 self._drop_wake_fd()
 
     def _poll(self, target: Target, wait_s: float) -> None:
@@ -300,7 +297,7 @@ class Leadership:
             self.session.cancel(self._orphans.popleft())
         more = self.link.serve(now)
         book = self.session.book
-        if book.ended or book.arrived:
+        if book.ended or book.arrived or self._untold:
             self._settle()
         elif self._rooms:
             self._tell_rooms()
@@ -316,23 +313,37 @@ class Leadership:
             self._kick()
 
     def _settle(self) -> None:
-        """Tell futures and streams, with the lock released: they run other people's code."""
+        """Tell futures and streams; those that have strangers waiting with the lock released."""
         book = self.session.book
         ended, book.ended = book.ended, []
         arrived, book.arrived = book.arrived, []
+        for pending, part in arrived:
+            pending.waiter.feed(part)
+        for end in ended:
+            # future and call hold each other: taken apart here, they cost the collector nothing
+            waiter, end.pending.waiter = end.pending.waiter, None
+            if waiter.settle(end.value, end.error, end.usage):
+                self._untold.append(waiter)
         if self._rooms:
             self._tell_rooms()
-        self._lock.release()
-        try:
-            for pending, part in arrived:
-                pending.waiter.feed(part)
-            for end in ended:
-                end.pending.waiter.settle(end.value, end.error, end.usage)
-        finally:
-            self._lock.acquire()
         if self._polling:
             # the leader's own call may be among them
             self._kick()
+        if self._untold:
+            self._tell_strangers()
+
+    def _tell_strangers(self) -> None:
+        # one list for all threads: a callback may wait for a future that stands behind its own
+        self._lock.release()
+        try:
+            while self._untold:
+                try:
+                    future = self._untold.popleft()
+                except IndexError:
+                    break
+                future.tell_strangers()
+        finally:
+            self._lock.acquire()
 
     def _tell_rooms(self) -> None:
         for room in self._rooms:
@@ -348,8 +359,8 @@ class Leadership:
 
     def _drop_wake_fd(self) -> None:
         if self._wake_fd >= 0:
-            os.close(self._wake_fd)
-            self._wake_fd = -1
+            fd, self._wake_fd = self._wake_fd, -1
+            os.close(fd)
 
     # -- the helper -----------------------------------------------------------------------------------------------
 

@@ -76,7 +76,11 @@ class Link:
         """
         session = self.session
         if session.has_outgoing:
-            self._flush(now)
+            # after a pause, hear first: a GOODBYE or the end of the connection may lie there since long, and a call
+            # sent into it would be lost
+            if not session.book.in_flight and self._receive(now):
+                return True
+            self.flush(now)
         if self._receive(now):
             return True
         if now >= session.deadline():
@@ -85,7 +89,8 @@ class Link:
             self._follow(now)
         return session.has_outgoing and self.connection is not None
 
-    def _flush(self, now: float) -> None:
+    def flush(self, now: float) -> None:
+        """Send what waits, if there is a connection."""
         connection = self.connection
         if connection is None or self.session.state not in _LIVE:
             return

@@ -38,8 +38,8 @@ class Inbox:
         self.parts.append(part)
         self._wake()
 
-    def settle(self, value: Any, error: CallError | None, usage: Usage | None) -> None:  # noqa: ANN401
-        """Take the end, once."""
+    def settle(self, value: Any, error: CallError | None, usage: Usage | None) -> bool:  # noqa: ANN401
+        """Take the end, once. Runs nobody's code; False: nobody else is to be told."""
         self.usage = usage
         self.error = error
         if value is not None and not self.fed:
@@ -47,6 +47,7 @@ class Inbox:
             self.parts.append(value)
         self.ended = True
         self._wake()
+        return False
 
     def _wake(self) -> None:
         seats = self.seats

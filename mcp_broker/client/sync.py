@@ -148,7 +148,10 @@ class Client:
 
     def cancel(self, call: CallFuture | PartStream | bytes) -> bool:
         """Cancel a call, by its future, stream or id; False if it has ended."""
-        return self._threads.cancel_id(call) if isinstance(call, bytes) else call.cancel()
+        if not isinstance(call, bytes):
+            return call.cancel()
+        pending = self._link.session.book.calls.get(call)
+        return pending is not None and self._threads.cancel_pending(pending)
 
     def close(self) -> None:
         """End the session; calls that have not ended are cancelled."""
@@ -169,11 +172,13 @@ def pack(arguments: Mapping[str, Any] | None) -> bytes:
     Raises:
         TypeError, ValueError: they hold something that cannot be sent, or are no map (the caller's fault).
     """
+    if type(arguments) is dict:
+        return payload.pack(arguments)
     if arguments is None:
         return NO_ARGUMENTS
     if not isinstance(arguments, Mapping):
         raise TypeError(f"arguments are a map of names to values, not {type(arguments).__name__}")
-    return payload.pack(arguments if type(arguments) is dict else dict(arguments))
+    return payload.pack(dict(arguments))
 
 
 def seconds(timeout_s: float | None) -> float:

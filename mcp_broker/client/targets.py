@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Final, Protocol
 
+from mcp_broker import errors
 from mcp_broker.client.session import State
 
 if TYPE_CHECKING:
@@ -60,3 +61,11 @@ class Unattended:
     def ready(self) -> bool:
         """It is there."""
         return self.give_way or not self._book.calls
+
+
+def window_full(window: int) -> errors.Overloaded:
+    """Make the error of a call that found no place in the window in time."""
+    return errors.Overloaded(
+        f"the session's window of {window} unfinished calls stayed full",
+        {"limit": window, "retry_after_s": 0.1},
+    )

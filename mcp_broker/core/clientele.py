@@ -27,6 +27,7 @@ from mcp_broker.wire import codec, messages, payload
 
 if TYPE_CHECKING:
     from mcp_broker.core.outbox import Body
+    from mcp_broker.core.pools import Pool
     from mcp_broker.core.registry import Tool
     from mcp_broker.core.routing import Routing
 
@@ -165,36 +166,37 @@ class Clientele:
         if session.allowed_version != self._registry.version:
             session.allowed = {}
             session.allowed_version = self._registry.version
-        allowed = session.allowed
-        calls = self._ledger.calls
+        # what is the same for the whole batch is asked once
+        is_open = now < session.grant.expires_at and not self._routing.draining
+        allowed, live, known = session.allowed, session.live, self._ledger.calls
+        accept, submit = self._ledger.accept, self._dispatcher.submit
+        room = session.room()
+        at_risk = session.at_risk
         for request in message.calls:
-            tool = allowed.get(request.tool)
-            if tool is None or now >= session.grant.expires_at or self._routing.draining:
+            tool = allowed.get(request.tool) if is_open else None
+            if tool is None:
                 tool = self._admit(session, request, now)
                 if tool is None:
                     continue
-            if (
-                request.call_id in calls
-                or not session.has_room()
-                or (request.arguments is None) is (body is None)
-            ):
+            call_id = request.call_id
+            if call_id in at_risk and call_id not in known:
+                # sent again after a resume: its outcome is on its way
+                continue
+            if call_id in known or room <= 0 or (request.arguments is None) is (body is None):
                 self._refuse_call(session, request, body)
                 continue
-            call = Call(request, body, session, tool, now + request.timeout_ms / 1000)
             pool = tool.pool
+            call = Call(request, body, session, tool, now + request.timeout_ms * 0.001)
             if pool is None:
                 self._answer(call)
                 continue
-            if (
-                pool.failure
-                or len(pool.backlog) >= limits.QUEUE_CALLS_MAX
-                or pool.backlog_bytes >= limits.QUEUE_BYTES_MAX
-            ):
-                self._refuse_busy(session, request, tool)
+            if pool.is_closed:
+                self._refuse_busy(session, request, pool)
                 continue
-            self._ledger.accept(call)
-            session.live[call.call_id] = call
-            self._dispatcher.submit(call, pool, now)
+            accept(call)
+            live[call_id] = call
+            room -= 1
+            submit(call, pool, now)
 
     def _refuse(self, session: ClientSession, outcome: messages.Outcome) -> None:
         self.refusals += 1
@@ -260,7 +262,7 @@ class Clientele:
                 # answering would end the first call at the client too; a duplicate of one's own is a resend
                 self.refusals += 1
                 return
-        elif not session.has_room():
+        elif session.room() <= 0:
             outcome = fault(
                 call_id, "OVERLOADED", f"the session's window of {limits.CLIENT_WINDOW_MAX} unfinished calls is full",
                 {"limit": limits.CLIENT_WINDOW_MAX, "retry_after_s": 0.1},
@@ -270,16 +272,16 @@ class Clientele:
             outcome = fault(call_id, "INVALID_ARGUMENT", f"the arguments came {where}", {})
         self._refuse(session, outcome)
 
-    def _refuse_busy(self, session: ClientSession, request: messages.Call, tool: Tool) -> None:
-        pool = tool.pool
-        assert pool is not None  # noqa: S101 (the caller has looked)
+    def _refuse_busy(self, session: ClientSession, request: messages.Call, pool: Pool) -> None:
         if pool.failure:
             outcome = unavailable(request.call_id, pool, pool.failure)
         else:
             outcome = fault(
-                request.call_id, "OVERLOADED", f"{len(pool.backlog)} calls wait for pool {pool.name!r} already",
+                request.call_id,
+                "OVERLOADED",
+                f"{len(pool.backlog)} calls wait for pool {pool.name!r} already",
                 {"pool": pool.name, "retry_after_s": 1.0},
-            )  # fmt: skip
+            )
         self._refuse(session, outcome)
 
     def _answer(self, call: Call) -> None:

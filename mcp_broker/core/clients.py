@@ -163,6 +163,8 @@ class ClientSession:
         allowed: tools found covered by the grant, a cache for the hot path; valid for one registry version.
         outbox: what to send at the end of this turn, in order.
         unacked: outcomes sent and not yet acknowledged, oldest first.
+        at_risk: calls that the client may send again since it resumed, though we had them: without an outcome, or with
+            one that it had not acknowledged. Ids are never used twice, so the set may stay until the next resume.
         sent: how many outcomes were ever numbered for this session; the newest of ``unacked`` has this number.
     """
 
@@ -171,6 +173,7 @@ class ClientSession:
         "agent",
         "allowed",
         "allowed_version",
+        "at_risk",
         "caller_raw",
         "dirty",
         "grant",
@@ -212,6 +215,7 @@ class ClientSession:
         self.unacked_bytes = 0
         self.sent = 0
         self.lost_at = 0.0
+        self.at_risk: frozenset[bytes] = frozenset()
 
     def send(self, entry: Any) -> None:  # noqa: ANN401 (a message, an item or a Big)
         """Queue an entry for the end of this turn."""
@@ -273,19 +277,26 @@ class ClientSession:
         waiting = [entry for entry in self.outbox if not isinstance(entry, messages.Message)]
         self.outbox = []
         self.routing_id = routing_id
+        unheard = (_item_of(entry).call_id for entry in (*again, *waiting))
+        self.at_risk = frozenset((*self.live, *unheard))
         for entry in (*again, *waiting):
             self.send(entry)
 
-    def has_room(self) -> bool:
-        """Tell whether another call fits the session's window.
+    def room(self) -> int:
+        """Return how many more calls the session's window takes.
 
         Outcomes that the client does not acknowledge count too, or one that never reads could fill the broker.
         """
-        return (
-            len(self.live) < bounds.CLIENT_WINDOW_MAX
-            and len(self.unacked) + len(self.outbox) < 2 * bounds.CLIENT_WINDOW_MAX
-            and self.unacked_bytes < bounds.PEER_BACKLOG_BYTES_MAX
+        if self.unacked_bytes >= bounds.PEER_BACKLOG_BYTES_MAX:
+            return 0
+        return min(
+            bounds.CLIENT_WINDOW_MAX - len(self.live),
+            2 * bounds.CLIENT_WINDOW_MAX - len(self.unacked) - len(self.outbox),
         )
+
+
+def _item_of(entry: Any) -> Any:  # noqa: ANN401 (an item, or a Big around one)
+    return entry.item if isinstance(entry, outbox.Big) else entry
 
 
 def _bytes_of(entry: Outcome | outbox.Big) -> int:

@@ -5,7 +5,8 @@ In the hot path an effect is a batch a peer, not an object a call.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, Final, Protocol
 
 from mcp_broker import limits
 from mcp_broker.wire import messages
@@ -38,35 +39,52 @@ def runs(entries: list[Any]) -> list[tuple[type, list[Any]]]:
     result: list[tuple[type, list[Any]]] = []
     run: list[Any] = []
     kind: type = object
-    size = 0
+    room_bytes = 0
     for entry in entries:
         entry_kind = type(entry)
-        weight = _weight(entry)
-        if (
-            entry_kind is not kind
-            or entry_kind is Big
-            or len(run) >= limits.BATCH_MAX
-            or size + weight > limits.BATCH_BYTES_MAX
-            or issubclass(entry_kind, messages.Message)
-        ):
+        weigh = _WEIGHTS.get(entry_kind)
+        weight = weigh(entry) if weigh is not None else 0
+        room_bytes -= weight
+        # an entry without a weight travels alone
+        if entry_kind is not kind or room_bytes < 0 or weigh is None or len(run) >= limits.BATCH_MAX:
             run = []
             result.append((entry_kind, run))
             kind = entry_kind
-            size = 0
+            room_bytes = limits.BATCH_BYTES_MAX - weight
         run.append(entry)
-        size += weight
     return result
 
 
-def _weight(entry: Any) -> int:  # noqa: ANN401
-    """Return about how many bytes an entry adds to an envelope."""
-    kind = type(entry)
-    if kind is messages.Outcome:
-        if entry.body is not None:
-            return len(entry.body) + 64
-        return 64 if entry.fault is None else len(entry.fault.details) + len(entry.fault.message) * 4 + 64
-    if kind is messages.Dispatch:
-        return (len(entry.arguments) if entry.arguments is not None else 0) + len(bytes(entry.caller)) + 160
-    if kind is messages.Part:
-        return (len(entry.body) if entry.body is not None else 0) + 64
-    return 64
+#: what an item adds to an envelope besides payloads: ids, numbers, names, at most about
+_ITEM_BYTES: Final = 256
+
+
+def _weigh_outcome(outcome: messages.Outcome) -> int:
+    body, fault = outcome.body, outcome.fault
+    if body is not None:
+        return len(body) + _ITEM_BYTES
+    # a character has up to 4 bytes
+    return _ITEM_BYTES if fault is None else len(fault.details) + len(fault.message) * 4 + _ITEM_BYTES
+
+
+def _weigh_dispatch(dispatch: messages.Dispatch) -> int:
+    arguments = dispatch.arguments
+    # the caller's scopes are as many as its token holds
+    return (0 if arguments is None else len(arguments)) + memoryview(dispatch.caller).nbytes + _ITEM_BYTES
+
+
+def _weigh_part(part: messages.Part) -> int:
+    return (0 if part.body is None else len(part.body)) + _ITEM_BYTES
+
+
+def _weigh_credit(_credit: messages.StreamCredit) -> int:
+    return _ITEM_BYTES
+
+
+#: the items that share a message with their like -> about how many bytes one adds to it
+_WEIGHTS: Final[dict[type, Callable[[Any], int]]] = {
+    messages.Outcome: _weigh_outcome,
+    messages.Dispatch: _weigh_dispatch,
+    messages.Part: _weigh_part,
+    messages.StreamCredit: _weigh_credit,
+}

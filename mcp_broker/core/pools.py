@@ -54,17 +54,24 @@ class Pool:
         if self.backlog.pop(call.call_id, None) is not None:
             self.backlog_bytes -= call.bytes_held()
 
+    @property
+    def is_closed(self) -> bool:
+        """Tell whether it takes no more calls: given up, or too many wait."""
+        return bool(self.failure) or (
+            bool(self.backlog)
+            and (len(self.backlog) >= limits.QUEUE_CALLS_MAX or self.backlog_bytes >= limits.QUEUE_BYTES_MAX)
+        )
+
     def next_worker(self) -> Worker | None:
         """Return the worker with credit that holds the fewest calls."""
         best: Worker | None = None
         least = limits.WORKER_DEPTH_MAX + 1
         for worker in self.workers.values():
-            if worker.has_credit:
-                held = len(worker.held)
-                if held < least:
-                    best, least = worker, held
-                    if not held:
-                        break
+            held = len(worker.held)
+            if held < least and held < worker.depth and worker.state is WorkerState.READY:
+                best, least = worker, held
+                if not held:
+                    break
         return best
 
 

@@ -210,11 +210,6 @@ class Worker:
         """Tell whether its tools are known."""
         return WorkerState.REGISTERED <= self.state <= WorkerState.DRAINING
 
-    @property
-    def has_credit(self) -> bool:
-        """Tell whether it takes another call."""
-        return self.state is WorkerState.READY and len(self.held) < self.depth
-
     def send(self, entry: Any) -> None:  # noqa: ANN401 (a message, a Dispatch or a Big)
         """Queue an entry for the end of this turn."""
         self.outbox.append(entry)

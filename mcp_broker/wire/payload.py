@@ -12,8 +12,10 @@ import msgpack
 
 from mcp_broker.errors import MalformedFrame
 
-#: fixext 4, fixext 8 and ext 8 of 12 bytes, each of type -1
-_TIMESTAMP_HEADS: Final = (b"\xd6\xff", b"\xd7\xff", b"\xc7\x0c\xff")
+#: the heads of a timestamp: each ext of type -1, of 4, 8 or 12 bytes
+_FIXEXT_4: Final = b"\xd6\xff"
+_FIXEXT_8: Final = b"\xd7\xff"
+_EXT_8: Final = b"\xc7\x0c\xff"
 
 
 def _refuse_ext(code: int, data: bytes) -> Any:  # noqa: ANN401 (msgpack's own signature)
@@ -48,7 +50,7 @@ def unpack(data: bytes) -> Any:  # noqa: ANN401 (any payload)
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
         raise MalformedFrame(f"the payload is not msgpack: {error}") from error
     # msgpack answers its own ext type, the timestamp, without asking; its three heads are rare in other data
-    if any(head in data for head in _TIMESTAMP_HEADS) and _holds_timestamp(value):
+    if (_FIXEXT_4 in data or _FIXEXT_8 in data or _EXT_8 in data) and _holds_timestamp(value):
         raise MalformedFrame("a payload may not hold a timestamp: send seconds, or ISO 8601 text")
     return value
 
@@ -69,6 +71,7 @@ def _holds_timestamp(value: Any) -> bool:  # noqa: ANN401 (any payload)
 def unpack_map(data: bytes) -> dict[str, Any]:
     """As :func:`unpack`, for a map with text keys."""
     value = unpack(data)
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+    # strict_map_key has left text and bytes
+    if type(value) is not dict or bytes in map(type, value):
         raise MalformedFrame("the payload is not a map with text keys")
     return value

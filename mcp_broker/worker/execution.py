@@ -31,30 +31,40 @@ TRACEBACK_CHARS: Final = 4000
 Finished = tuple[messages.Outcome, bytes | None]
 
 
+#: calls above this have their peak memory read anew, others every so many calls
+_LONG_NS: Final = 1_000_000
+_RSS_EVERY: Final = 64
+
+
 class Meter:
-    """What calls cost, by this process's own clock and rusage.
+    """What calls cost, by this process's own clocks and rusage.
 
     One sample a call: its end is the next one's start, so that a call is also charged for reading its arguments.
     """
 
-    __slots__ = ("_cpu_s",)
+    __slots__ = ("_cpu_ns", "_left", "_max_rss_kib")
 
     def __init__(self) -> None:
-        self._cpu_s = 0.0
+        self._cpu_ns = 0
+        self._max_rss_kib = 0
+        self._left = 0
 
     def reset(self) -> None:
         """Begin to count here: what the worker did meanwhile is nobody's."""
-        self._cpu_s = time.process_time()
+        self._cpu_ns = time.process_time_ns()
 
     def usage(self, started_ns: int, ended_ns: int) -> messages.Usage:
         """Return the cost of the call that has just ended."""
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        cpu_s = used.ru_utime + used.ru_stime
-        spent_us = int((cpu_s - self._cpu_s) * 1e6)
-        self._cpu_s = cpu_s
-        # rusage and the process clock differ by microseconds, and may not be seen to run backwards
+        cpu_ns = time.process_time_ns()
+        spent_us = (cpu_ns - self._cpu_ns) // 1000
+        self._cpu_ns = cpu_ns
+        self._left -= 1
+        # rusage costs as much as a small call: the peak, which only grows, is read after long calls and now and then
+        if self._left < 0 or ended_ns - started_ns > _LONG_NS:
+            self._left = _RSS_EVERY
+            self._max_rss_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return messages.Usage(
-            time.time_ns() // 1_000_000, (ended_ns - started_ns) // 1000, max(spent_us, 0), used.ru_maxrss
+            time.time_ns() // 1_000_000, (ended_ns - started_ns) // 1000, max(spent_us, 0), self._max_rss_kib
         )
 
 

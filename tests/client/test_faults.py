@@ -115,7 +115,9 @@ def test_call_that_finds_no_broker_within_its_time_may_be_tried_again() -> None:
         assert lost.value.retryable
 
 
-def test_goodbye_ends_calls_and_new_ones_find_the_next_session(client: Client, broker: ScriptedBroker) -> None:
+def test_goodbye_ends_calls_and_new_ones_find_the_next_session(
+    client: Client, broker: ScriptedBroker
+) -> None:
     future = client.submit("hold")
     until(lambda: broker.held)
     broker.say(messages.Goodbye(broker.epoch, "the broker is shutting down"))
@@ -138,7 +140,9 @@ def test_duplicate_unknown_and_late_outcomes_change_nothing(client: Client, brok
         route = serving.sessions[session_id].routing_id
         serving.outcome(session_id, ok(b"?" * 16, "nobody's"))
         serving.outcome(session_id, ok(call.call_id, "first"))
-        again = messages.Outcomes(serving.epoch, serving.sessions[session_id].sent, (ok(call.call_id, "again"),))
+        again = messages.Outcomes(
+            serving.epoch, serving.sessions[session_id].sent, (ok(call.call_id, "again"),)
+        )
         serving.send(route, again)
         serving.outcome(session_id, fault(call.call_id, "INTERNAL", "second"))
 
@@ -153,7 +157,7 @@ def test_bytes_that_are_no_message_are_dropped(client: Client, broker: ScriptedB
     def noise() -> None:
         for route in broker.routes:
             broker._socket.send_multipart([route, b"\xc1 nonsense"])
-            broker._socket.send_multipart([route, b'\x92\xa5NOVEL\x07', b"body", b"more"])
+            broker._socket.send_multipart([route, b"\x92\xa5NOVEL\x07", b"body", b"more"])
 
     broker.do(noise)
     assert client.call("echo", {"a": 1}) == {"a": 1}

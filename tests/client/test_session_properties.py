@@ -28,12 +28,23 @@ def _steps() -> st.SearchStrategy[tuple[str, Any]]:
         st.tuples(st.just("flush and fail"), st.none()),
         st.tuples(st.just("wait"), st.sampled_from([0.01, 0.3, 1.1, 3.0])),
         st.tuples(st.just("connection"), st.sampled_from(["dial", "cut", "connected"])),
-        st.tuples(st.just("welcome"), st.tuples(epochs, st.booleans(), st.sampled_from([b"s" * 16, b"t" * 16]))),
-        st.tuples(st.just("outcomes"), st.tuples(epochs, small, st.lists(st.tuples(small, codes, bodies), min_size=1, max_size=4))),
-        st.tuples(st.just("parts"), st.tuples(epochs, st.lists(st.tuples(small, small, bodies), min_size=1, max_size=4))),
+        st.tuples(
+            st.just("welcome"), st.tuples(epochs, st.booleans(), st.sampled_from([b"s" * 16, b"t" * 16]))
+        ),
+        st.tuples(
+            st.just("outcomes"),
+            st.tuples(epochs, small, st.lists(st.tuples(small, codes, bodies), min_size=1, max_size=4)),
+        ),
+        st.tuples(
+            st.just("parts"),
+            st.tuples(epochs, st.lists(st.tuples(small, small, bodies), min_size=1, max_size=4)),
+        ),
         st.tuples(st.just("heartbeat"), epochs),
         st.tuples(st.just("goodbye"), epochs),
-        st.tuples(st.just("error"), st.tuples(st.sampled_from(["FORBIDDEN", "OVERLOADED", "INVALID_ARGUMENT"]), st.booleans())),
+        st.tuples(
+            st.just("error"),
+            st.tuples(st.sampled_from(["FORBIDDEN", "OVERLOADED", "INVALID_ARGUMENT"]), st.booleans()),
+        ),
     )
 
 
@@ -93,7 +104,9 @@ class World:
             message = messages.Outcomes(epoch, first, tuple(made))
         elif what == "parts":
             epoch, items = how
-            message = messages.Partial(epoch, tuple(messages.Part(self.call(at), index, body) for at, index, body in items))
+            message = messages.Partial(
+                epoch, tuple(messages.Part(self.call(at), index, body) for at, index, body in items)
+            )
         elif what == "heartbeat":
             message = messages.Heartbeat(how)
         elif what == "goodbye":
@@ -132,4 +145,6 @@ def test_each_call_ends_exactly_once_whatever_happens(steps: list[tuple[str, Any
     world.now += 10
     world.step("wait", 1.0)
     assert set(world.ends) == {call.call_id for call in world.calls}, "its time is over, and nobody was told"
-    assert all(len(sessions) == 1 for sessions in world.sent_in.values()), "sent in two sessions: may run twice"
+    assert all(len(sessions) == 1 for sessions in world.sent_in.values()), (
+        "sent in two sessions: may run twice"
+    )

@@ -7,6 +7,7 @@ import gc
 import os
 import threading
 import time
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,10 +70,19 @@ def test_done_callback_runs_though_nobody_waits(client: Client) -> None:
     assert called.wait(5)
 
 
-def test_done_callback_may_use_the_client(client: Client) -> None:
+def test_done_callback_may_use_the_client(client: Client, broker: ScriptedBroker) -> None:
     seen: standard.Future[Any] = standard.Future()
-    client.submit("echo").add_done_callback(lambda _: seen.set_result(client.call("echo", {"again": True})))
-    assert seen.result(5) == {"again": True}
+    first, behind = client.submit("hold"), client.submit("hold")
+
+    def again(_: standard.Future[Any]) -> None:
+        # both end in the same turn: the second is not told yet
+        seen.set_result((client.call("echo", {"again": True}), behind.result(5)))
+
+    first.add_done_callback(again)
+    behind.add_done_callback(lambda _: None)
+    until(lambda: len(broker.held) == 2)
+    broker.release()
+    assert seen.result(5) == ({"again": True}, "released")
 
 
 def test_submitted_calls_are_sent_though_nobody_waits(client: Client, broker: ScriptedBroker) -> None:
@@ -218,7 +228,9 @@ def test_many_threads_share_one_client(client: Client) -> None:
     assert wrong == []
 
 
-def test_thread_whose_call_is_slow_does_not_hold_up_the_others(client: Client, broker: ScriptedBroker) -> None:
+def test_thread_whose_call_is_slow_does_not_hold_up_the_others(
+    client: Client, broker: ScriptedBroker
+) -> None:
     slow = threading.Thread(target=lambda: client.call("hold"))
     slow.start()
     until(lambda: broker.held)
@@ -280,7 +292,8 @@ def test_no_broker_is_not_reachable_and_the_address_is_named() -> None:
 def test_broker_with_another_key_is_not_reachable(broker: ScriptedBroker) -> None:
     profile = ScriptedBroker.profile(broker)
     wrong = type(profile)(
-        **{name: getattr(profile, name) for name in profile.__slots__} | {"server_key": CurvePair.generate().public}
+        **{name: getattr(profile, name) for name in profile.__slots__}
+        | {"server_key": CurvePair.generate().public}
     )
     with pytest.raises(errors.NotReachable, match="handshake"):
         Client.connect(wrong, timeout_s=0.5)
@@ -288,7 +301,9 @@ def test_broker_with_another_key_is_not_reachable(broker: ScriptedBroker) -> Non
 
 @pytest.mark.parametrize("code", ["UNAUTHENTICATED", "UNSUPPORTED_VERSION", "FORBIDDEN"])
 def test_refused_hello_raises_at_once(broker: ScriptedBroker, code: str) -> None:
-    broker.refuse = messages.Error(broker.epoch, code, "not you", payload.pack({"supported": [2]}), fatal=True)
+    broker.refuse = messages.Error(
+        broker.epoch, code, "not you", payload.pack({"supported": [2]}), fatal=True
+    )
     began = time.monotonic()
     with pytest.raises(errors.CALL_ERRORS[code], match="not you") as refused:
         Client.connect(broker.profile())
@@ -308,6 +323,9 @@ def test_profile_is_read_from_its_file_and_again_before_each_reconnection(tmp_pa
         with Client.connect(path) as client:
             save_profile(path, first.profile(second.endpoint))
             first.say(messages.Goodbye(first.epoch, "moving"))
+            arrived = client._link.connection
+            assert arrived is not None
+            until(lambda: arrived.events() & zmq.POLLIN)
             assert client.call("echo", {"a": 1}) == {"a": 1}
             assert len(second.of_kind(messages.Hello)) == 1
 
@@ -345,11 +363,10 @@ def test_close_wakes_threads_that_wait(broker: ScriptedBroker) -> None:
 
 
 def test_dropped_client_warns_and_lets_go(broker: ScriptedBroker) -> None:
-    client = Client.connect(broker.profile())
-    assert client.call("echo") == {}
+    held = [Client.connect(broker.profile())]
+    assert held[0].call("echo") == {}
     with pytest.warns(ResourceWarning, match="not closed"):
-        del client
-        gc.collect()
+        held.clear()
     until(lambda: broker.of_kind(messages.Goodbye))
 
 
@@ -399,3 +416,15 @@ def test_one_context_serves_all_clients(broker: ScriptedBroker) -> None:
         contexts = {each._link.connection._socket.context for each in (one, other) if each._link.connection}
         assert len(contexts) == 1
         assert isinstance(contexts.pop(), zmq.Context)
+
+
+def test_ended_call_leaves_nothing_to_the_garbage_collector(client: Client) -> None:
+    client.submit("echo").result(5)
+    gc.collect()
+    gc.disable()
+    try:
+        gone = weakref.ref(client.submit("echo"))
+        assert client.call("echo", {"a": 1}) == {"a": 1}
+        until(lambda: gone() is None)
+    finally:
+        gc.enable()

@@ -261,6 +261,23 @@ def test_unacknowledged_outcomes_are_sent_again_with_their_numbers() -> None:
     assert [(message.first, message.outcomes[0].call_id) for message in again] == [(2, second)]
 
 
+def test_call_that_is_sent_again_after_a_resume_does_not_run_again() -> None:
+    world = World()
+    session = world.hello()
+    world.ready()
+    ended, running = world.call(), world.call()
+    world.machine.clientele.unreachable(b"c1", world.now)
+    world.answer("echo-1", ended)
+    world.hello(session_id=session.session_id)
+    world.answer("echo-1", running)
+    world.heard_by_worker("echo-1")
+    again = tuple(messages.Call(call_id, "echo.echo", 1000, b"\x80") for call_id in (ended, running))
+    world.client_says("c1", messages.Calls(EPOCH, 0, again))
+    assert world.dispatched("echo-1") == []
+    assert world.outcomes(session) == {ended: "OK", running: "OK"}
+    world.check()
+
+
 def test_call_with_an_id_in_use_by_another_session_is_refused() -> None:
     world = World()
     world.hello("c1")
