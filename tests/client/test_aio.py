@@ -12,7 +12,7 @@ import pytest
 from mcp_broker import AsyncClient, errors
 from mcp_broker.wire import messages
 from tests.client.support.broker import USAGE, ScriptedBroker
-from tests.client.support.proxy import TcpProxy
+from tests.support.proxy import TcpProxy
 
 Body = Callable[[AsyncClient], Awaitable[None]]
 

@@ -11,7 +11,7 @@ import pytest
 from mcp_broker import Client, errors
 from mcp_broker.wire import messages
 from tests.client.support.broker import ScriptedBroker, fault, ok, until
-from tests.client.support.proxy import TcpProxy
+from tests.support.proxy import TcpProxy
 
 
 @pytest.fixture

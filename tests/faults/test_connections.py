@@ -31,8 +31,8 @@ def running(tmp_path: Path) -> Iterator[Running]:
 
 
 def through(running: Running) -> TcpProxy:
-    host, port = running.status()["endpoints"]["clients"].removeprefix("tcp://").split(":")
-    return TcpProxy((host, int(port)))
+    endpoint: str = running.status()["endpoints"]["clients"]
+    return TcpProxy(endpoint)
 
 
 def test_call_outlives_a_cut_connection_and_runs_once(running: Running, tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_call_outlives_a_cut_connection_and_runs_once(running: Running, tmp_path
 def test_client_notices_a_half_open_connection_and_goes_on(running: Running) -> None:
     with through(running) as proxy, running.client(running.profile_through(proxy.endpoint)) as client:
         assert client.call("t.echo", {"value": 1}) == 1
-        proxy.stall()
+        proxy.stall(only_existing=True)
         began = time.monotonic()
         assert client.call("t.echo", {"value": 2}, timeout_s=10) == 2
         assert time.monotonic() - began < 5
