@@ -12,7 +12,7 @@ SOURCES = $(foreach folder,mcp_broker workers tests bench examples,\
 TYPED = $(patsubst workers,.venv/src/mcp_broker_workers,$(SOURCES))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test check fmt lint type fast process cov sim bench soak lock clean
+.PHONY: help demo test check fmt lint type fast process cov sim bench lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z.]+):.*## */  \1\t/' | expand -t 12
@@ -46,15 +46,11 @@ process: $(STAMP) ## tests with real processes
 cov: $(STAMP) ## tests that start no process, with coverage
 	$(BIN)/pytest -m "not process" --cov --cov-report=term
 
-sim: $(STAMP) ## the seeded simulation
-	@test -d tests/sim || { echo "there is no tests/sim" >&2; exit 1; }
+sim: $(STAMP) ## the broker's machine under random faults
 	$(BIN)/pytest tests/sim
 
 bench: $(STAMP) ## measure against zmq.proxy in the same run
 	$(BIN)/python -m bench
-
-soak: $(STAMP) ## load and faults for a long time
-	$(BIN)/python -m bench.soak
 
 .venv: $(STAMP) ## the environment, from the lock file
 
