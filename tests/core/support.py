@@ -141,7 +141,9 @@ class World:
             if pool.backlog:
                 assert pool.next_worker() is None, "no call waits while a worker has credit"
         for worker in machine.crew.by_id.values():
-            assert not worker.held or len(worker.held) <= max(worker.depth, 1) or not worker.has_credit
+            assert [call.seq for call in worker.held.values()] == sorted(
+                call.seq for call in worker.held.values()
+            )
 
 
 def definition(name: str, **changes: Any) -> messages.ToolDefinition:
