@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_NOBLOCK: Final = zmq.NOBLOCK
-_MORE: Final = zmq.SNDMORE | zmq.NOBLOCK
-_POLLIN: Final = zmq.POLLIN
+# plain integers: an operator on pyzmq's enums costs as much as a small system call
+_NOBLOCK: Final = int(zmq.NOBLOCK)
+_MORE: Final = int(zmq.SNDMORE | zmq.NOBLOCK)
+_POLLIN: Final = int(zmq.POLLIN)
 #: how soon a peer whose socket was full is tried again
 _RETRY_S: Final = 0.005
 #: a received body below this is copied out of libzmq's buffer; above, the buffer itself is forwarded
@@ -148,7 +149,7 @@ class Loop:
                 )
             else:
                 door(routing_id, user_id, frame, body, now)
-            if not socket.getsockopt(zmq.EVENTS) & _POLLIN:  # type: ignore[operator, arg-type]
+            if not socket.getsockopt(zmq.EVENTS) & _POLLIN:  # type: ignore[operator]
                 break
         return taken
 

@@ -67,6 +67,13 @@ def context() -> zmq.Context[zmq.Socket[bytes]]:
     return _context
 
 
+# plain integers: an operator on pyzmq's enums costs as much as a small system call
+POLLIN: Final = int(zmq.POLLIN)
+POLLOUT: Final = int(zmq.POLLOUT)
+_DONTWAIT: Final = int(zmq.DONTWAIT)
+_MORE: Final = int(zmq.DONTWAIT | zmq.SNDMORE)
+
+
 class Connection:
     """A socket from its connect to its close. Not thread-safe.
 
@@ -133,13 +140,13 @@ class Connection:
             The envelope and the body; frames beyond two are dropped.
         """
         # Frame.more costs nothing, RCVMORE a system call's worth
-        frame = self._socket.recv(zmq.DONTWAIT, copy=False)
+        frame = self._socket.recv(_DONTWAIT, copy=False)
         if not frame.more:
             return frame.bytes, None
-        body = self._socket.recv(zmq.DONTWAIT, copy=False)
+        body = self._socket.recv(_DONTWAIT, copy=False)
         more = body.more
         while more:
-            more = self._socket.recv(zmq.DONTWAIT, copy=False).more
+            more = self._socket.recv(_DONTWAIT, copy=False).more
         return frame.bytes, body.bytes
 
     def send(self, envelope: bytes, body: bytes | None) -> None:
@@ -149,11 +156,11 @@ class Connection:
             zmq.Again: there is no connection (or one that has not read for thousands of messages).
         """
         if body is None:
-            self._socket.send(envelope, zmq.DONTWAIT)
+            self._socket.send(envelope, _DONTWAIT)
         else:
-            self._socket.send(envelope, zmq.DONTWAIT | zmq.SNDMORE)
+            self._socket.send(envelope, _MORE)
             # a body is above pyzmq's own threshold for sharing instead of copying
-            self._socket.send(body, zmq.DONTWAIT, copy=False)
+            self._socket.send(body, _DONTWAIT, copy=False)
 
     def close(self, linger_ms: int = 0) -> None:
         """Close the socket; what was sent has ``linger_ms`` to leave, in the background."""

@@ -19,7 +19,7 @@ import zmq
 
 from mcp_broker import errors
 from mcp_broker.auth.profile import find_profile, load_profile
-from mcp_broker.client.connection import LINGER_MS, Connection
+from mcp_broker.client.connection import LINGER_MS, POLLIN, POLLOUT, Connection
 from mcp_broker.client.session import ClientSession, State
 from mcp_broker.wire import codec
 
@@ -110,8 +110,8 @@ class Link:
         book = session.book
         while True:
             events = connection.events()
-            if not events & zmq.POLLIN:
-                if not events & zmq.POLLOUT:
+            if not events & POLLIN:
+                if not events & POLLOUT:
                     session.disconnected("the connection was cut")
                 return False
             envelope, body = connection.take()
@@ -142,7 +142,7 @@ class Link:
                 self.dial(now)
 
     def _progress(self, connection: Connection, now: float) -> None:
-        if connection.events() & zmq.POLLOUT:
+        if connection.events() & POLLOUT:
             connection.opened()
             self.session.connected(now)
         elif (failure := connection.failure()) is not None:

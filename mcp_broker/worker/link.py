@@ -29,6 +29,11 @@ _GONE: Final = (
 )
 
 
+# plain integers: an operator on pyzmq's enums costs as much as a small system call
+_DONTWAIT: Final = int(zmq.DONTWAIT)
+_POLLIN: Final = int(zmq.POLLIN)
+
+
 class LinkLost(Exception):  # noqa: N818 (an event, not a fault)
     """The connection is gone; open a new one."""
 
@@ -124,10 +129,10 @@ class Link:
         """Return the message that waits, as frames."""
         socket = self._opened()
         # Frame.more costs a tenth of getsockopt(RCVMORE)
-        frame = socket.recv(zmq.DONTWAIT, copy=False)
+        frame = socket.recv(_DONTWAIT, copy=False)
         frames = [frame.bytes]
         while frame.more:
-            frame = socket.recv(zmq.DONTWAIT, copy=False)
+            frame = socket.recv(_DONTWAIT, copy=False)
             frames.append(frame.bytes)
         return frames
 
@@ -142,9 +147,9 @@ class Link:
         while True:
             try:
                 if len(frames) == 1:
-                    socket.send(frames[0], zmq.DONTWAIT)
+                    socket.send(frames[0], _DONTWAIT)
                 else:
-                    socket.send_multipart(frames, zmq.DONTWAIT)
+                    socket.send_multipart(frames, _DONTWAIT)
                 return
             except zmq.Again:
                 # a handshake under way, or a full queue
@@ -182,4 +187,4 @@ class Link:
 
 def _has_input(socket: zmq.Socket[bytes]) -> bool:
     events = socket.getsockopt(zmq.EVENTS)
-    return bool(int(events) & zmq.POLLIN)
+    return bool(int(events) & _POLLIN)
