@@ -74,6 +74,13 @@ WORKER_DEPTH_START: Final = 16
 WORKER_QUEUE_TARGET_S: Final = 0.002
 #: Parts of a stream that a worker may send before its caller takes one.
 STREAM_WINDOW_MAX: Final = 16
+#: Parts ahead of the last one that a caller may allow; more would only move its backlog into the worker.
+STREAM_AHEAD_MAX: Final = 64
+#: "Did you mean" compares a name with all others, about 1 ms: so many in so much time, for all clients.
+HINTS_MAX: Final = 8
+HINTS_S: Final = 0.1
+#: Arguments of the broker's own tools, which it reads itself.
+OWN_ARGUMENTS_BYTES_MAX: Final = 4096
 #: Executions of an idempotent call, the first included.
 ATTEMPTS_MAX: Final = 3
 #: Distinct workers that a call may kill before it is POISONED.
@@ -82,7 +89,8 @@ POISON_DEATHS: Final = 2
 SESSIONS_MAX: Final = 4096
 WORKERS_MAX: Final = 1024
 #: Messages that one loop turn takes from one socket, so that timers are never starved.
-TURN_MESSAGES_MAX: Final = 256
+#: Each may carry BATCH_MAX calls, of a few µs each.
+TURN_MESSAGES_MAX: Final = 64
 #: Messages that wait in our own queue for a peer whose socket is full; past it, the session ends.
 PEER_BACKLOG_MAX: Final = 4096
 PEER_BACKLOG_BYTES_MAX: Final = 16 * 1024 * 1024

@@ -32,6 +32,8 @@ _RETRY_S: Final = 0.005
 #: a received body below this is copied out of libzmq's buffer; above, the buffer itself is forwarded
 _COPY_BYTES: Final = limits.INLINE_BYTES_MAX
 
+_BODY_RULE: Final = "a second frame belongs to a message of exactly one call, outcome or part"
+
 Door = Callable[[bytes, str, zmq.Frame, Any, float], None]
 
 
@@ -47,6 +49,11 @@ class Waiting:
     def add(self, envelope: bytes, body: Body | None) -> None:
         self.queue.append((envelope, body))
         self.bytes_held += len(envelope) + (len(body) if body is not None else 0)
+
+    def take(self) -> tuple[bytes, Any]:
+        envelope, body = self.queue.popleft()
+        self.bytes_held -= len(envelope) + (len(body) if body is not None else 0)
+        return envelope, body
 
     @property
     def is_full(self) -> bool:
@@ -161,13 +168,13 @@ class Loop:
         except WireError as error:
             self._refused_bytes(self._clients, routing_id, user_id, error, now)
             return
-        if type(message) is messages.Hello:
+        if body is not None and type(message) is not messages.Calls:
+            self._misbehaved(self._clients, routing_id, _BODY_RULE, now)
+        elif type(message) is messages.Hello:
             self._hello(routing_id, user_id, message, now)
         elif type(message) is messages.Renew:
             self._renew(routing_id, user_id, message, now)
-        elif _has_room_for(message, body) and not self._machine.clientele.message(
-            routing_id, user_id, message, body, now
-        ):
+        elif not self._machine.clientele.message(routing_id, user_id, message, body, now):
             text = "this connection has no session: say HELLO first, and nothing else before WELCOME"
             self._error(self._clients, routing_id, "UNAUTHENTICATED", text, {"reason": "no_session"})
 
@@ -206,9 +213,10 @@ class Loop:
         except WireError as error:
             self._refused_bytes(self._workers, routing_id, user_id, error, now)
             return
-        if _has_room_for(message, body) and not self._machine.crew.message(
-            routing_id, user_id, message, body, now
-        ):
+        if not _has_room_for(message, body):
+            self._misbehaved(self._workers, routing_id, _BODY_RULE, now)
+            return
+        if not self._machine.crew.message(routing_id, user_id, message, body, now):
             text = "this worker is not expected here: REGISTER first, with a key that the supervisor admitted"
             self._error(self._workers, routing_id, "UNAUTHENTICATED", text, {"reason": "no_session"})
 
@@ -305,7 +313,7 @@ class Loop:
             self._unreachable(socket, routing_id, now)
             return
         while waiting.queue:
-            envelope, body = waiting.queue.popleft()
+            envelope, body = waiting.take()
             self._send(socket, routing_id, envelope, body, now)
             again = self._waiting[socket].get(routing_id)
             if again is not None:
@@ -321,12 +329,10 @@ class Loop:
             self._machine.crew.unreachable(routing_id, now)
 
 
-def _has_room_for(message: messages.FromClient | messages.FromWorker, body: Body | None) -> bool:
-    """Tell whether a second frame fits this message: it belongs to exactly one item."""
+def _has_room_for(message: messages.FromWorker, body: Body | None) -> bool:
+    """Tell whether a worker's second frame fits its message."""
     if body is None:
         return True
-    if isinstance(message, messages.Calls):
-        return len(message.calls) == 1
     if isinstance(message, messages.Outcomes):
         return len(message.outcomes) == 1
     return isinstance(message, messages.Partial) and len(message.parts) == 1

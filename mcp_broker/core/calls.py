@@ -70,12 +70,14 @@ class Call:
         seq: its number at :attr:`worker`; 0 while queued.
         attempts: dispatches so far.
         killers: workers that died while they ran it.
+        limit: parts with an index below it may come, as the worker knows.
+        wanted: the same, as the caller has said.
         parts: parts of a streamed result forwarded so far.
     """
 
     __slots__ = (
-        "arguments", "attempts", "body", "call_id", "deadline", "extra", "killers", "parts",
-        "seq", "session", "slot", "state", "tool", "worker",
+        "arguments", "attempts", "body", "call_id", "deadline", "extra", "killers", "limit", "parts",
+        "seq", "session", "slot", "state", "tool", "wanted", "worker",
     )  # fmt: skip
 
     def __init__(
@@ -99,6 +101,8 @@ class Call:
         self.attempts = 0
         self.killers = 0
         self.parts = 0
+        self.limit = limits.STREAM_WINDOW_MAX
+        self.wanted = limits.STREAM_WINDOW_MAX
         self.slot = 0
 
     def step(self, event: CallEvent) -> None:

@@ -48,6 +48,11 @@ class Clientele:
         self.sessions: dict[bytes, ClientSession] = {}
         #: calls refused before acceptance
         self.refusals = 0
+        #: the instant of the message that is being served
+        self._now = 0.0
+        #: suggestions made since this instant; each compares a name with all others
+        self._hints = 0
+        self._hints_at = 0.0
 
     def message(
         self, routing_id: bytes, user_id: str, message: messages.FromClient, body: Body | None, now: float
@@ -107,7 +112,11 @@ class Clientele:
             # a routing id is only a name that the peer chose: who had it before is unreachable by it now
             self._lose(known, now)
         session = self.sessions.get(message.session_id) if message.session_id is not None else None
-        resumed = session is not None and session.user_id == user_id
+        resumed = (
+            session is not None
+            and session.user_id == user_id
+            and session.grant.caller.principal == grant.caller.principal
+        )
         if session is not None and resumed:
             if self.open.get(session.routing_id) is session:
                 del self.open[session.routing_id]
@@ -162,6 +171,7 @@ class Clientele:
     def _calls(self, session: ClientSession, message: messages.Calls, body: Body | None, now: float) -> None:
         if message.epoch != self._routing.epoch:
             return
+        self._now = now
         session.acknowledge(message.ack)
         if session.allowed_version != self._registry.version:
             session.allowed = {}
@@ -172,7 +182,16 @@ class Clientele:
         accept, submit = self._ledger.accept, self._dispatcher.submit
         room = session.room()
         at_risk = session.at_risk
+        ghosts = self._dispatcher.ghosts
+        if body is not None and len(message.calls) != 1:
+            # whose arguments the second frame holds, nobody can say
+            for request in message.calls:
+                text = "a message with a second frame holds exactly one call"
+                self._refuse(session, fault(request.call_id, "INVALID_ARGUMENT", text))
+            return
         for request in message.calls:
+            if session.state is ClientState.CLOSED:
+                return
             tool = allowed.get(request.tool) if is_open else None
             if tool is None:
                 tool = self._admit(session, request, now)
@@ -182,7 +201,12 @@ class Clientele:
             if call_id in at_risk and call_id not in known:
                 # sent again after a resume: its outcome is on its way
                 continue
-            if call_id in known or room <= 0 or (request.arguments is None) is (body is None):
+            if (
+                call_id in known
+                or call_id in ghosts
+                or room <= 0
+                or (request.arguments is None) is (body is None)
+            ):
                 self._refuse_call(session, request, body)
                 continue
             pool = tool.pool
@@ -200,6 +224,10 @@ class Clientele:
 
     def _refuse(self, session: ClientSession, outcome: messages.Outcome) -> None:
         self.refusals += 1
+        if session.is_hopeless:
+            # it goes on asking and acknowledges nothing: what it is owed may not fill the broker
+            self._close(session, "it acknowledges no outcomes", self._now)
+            return
         session.send(outcome)
 
     def _admit(self, session: ClientSession, request: messages.Call, now: float) -> Tool | None:
@@ -224,8 +252,7 @@ class Clientele:
             )
             return None
         if tool is None:
-            visible = (known for known in self._registry.tools if session.grant.refusal(known, 0) is None)
-            similar = self._registry.similar(name, visible)
+            similar = self._similar(session, name, now)
             meant = f"; did you mean {similar[0]}?" if similar else "; `mcp-broker tools` lists what there is"
             failed = [
                 pool.name
@@ -249,9 +276,19 @@ class Clientele:
         session.allowed[name] = tool
         return tool
 
+    def _similar(self, session: ClientSession, name: str, now: float) -> list[str]:
+        """Return what the caller may have meant; nobody can make the broker spend its time on guessing."""
+        if now - self._hints_at >= limits.HINTS_S:
+            self._hints_at, self._hints = now, 0
+        self._hints += 1
+        if self._hints > limits.HINTS_MAX:
+            return []
+        visible = (known for known in self._registry.tools if session.grant.refusal(known, 0) is None)
+        return self._registry.similar(name, visible)
+
     def _refuse_call(self, session: ClientSession, request: messages.Call, body: Body | None) -> None:
         call_id = request.call_id
-        if call_id in self._ledger.calls:
+        if call_id in self._ledger.calls or call_id in self._dispatcher.ghosts:
             outcome = fault(
                 call_id,
                 "INVALID_ARGUMENT",
@@ -289,6 +326,11 @@ class Clientele:
         session = call.session
         self._ledger.accept(call)
         session.live[call.call_id] = call
+        if call.bytes_held() > limits.OWN_ARGUMENTS_BYTES_MAX:
+            # they are read in the broker's own turn
+            text = f"the broker's own tools take at most {limits.OWN_ARGUMENTS_BYTES_MAX} bytes of arguments"
+            self._ledger.finish(call, fault(call.call_id, "INVALID_ARGUMENT", text))
+            return
         try:
             arguments = payload.unpack_map(call.packed_arguments())
         except MalformedFrame as malformed:

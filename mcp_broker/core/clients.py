@@ -282,6 +282,14 @@ class ClientSession:
         for entry in (*again, *waiting):
             self.send(entry)
 
+    @property
+    def is_hopeless(self) -> bool:
+        """Tell whether the client has let more unacknowledged outcomes gather than any window explains."""
+        return (
+            len(self.unacked) + len(self.outbox) >= 4 * bounds.CLIENT_WINDOW_MAX
+            or self.unacked_bytes >= 2 * bounds.PEER_BACKLOG_BYTES_MAX
+        )
+
     def room(self) -> int:
         """Return how many more calls the session's window takes.
 
@@ -302,5 +310,7 @@ def _item_of(entry: Any) -> Any:  # noqa: ANN401 (an item, or a Big around one)
 def _bytes_of(entry: Outcome | outbox.Big) -> int:
     if isinstance(entry, outbox.Big):
         return len(entry.body)
-    body = entry.body
-    return 64 if body is None else len(body)
+    body, fault = entry.body, entry.fault
+    if body is not None:
+        return len(body)
+    return 64 if fault is None else 64 + len(fault.message) + len(fault.details)

@@ -43,6 +43,8 @@ DEFINITIONS: Final = (
     _definition("system.why", "Tell how a worker ended or what became of a call.", id=_TEXT),
 )
 
+#: what one answer lists of wrong arguments
+_FAULTS_MAX: Final = 16
 _REQUIRED: Final = {"system.why": ("id",)}
 
 
@@ -57,7 +59,7 @@ def answer(routing: Routing, call: Call, arguments: dict[str, Any]) -> tuple[mes
             "received": repr(value)[:80],
             "message": "not an argument",
         }
-        for key, value in arguments.items()
+        for key, value in list(arguments.items())[:_FAULTS_MAX]
         if key not in known
     ]
     faults += [
@@ -120,10 +122,7 @@ def _described(routing: Routing, tool: Tool) -> dict[str, Any]:
 
 
 def _schema(text: str) -> Any:  # noqa: ANN401 (JSON)
-    try:
-        return json.loads(text)
-    except ValueError:
-        return {}
+    return json.loads(text)  # it was looked at when it was registered
 
 
 def _pool_state(routing: Routing, pool: Pool) -> str:

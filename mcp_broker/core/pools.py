@@ -83,6 +83,8 @@ class Dispatcher:
         self.pools: dict[str, Pool] = {}
         #: outcomes that nobody waited for: of calls that had ended, or were never given
         self.late = 0
+        #: ids of calls that have ended while a worker still holds them; nobody may use them meanwhile
+        self.ghosts: set[bytes] = set()
 
     def pool(self, name: str) -> Pool:
         """Return the pool of that name, made at its first mention."""
@@ -128,6 +130,9 @@ class Dispatcher:
             call.extra,
         )
         worker.send(dispatch if call.body is None else outbox.Big(dispatch, call.body))
+        call.limit = limits.STREAM_WINDOW_MAX
+        if call.wanted > call.limit:
+            self._raise_limit(call, worker)
 
     def outcome(self, worker: Worker, outcome: messages.Outcome, body: Body | None) -> None:
         """Take a worker's outcome: end the call, or only free its place if it has ended."""
@@ -139,6 +144,7 @@ class Dispatcher:
         worker.served += 1
         call.worker = None
         if call.state is CallState.ENDED:
+            self.ghosts.discard(call.call_id)
             self.late += 1
             return
         if outcome.code == messages.OK:
@@ -160,23 +166,32 @@ class Dispatcher:
         if call is None or call.state is CallState.ENDED:
             self.late += 1
             return
-        if part.index != call.parts:
-            self._ledger.finish(
-                call,
-                fault(
-                    call.call_id,
-                    "INTERNAL",
-                    f"worker {worker.worker_id} sent part {part.index} as number {call.parts}",
-                ),
-            )
+        if part.index != call.parts or part.index >= call.limit or not call.tool.definition.streaming:
+            text = f"worker {worker.worker_id} sent part {part.index} as number {call.parts} of at most {call.limit}"
+            self._ledger.finish(call, fault(call.call_id, "INTERNAL", text))
+            self.ghosts.add(call.call_id)
             return
         call.parts += 1
         call.session.send(part if body is None else outbox.Big(part, body))
+        if call.parts == call.limit:
+            self._raise_limit(call, worker)
 
     def credit(self, call: Call, credit: messages.StreamCredit) -> None:
-        """Forward a caller's room for parts to the worker that streams."""
-        if call.worker is not None:
-            call.worker.send(credit)
+        """Take a caller's room for parts.
+
+        The worker hears of it when that lets it go on, or in steps: a caller that raises its limit without taking
+        parts cannot fill the worker's outbox.
+        """
+        call.wanted = max(call.wanted, min(credit.limit, call.parts + limits.STREAM_AHEAD_MAX))
+        step = limits.STREAM_WINDOW_MAX // 2
+        if call.worker is not None and (call.parts == call.limit or call.wanted - call.limit >= step):
+            self._raise_limit(call, call.worker)
+
+    @staticmethod
+    def _raise_limit(call: Call, worker: Worker) -> None:
+        if call.tool.definition.streaming and call.wanted > call.limit:
+            call.limit = call.wanted
+            worker.send(messages.StreamCredit(call.call_id, call.limit))
 
     def release(self, call: Call) -> None:
         """Take a call that is about to end out of its pool's queue; a worker that holds it goes on holding."""
@@ -196,6 +211,7 @@ class Dispatcher:
         for call in held:
             call.worker = None
             if call.state is CallState.ENDED:
+                self.ghosts.discard(call.call_id)
                 continue
             if certificate is not None and call.seq > certificate.started_seq:
                 call.attempts -= 1

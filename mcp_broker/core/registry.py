@@ -7,10 +7,12 @@ it stays while its pool has no live worker, so that calls can wait for one.
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from mcp_broker.errors import InvalidArgument
+from mcp_broker.wire import payload
 
 if TYPE_CHECKING:
     from mcp_broker.core.pools import Pool
@@ -18,6 +20,22 @@ if TYPE_CHECKING:
 
 #: Names under it are the broker's own.
 RESERVED_PREFIX = "system."
+
+
+def _check_schemas(definition: ToolDefinition) -> None:
+    """Refuse schemas that could not be listed: callers get them as payloads.
+
+    Raises:
+        InvalidArgument: it is no JSON, too deep, or holds what msgpack cannot carry (the worker's fault).
+    """
+    for text in (definition.parameters, definition.returns):
+        try:
+            payload.pack(json.loads(text))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise InvalidArgument(
+                f"a schema of the tool {definition.name!r} cannot be listed: {error}",
+                {"name": definition.name},
+            ) from error
 
 
 class Tool:
@@ -67,6 +85,7 @@ class Registry:
             if name in seen:
                 raise InvalidArgument(f"the tool {name!r} is defined twice by one worker", {"name": name})
             seen.add(name)
+            _check_schemas(definition)
             known = self.tools.get(name)
             if known is None:
                 continue

@@ -66,6 +66,7 @@ class Routing:
         self.dispatcher.release(call)
         self.ledger.finish(call, outcome)
         if worker is not None:
+            self.dispatcher.ghosts.add(call.call_id)
             self.crew.stop_call(worker, call.call_id, seq, why, now)
 
     def new_id(self) -> bytes:

@@ -30,11 +30,15 @@ class Decoder(Generic[T]):
     Args:
         union: the messages of this socket and direction.
         bytes_max: frames above it are refused unread.
+        long_kind: the one message that may exceed ENVELOPE_BYTES_MAX, where ``bytes_max`` is more than that.
     """
 
-    def __init__(self, union: object, bytes_max: int = limits.ENVELOPE_BYTES_MAX) -> None:
+    def __init__(
+        self, union: object, bytes_max: int = limits.ENVELOPE_BYTES_MAX, long_kind: type | None = None
+    ) -> None:
         self._decode: Callable[[bytes | memoryview], T] = msgspec.msgpack.Decoder(union).decode
         self._bytes_max = bytes_max
+        self._long_kind = long_kind
 
     def decode(self, frame: bytes | memoryview) -> T:
         """Turn one frame into a message.
@@ -49,9 +53,19 @@ class Decoder(Generic[T]):
                 {"limit_bytes": self._bytes_max},
             )
         try:
-            return self._decode(frame)
+            message = self._decode(frame)
         except _BROKEN as error:
             raise _explain(bytes(frame), error) from error
+        if (
+            self._long_kind is not None
+            and len(frame) > limits.ENVELOPE_BYTES_MAX
+            and type(message) is not self._long_kind
+        ):
+            raise MalformedFrame(
+                f"an envelope of {len(frame)} bytes; the limit of its kind is {limits.ENVELOPE_BYTES_MAX}",
+                {"limit_bytes": limits.ENVELOPE_BYTES_MAX},
+            )
+        return message
 
 
 _parts_decoder: Final = msgspec.msgpack.Decoder(list[msgspec.Raw])
@@ -75,7 +89,9 @@ def _explain(frame: bytes, error: Exception) -> WireError:
 #: What each door takes.
 from_client: Final[Decoder[messages.FromClient]] = Decoder(messages.FromClient)
 to_client: Final[Decoder[messages.ToClient]] = Decoder(messages.ToClient)
-from_worker: Final[Decoder[messages.FromWorker]] = Decoder(messages.FromWorker, limits.REGISTER_BYTES_MAX)
+from_worker: Final[Decoder[messages.FromWorker]] = Decoder(
+    messages.FromWorker, limits.REGISTER_BYTES_MAX, messages.Register
+)
 to_worker: Final[Decoder[messages.ToWorker]] = Decoder(messages.ToWorker)
 from_supervisor: Final[Decoder[node.FromSupervisor]] = Decoder(node.FromSupervisor, limits.NODE_BYTES_MAX)
 to_supervisor: Final[Decoder[node.ToSupervisor]] = Decoder(node.ToSupervisor, limits.NODE_BYTES_MAX)

@@ -27,7 +27,7 @@ ToolNameField = Annotated[str, Meta(min_length=1, max_length=limits.TOOL_NAME_CH
 ShortText = Annotated[str, Meta(max_length=256)]
 Text = Annotated[str, Meta(max_length=limits.TEXT_CHARS_MAX)]
 Token = Annotated[str, Meta(max_length=limits.TOKEN_BYTES_MAX)]
-Inline = Annotated[bytes, Meta(max_length=limits.ENVELOPE_BYTES_MAX)]
+Inline = Annotated[bytes, Meta(max_length=limits.INLINE_BYTES_MAX)]
 Details = Annotated[bytes, Meta(max_length=limits.DETAILS_BYTES_MAX)]
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 Epoch = Annotated[int, Meta(ge=0, le=2**53)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 import mcp_broker.limits as bounds
 from mcp_broker.core.clients import ClientState
 from mcp_broker.wire import messages, node
@@ -315,3 +317,112 @@ def test_worker_may_not_speak_for_the_broker() -> None:
     call_id = world.call()
     world.answer("echo-1", call_id, "FORBIDDEN")
     assert world.outcomes(session) == {call_id: "INTERNAL"}
+
+
+def test_refusals_that_nobody_acknowledges_are_bounded() -> None:
+    world = World()
+    session = world.hello(grant=FakeGrant("other.tool"))
+    for _ in range(8 * bounds.CLIENT_WINDOW_MAX):
+        world.call()
+        world.heard_by(session)
+    assert len(session.unacked) <= 4 * bounds.CLIENT_WINDOW_MAX
+    assert session.state is ClientState.CLOSED
+    assert len(world.machine.ledger) == 0
+
+
+def test_credit_that_lets_nobody_go_on_is_not_forwarded() -> None:
+    world = World()
+    world.hello()
+    world.ready()
+    call_id = world.call()
+    world.heard_by_worker("echo-1")
+    for limit in range(10_000):
+        world.client_says("c1", messages.Credit(EPOCH, (messages.StreamCredit(call_id, 2**40 + limit),)))
+    assert world.heard_by_worker("echo-1") == [], "the tool does not stream"
+
+
+def test_credit_of_a_stream_is_bounded_by_the_parts_taken() -> None:
+    world = World()
+    world.hello()
+    world.ready(streaming=True)
+    call_id = world.call()
+    world.heard_by_worker("echo-1")
+    for limit in range(10_000):
+        world.client_says("c1", messages.Credit(EPOCH, (messages.StreamCredit(call_id, limit),)))
+    credits_ = [
+        message for message in world.heard_by_worker("echo-1") if isinstance(message, messages.Credit)
+    ]
+    assert sum(len(message.credits) for message in credits_) <= bounds.STREAM_AHEAD_MAX
+    assert max(credit.limit for message in credits_ for credit in message.credits) == bounds.STREAM_AHEAD_MAX
+
+
+def test_credit_given_while_the_call_waits_reaches_its_worker() -> None:
+    world = World()
+    world.hello()
+    world.ready(depth=0, streaming=True)
+    call_id = world.call()
+    world.client_says("c1", messages.Credit(EPOCH, (messages.StreamCredit(call_id, 40),)))
+    world.worker_says("echo-1", messages.Ready(EPOCH, 1))
+    kinds = [type(message) for message in world.heard_by_worker("echo-1")]
+    assert kinds.index(messages.Dispatches) < kinds.index(messages.Credit)
+
+
+def test_parts_beyond_the_credit_end_the_stream_as_the_workers_fault() -> None:
+    world = World()
+    session = world.hello()
+    world.ready(streaming=True)
+    call_id = world.call()
+    for index in range(bounds.STREAM_WINDOW_MAX + 1):
+        world.worker_says("echo-1", messages.Partial(EPOCH, (messages.Part(call_id, index, b"\xc0"),)))
+    assert world.outcomes(session) == {call_id: "INTERNAL"}
+
+
+def test_id_of_an_ended_call_that_a_worker_still_holds_cannot_be_used_again() -> None:
+    world = World()
+    world.hello("c1")
+    other = world.hello("c2")
+    world.ready()
+    call_id = world.call("c1")
+    world.client_says("c1", messages.Cancel(EPOCH, (call_id,)))
+    again = messages.Calls(EPOCH, 0, (messages.Call(call_id, "echo.echo", 1000, b"\x80"),))
+    world.client_says("c2", again)
+    assert world.outcomes(other) == {call_id: "INVALID_ARGUMENT"}
+    world.answer("echo-1", call_id)
+    assert world.outcomes(other) == {}
+    world.client_says("c2", again)
+    assert world.dispatched("echo-1")[-1:] == [call_id], "once the worker has let go, it is free"
+
+
+def test_suggestions_are_few_in_a_given_time() -> None:
+    world = World()
+    session = world.hello()
+    world.ready()
+    for _ in range(bounds.HINTS_MAX + 5):
+        world.call(tool="echo.ecko")
+    said = [
+        outcome.fault.message
+        for message, _ in world.heard_by(session)
+        if isinstance(message, messages.Outcomes)
+        for outcome in message.outcomes
+        if outcome.fault is not None
+    ]
+    assert sum("did you mean" in text for text in said) == bounds.HINTS_MAX
+
+
+@pytest.mark.parametrize("text", ["[" * 10_000, '{"maximum": 100000000000000000000}', '{"a":"\\ud800"}', "{"])
+def test_schema_that_could_not_be_listed_is_refused(text: str) -> None:
+    world = World()
+    world.admit("echo-1")
+    world.worker_says(
+        "echo-1", messages.Register(0, "MCPB", (1,), (definition("echo.echo", parameters=text),))
+    )
+    assert any(isinstance(message, node.WorkerRefused) for message in world.machine.to_node)
+
+
+def test_two_calls_cannot_share_a_second_frame() -> None:
+    world = World()
+    session = world.hello()
+    world.ready()
+    calls = tuple(messages.Call(bytes([at]) * 16, "echo.echo", 1000, None) for at in (1, 2))
+    world.client_says("c1", messages.Calls(EPOCH, 0, calls), b"\x80")
+    assert world.outcomes(session) == {call.call_id: "INVALID_ARGUMENT" for call in calls}
