@@ -117,6 +117,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     chosen = settings.Settings()
     try:
+        if not arguments:
+            # whoever gives no command wants to know which there are; it is no mistake to scold
+            arguments = ["--help"]
         code = root.main(arguments, prog_name=PROGRAM, standalone_mode=False, obj=chosen)
         sys.stdout.flush()
         return code if isinstance(code, int) else failures.DONE

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import importlib
 import sys
+import traceback
+from pathlib import Path
 from typing import Any
 
 from mcp_broker import limits
 from mcp_broker.errors import ConfigError
-from mcp_broker.worker.tool import Tool
+from mcp_broker.worker.tool import Tool, made
 
 #: the shipped tools; what they import beyond the project comes with its extra
 SHIPPED = "mcp_broker_workers"
+
+#: files whose lines explain nothing to a tool's author
+_OURS = str(Path(__file__).resolve().parent)
+_STANDARD = str(Path(importlib.__file__).resolve().parent.parent)
 
 Catalogue = dict[str, Tool[..., Any]]
 
@@ -29,6 +35,7 @@ def load(module: str, path: tuple[str, ...] = ()) -> Catalogue:
     for folder in reversed(path):
         if folder not in sys.path:
             sys.path.insert(0, folder)
+    before = len(made)
     try:
         imported = importlib.import_module(module)
     except ImportError as error:
@@ -39,7 +46,22 @@ def load(module: str, path: tuple[str, ...] = ()) -> Catalogue:
         ) from error
     except SystemExit as error:
         raise ConfigError(f"cannot import {module}: it calls sys.exit({error.code!r})") from error
+    _refuse_twice(module, made[before:])
     return collect(module, vars(imported))
+
+
+def _refuse_twice(module: str, tools: list[Tool[..., Any]]) -> None:
+    """Refuse a module that makes two tools of one name, also where the second took the first's place."""
+    lines: dict[str, list[int]] = {}
+    for tool in tools:
+        if tool.function.__module__ == module:
+            lines.setdefault(tool.name, []).append(tool.function.__code__.co_firstlineno)
+    for name, at in lines.items():
+        if len(at) > 1:
+            where = " and ".join(map(str, at))
+            raise ConfigError(
+                f"{module} defines the tool {name!r} twice, in lines {where}; rename one of them"
+            )
 
 
 def collect(module: str, names: dict[str, Any]) -> Catalogue:
@@ -69,8 +91,16 @@ def _advice(module: str, error: ImportError) -> str:
 
 
 def _place(error: BaseException) -> str:
-    """Say where an import failed: the last line that ran."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return "" if trace is None else f" ({trace.tb_frame.f_code.co_filename}:{trace.tb_lineno})"
+    """Say where an import failed: the last line of the author's that ran."""
+    if isinstance(error, SyntaxError):
+        return f" ({error.filename}:{error.lineno})"
+    own = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith(("<", _OURS)) and not _is_standard(frame.filename)
+    ]
+    return f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
+
+
+def _is_standard(filename: str) -> bool:
+    return filename.startswith(_STANDARD) and "site-packages" not in filename

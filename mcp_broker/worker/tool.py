@@ -32,6 +32,10 @@ _STREAMS: Final = (
 )
 
 
+#: every tool of this process in the order of making, also those whose name in their module was taken by a later one
+made: list[Tool[..., Any]] = []
+
+
 class Tool(Generic[P, R]):
     """A function with a name, schemas and limits; calling it calls the function.
 
@@ -45,6 +49,7 @@ class Tool(Generic[P, R]):
     def __init__(self, function: Callable[P, R], **settings: Any) -> None:
         functools.update_wrapper(self, function)
         self.function = function
+        made.append(self)
         name = settings.pop("name") or function.__name__
         hints = hints_of(function)
         self.arguments = Arguments(function, hints, name)
