@@ -111,7 +111,7 @@ def serve(boot: WorkerBoot) -> None:
 
 def main(boot_fd: int, life_fd: int | None) -> int:
     """Be a worker; return the exit code."""
-    faulthandler.enable()
+    faulthandler.enable(all_threads=False)
     die_with_parent(life_fd)
     pool = "?"
     try:
