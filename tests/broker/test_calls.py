@@ -7,8 +7,10 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import zmq
+from zmq.utils import z85
 
-from mcp_broker.wire import messages, node, payload
+from mcp_broker.wire import codec, messages, node, payload
 from tests.support.broker import BrokerProcess, Curve, Peer, answer, definition
 from tests.support.waiting import wait_for
 
@@ -83,6 +85,35 @@ def test_call_before_hello_is_refused_and_reaches_no_worker(shared: Any) -> None
     error = client.receive(messages.Error)
     assert (error.code, error.fatal) == ("UNAUTHENTICATED", True)
     assert shared.echo.hears_nothing_but((messages.Heartbeat, messages.Ack), 0.2)
+
+
+def test_client_without_curve_is_refused_and_reaches_no_worker(shared: Any) -> None:
+    socket = shared.context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.LINGER, 0)
+    try:
+        socket.connect(shared.client_endpoint)
+        token = shared.issuer.token(Curve().thumbprint)
+        socket.send(codec.encode(messages.Hello(0, "MCPB", (1,), token)))
+        call = messages.Call(os.urandom(16), "echo.echo", 1000, b"\x80")
+        socket.send(codec.encode(messages.Calls(0, 0, (call,))))
+        assert not socket.poll(500), "it is not even answered"
+    finally:
+        socket.close()
+    assert shared.echo.hears_nothing_but((messages.Heartbeat, messages.Ack), 0.2)
+
+
+def test_client_with_another_brokers_key_in_its_profile_is_refused(shared: Any) -> None:
+    socket = shared.context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.LINGER, 0)
+    ours, wrong = Curve(), Curve()
+    socket.curve_serverkey = z85.encode(wrong.public)
+    socket.curve_publickey, socket.curve_secretkey = z85.encode(ours.public), z85.encode(ours.secret)
+    try:
+        socket.connect(shared.client_endpoint)
+        socket.send(codec.encode(messages.Hello(0, "MCPB", (1,), shared.issuer.token(ours.thumbprint))))
+        assert not socket.poll(500)
+    finally:
+        socket.close()
 
 
 def test_token_bound_to_another_key_is_refused(shared: Any) -> None:
