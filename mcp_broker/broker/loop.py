@@ -166,7 +166,7 @@ class Loop:
         try:
             message = codec.from_client.decode(frame.buffer)
         except WireError as error:
-            self._refused_bytes(self._clients, routing_id, user_id, error, now)
+            self._refused_bytes(self._clients, routing_id, user_id, frame, error, now)
             return
         if body is not None and type(message) is not messages.Calls:
             self._misbehaved(self._clients, routing_id, _BODY_RULE, now)
@@ -180,10 +180,7 @@ class Loop:
 
     def _hello(self, routing_id: bytes, user_id: str, message: messages.Hello, now: float) -> None:
         if message.protocol != messages.PROTOCOL or messages.MAJOR not in message.majors:
-            text = f"this broker speaks protocol version {messages.MAJOR}; the client offers {list(message.majors)}"
-            self._error(
-                self._clients, routing_id, "UNSUPPORTED_VERSION", text, {"supported": [messages.MAJOR]}
-            )
+            self._other_version(self._clients, routing_id, message.majors)
             return
         try:
             grant = self._tokens.verify(message.token, user_id, now)
@@ -211,7 +208,7 @@ class Loop:
         try:
             message = codec.from_worker.decode(frame.buffer)
         except WireError as error:
-            self._refused_bytes(self._workers, routing_id, user_id, error, now)
+            self._refused_bytes(self._workers, routing_id, user_id, frame, error, now)
             return
         if not _has_room_for(message, body):
             self._misbehaved(self._workers, routing_id, _BODY_RULE, now)
@@ -221,15 +218,29 @@ class Loop:
             self._error(self._workers, routing_id, "UNAUTHENTICATED", text, {"reason": "no_session"})
 
     def _refused_bytes(
-        self, socket: zmq.Socket[bytes], routing_id: bytes, user_id: str, error: WireError, now: float
+        self,
+        socket: zmq.Socket[bytes],
+        routing_id: bytes,
+        user_id: str,
+        frame: zmq.Frame,
+        error: WireError,
+        now: float,
     ) -> None:
         """Answer bytes that are no message of this door; it costs their sender only."""
+        majors = codec.foreign_majors(frame.buffer)
+        if majors is not None:
+            self._other_version(socket, routing_id, majors)
+            return
         self.malformed += 1
         fatal = error.code != "UNKNOWN_KIND"
         _log.warning("wire.refused", extra={"code": error.code, "reason": error.message, "user_id": user_id})
         self._error(socket, routing_id, error.code, error.message, error.details, fatal=fatal)
         if fatal and socket is self._clients:
             self._machine.clientele.unreachable(routing_id, now)
+
+    def _other_version(self, socket: zmq.Socket[bytes], routing_id: bytes, majors: tuple[int, ...]) -> None:
+        text = f"this broker speaks protocol version {messages.MAJOR}; the peer offers {list(majors[:16])}"
+        self._error(socket, routing_id, "UNSUPPORTED_VERSION", text, {"supported": [messages.MAJOR]})
 
     def _misbehaved(self, socket: zmq.Socket[bytes], routing_id: bytes, text: str, now: float) -> None:
         self.malformed += 1

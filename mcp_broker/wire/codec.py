@@ -100,6 +100,28 @@ _caller_decoder: Final = msgspec.msgpack.Decoder(messages.Caller)
 _worker_boot_decoder: Final = msgspec.msgpack.Decoder(node.WorkerBoot)
 
 
+_majors_decoder: Final = msgspec.msgpack.Decoder(tuple[int, ...])
+#: places of HELLO and REGISTER that are the same in every version: kind, epoch, protocol, majors
+_FIXED_PLACES: Final = 4
+
+
+def foreign_majors(frame: bytes | memoryview) -> tuple[int, ...] | None:
+    """Return the versions that a HELLO or REGISTER offers which this version cannot decode, if ours is not among them.
+
+    Another version may have changed everything behind the fourth place; None means that the frame is simply broken.
+    """
+    try:
+        parts = _parts_decoder.decode(frame)
+        if len(parts) < _FIXED_PLACES or _text_decoder.decode(parts[0]) not in {"HELLO", "REGISTER"}:
+            return None
+        if _text_decoder.decode(parts[2]) != messages.PROTOCOL:
+            return None
+        majors = _majors_decoder.decode(parts[3])
+    except _BROKEN:
+        return None
+    return None if messages.MAJOR in majors else majors
+
+
 def raw(item: msgspec.Struct) -> msgspec.Raw:
     """Pack an item once, to be embedded in many messages."""
     return msgspec.Raw(encode(item))

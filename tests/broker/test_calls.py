@@ -141,6 +141,13 @@ def test_another_major_version_gets_the_supported_list(shared: Any) -> None:
     assert (error.code, payload.unpack_map(error.details)) == ("UNSUPPORTED_VERSION", {"supported": [1]})
 
 
+def test_later_version_whose_hello_looks_different_gets_the_supported_list_too(shared: Any) -> None:
+    client = shared.client()
+    client.send(payload.pack(["HELLO", 0, "MCPB", [2], {"quite": "another"}, 7]))
+    error = client.receive(messages.Error)
+    assert (error.code, payload.unpack_map(error.details)) == ("UNSUPPORTED_VERSION", {"supported": [1]})
+
+
 @pytest.mark.parametrize("garbage", [b"", b"\xc1", os.urandom(300), b"\x91" * 5000, b"\x92\xa7WELCOME\x01"])
 def test_garbage_costs_its_sender_only(shared: Any, garbage: bytes) -> None:
     bystander = shared.open_client()
