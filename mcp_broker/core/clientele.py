@@ -234,7 +234,7 @@ class Clientele:
         """Find the tool and ask the grant; the slow path, once a tool and session."""
         call_id, name = request.call_id, request.tool
         if now >= session.grant.expires_at:
-            text = "the token has expired; send RENEW with a new one, or `mcp-broker credentials issue` a profile"
+            text = "the token of this session has expired; make a new profile with `mcp-broker credentials issue`"
             self._refuse(session, fault(call_id, "UNAUTHENTICATED", text, {"reason": "expired"}))
             return None
         tool = self._registry.tools.get(name)
