@@ -92,7 +92,10 @@ class Crew:
             self._dispatcher.pump(worker.pool, now)
         elif isinstance(message, messages.Partial):
             for part in message.parts:
-                self._dispatcher.part(worker, part, body)
+                broken = self._dispatcher.part(worker, part, body)
+                if broken is not None:
+                    # the tool is stopped too: nobody takes what else it says
+                    self._routing.end(*broken, "cancel", now)
         elif isinstance(message, messages.Goodbye):
             self._disconnected(worker, now)
 

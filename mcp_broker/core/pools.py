@@ -160,21 +160,26 @@ class Dispatcher:
             )
         self._ledger.finish(call, outcome, body)
 
-    def part(self, worker: Worker, part: messages.Part, body: Body | None) -> None:
-        """Forward a part of a stream, if it is the next one of a call that this worker holds."""
+    def part(
+        self, worker: Worker, part: messages.Part, body: Body | None
+    ) -> tuple[Call, messages.Outcome] | None:
+        """Forward a part of a stream, if it is the next one of a call that this worker holds, and within its credit.
+
+        Returns:
+            None, or the call that cannot go on and how it has to end (the worker's fault).
+        """
         call = worker.held.get(part.call_id)
         if call is None or call.state is CallState.ENDED:
             self.late += 1
-            return
+            return None
         if part.index != call.parts or part.index >= call.limit or not call.tool.definition.streaming:
             text = f"worker {worker.worker_id} sent part {part.index} as number {call.parts} of at most {call.limit}"
-            self._ledger.finish(call, fault(call.call_id, "INTERNAL", text))
-            self.ghosts.add(call.call_id)
-            return
+            return call, fault(call.call_id, "INTERNAL", text)
         call.parts += 1
         call.session.send(part if body is None else outbox.Big(part, body))
         if call.parts == call.limit:
             self._raise_limit(call, worker)
+        return None
 
     def credit(self, call: Call, credit: messages.StreamCredit) -> None:
         """Take a caller's room for parts.
@@ -259,10 +264,6 @@ class Dispatcher:
         for call in list(pool.backlog.values()):
             pool.unqueue(call)
             self._ledger.finish(call, unavailable(call.call_id, pool, reason))
-
-    def has_live(self, pool: Pool) -> bool:
-        """Tell whether any worker of the pool is ready."""
-        return any(worker.state is WorkerState.READY for worker in pool.workers.values())
 
 
 def unavailable(call_id: bytes, pool: Pool, reason: str) -> messages.Outcome:

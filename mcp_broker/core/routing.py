@@ -40,7 +40,6 @@ class Routing:
     def __init__(self, epoch: int, now: float, ids: Callable[[int], bytes]) -> None:
         self.epoch = epoch
         self._ids = ids
-        self.started_at = now
         self.ledger = Ledger(now)
         self.registry = Registry()
         self.registry.add_own(introspection.DEFINITIONS)

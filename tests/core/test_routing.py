@@ -375,6 +375,11 @@ def test_parts_beyond_the_credit_end_the_stream_as_the_workers_fault() -> None:
     for index in range(bounds.STREAM_WINDOW_MAX + 1):
         world.worker_says("echo-1", messages.Partial(EPOCH, (messages.Part(call_id, index, b"\xc0"),)))
     assert world.outcomes(session) == {call_id: "INTERNAL"}
+    world.later(1)
+    assert [interrupt.stage for interrupt in world.interrupts()] == ["raise", "term", "kill"], (
+        "its slot is freed"
+    )
+    world.check()
 
 
 def test_id_of_an_ended_call_that_a_worker_still_holds_cannot_be_used_again() -> None:
