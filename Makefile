@@ -63,7 +63,7 @@ $(STAMP): setup.cfg pyproject.toml requirements.lock
 	done; \
 	if [ -z "$$python" ]; then echo "mcp-broker needs Python 3.11 or newer, and none was found" >&2; exit 1; fi; \
 	if [ ! -x $(BIN)/python ]; then rm -rf .venv; "$$python" -m venv .venv; fi; \
-	$(BIN)/python -m pip install --quiet --require-hashes -r requirements.lock; \
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r requirements.lock; \
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .; \
 	mkdir -p .venv/src; ln -sfn ../../workers .venv/src/mcp_broker_workers; \
 	touch $@
