@@ -31,8 +31,10 @@ if TYPE_CHECKING:
     from mcp_broker.client.link import Link
     from mcp_broker.client.session import PendingCall
 
-#: how long calls may wait for a thread before the helper takes them on (after one to two ticks)
+#: how long calls may wait for a thread before the helper takes them on (after one to two ticks); ticks grow while
+#: other threads serve, since each one takes the GIL from them
 TICK_S: Final = 0.002
+TICK_MAX_S: Final = 0.008
 #: ticks without calls after which the helper sleeps, and how long it then waits before it ends
 QUIET_TICKS: Final = 25
 HELPER_IDLE_S: Final = 1.0
@@ -105,22 +107,24 @@ class Leadership:
             Overloaded: there was no place within ``timeout_s``.
             BrokerError: the client is closed or refused, or such a call cannot be.
         """
-        self.check_process()
+        if self._generation != connection.generation:
+            self.check_process()
         session = self.session
+        book = session.book
         with self._lock:
             now = monotonic()
-            if not session.has_room and session.state not in OVER:
+            if len(book.calls) >= session.granted.window and session.state not in OVER:
                 self._await_room(now + timeout_s)
                 now = monotonic()
             waiter.pending = session.submit(tool, timeout_s, packed, now, waiter, streamed=streamed)
             if waits:
                 return
-            book = session.book
             if not book.in_flight or len(book.queue) >= limits.BATCH_MAX:
                 self._push()
             elif self._polling:
                 self._kick()
-            self._call_helper()
+            if self._asleep or self._helper is None:
+                self._call_helper()
 
     def cancel_pending(self, pending: PendingCall) -> bool:
         """End a call as CANCELLED and tell the broker now; False if it had ended."""
@@ -152,7 +156,8 @@ class Leadership:
 
     def await_end(self, target: Target, timeout_s: float | None) -> bool:
         """Serve, or wait for who serves, until ``target.ready``; False if the time ran out before."""
-        self.check_process()
+        if self._generation != connection.generation:
+            self.check_process()
         with self._lock:
             self._await(target, None if timeout_s is None else monotonic() + timeout_s)
         return target.ready
@@ -373,7 +378,7 @@ class Leadership:
             self._bell.set()
 
     def _help(self) -> None:
-        seen, quiet = -1, 0
+        seen, quiet, tick_s = -1, 0, TICK_S
         book = self.session.book
         with self._lock:
             while not self._closed:
@@ -384,12 +389,13 @@ class Leadership:
                 if self._orphans:
                     self._push()
                 quiet = 0 if book.calls or self._turns != seen else quiet + 1
+                tick_s = TICK_S if self._turns == seen else min(tick_s * 2, TICK_MAX_S)
                 seen, self._urgent = self._turns, False
                 self._asleep = quiet > QUIET_TICKS
                 self._bell.clear()
                 self._lock.release()
                 try:
-                    rung = self._bell.wait(HELPER_IDLE_S if self._asleep else TICK_S)
+                    rung = self._bell.wait(HELPER_IDLE_S if self._asleep else tick_s)
                 finally:
                     self._lock.acquire()
                 if self._asleep and not rung and not book.calls:

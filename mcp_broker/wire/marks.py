@@ -26,8 +26,8 @@ class Marks:
         """The last call that the worker started; 0 before its first."""
         return self._words[0]
 
-    @started_seq.setter
-    def started_seq(self, seq: int) -> None:
+    def start(self, seq: int) -> None:
+        """Write down that a call starts."""
         self._words[0] = seq
 
     @property

@@ -73,7 +73,7 @@ class Arguments:
         schema: JSON Schema of the arguments, an object.
         signature: for people, ``word_count(text: str, top: int = 10)``.
         context_parameter: the name of the parameter that takes the :class:`ToolContext`, or None.
-        validate: the arguments of a call -> keyword arguments. Raises InvalidArgument with all faults.
+        check: the arguments of a call -> keyword arguments; raises pydantic's ValidationError.
 
     Raises:
         TypeError: the function cannot be a tool (its author's fault).
@@ -99,7 +99,9 @@ class Arguments:
         self.schema = _schema(adapter, hints, defaults)
         self.names = tuple(fields)
         self.signature = _signature(function, self.context_parameter)
-        self._validate = SchemaValidator(_strict(adapter.core_schema)).validate_python
+        self.check: Callable[[dict[str, Any]], dict[str, Any]] = SchemaValidator(
+            _strict(adapter.core_schema)
+        ).validate_python
 
     def validate(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Check a call's arguments; the defaults of absent ones are the function's own.
@@ -109,12 +111,12 @@ class Arguments:
                 {path, expected, received, message}, ``details["signature"]`` the signature.
         """
         try:
-            valid: dict[str, Any] = self._validate(arguments)
+            return self.check(arguments)
         except ValidationError as error:
-            raise self._refusal(arguments, error) from None
-        return valid
+            raise self.refusal(arguments, error) from None
 
-    def _refusal(self, arguments: dict[str, Any], error: ValidationError) -> InvalidArgument:
+    def refusal(self, arguments: dict[str, Any], error: ValidationError) -> InvalidArgument:
+        """Turn what :attr:`check` raised into the error that names every fault."""
         found = faults.explain(error, arguments, self.schema)
         told = "; ".join(fault["message"] for fault in found[: faults.TOLD_MAX])
         more = len(found) - faults.TOLD_MAX

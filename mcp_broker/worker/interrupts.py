@@ -32,15 +32,17 @@ class Interrupts:
     Attributes:
         armed: the seq whose tool code is on the stack; 0: none.
         asked: the seq that a signal meant while no tool code was on the stack; 0: none.
+        started: writes down that a call starts, before any of its code runs.
         stopping: SIGTERM came.
         raised: the seq in whose tool code a handler raised last; C code may turn that into an error of its own.
         elsewhere: asked for a seq whose tool code is not on the stack (a waiting task).
     """
 
-    __slots__ = ("_marks", "_wake_fd", "armed", "asked", "elsewhere", "raised", "stopping")
+    __slots__ = ("_marks", "_wake_fd", "armed", "asked", "elsewhere", "raised", "started", "stopping")
 
     def __init__(self, marks: Marks, wake_fd: int) -> None:
         self._marks = marks
+        self.started = marks.start
         self._wake_fd = wake_fd
         self.armed = 0
         self.asked = 0
@@ -55,13 +57,9 @@ class Interrupts:
         # Ctrl-C in the supervisor's terminal is the supervisor's to handle
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    def started(self, seq: int) -> None:
-        """Write down that a call starts, before any of its code runs."""
-        self._marks.started_seq = seq
-
     def forget(self) -> None:
         """Write down that no call of this session has started yet."""
-        self._marks.started_seq = 0
+        self.started(0)
         self.asked = self.raised = 0
 
     def _on_interrupt(self, _signal: int, _frame: FrameType | None) -> None:

@@ -34,10 +34,13 @@ class Pace:
         self._announced = 0
         self.mean_s = 0.0
 
-    def served(self, service_s: float) -> None:
-        """Count one call."""
+    def served(self, spent_ns: int, count: int) -> None:
+        """Count some calls, and the time that they took together."""
+        if not count:
+            return
+        service_s = spent_ns * 1e-9 / count
         mean = self.mean_s
-        self.mean_s = mean + (service_s - mean) * _WEIGHT if mean else service_s
+        self.mean_s = mean + (service_s - mean) * (1 - (1 - _WEIGHT) ** count) if mean else service_s
 
     def depth(self) -> int:
         """Return what suits the calls of late."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import BaseModel, TypeAdapter
 from pydantic_core import PydanticSerializationError, to_jsonable_python
@@ -12,19 +12,21 @@ from mcp_broker import limits
 from mcp_broker.errors import MalformedFrame, PayloadTooLarge, ToolFailed
 from mcp_broker.wire import payload
 
+if TYPE_CHECKING:
+    from mcp_broker.worker.tool import Tool
+
 _PLAIN: Final = (str, bytes, int, float, bool, type(None))
 #: a value of these types holds no map, whose keys would have to be looked at
 _FLAT: Final = frozenset(_PLAIN)
 
 
-def pack(value: Any, adapter: TypeAdapter[Any], *, keys_are_text: bool, tool: str) -> bytes:
+def pack(value: Any, tool: Tool[..., Any], *, keys_are_text: bool) -> bytes:
     """Turn a result, or a part, into a payload.
 
     Args:
         value: what the tool returned.
-        adapter: of the type that it says it returns, for models, dataclasses, dates and the like.
-        keys_are_text: that type rules out maps with other keys, so that nobody need look.
-        tool: its name, for messages.
+        tool: the tool; its ``result`` converts models, dataclasses, dates and the like.
+        keys_are_text: the result's type rules out maps with other keys, so that nobody need look.
 
     Raises:
         ToolFailed: the result holds something that a payload cannot carry (the tool author's fault).
@@ -36,10 +38,10 @@ def pack(value: Any, adapter: TypeAdapter[Any], *, keys_are_text: bool, tool: st
             # msgpack writes integer keys that no reader takes; rare, and found only by reading
             payload.unpack(packed)
     except (TypeError, ValueError, OverflowError, RecursionError, MalformedFrame):
-        packed = _pack_converted(value, adapter, tool)
+        packed = _pack_converted(value, tool.result, tool.name)
     if len(packed) > limits.BODY_BYTES_MAX:
         raise PayloadTooLarge(
-            f"the result of {tool} has {len(packed)} bytes; the limit is {limits.BODY_BYTES_MAX}. "
+            f"the result of {tool.name} has {len(packed)} bytes; the limit is {limits.BODY_BYTES_MAX}. "
             "Return less, or stream it in parts from a generator",
             {"limit_bytes": limits.BODY_BYTES_MAX, "bytes": len(packed)},
         )

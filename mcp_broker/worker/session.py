@@ -23,6 +23,7 @@ from typing import Final
 from mcp_broker import limits
 from mcp_broker.errors import WireError
 from mcp_broker.wire import codec, messages, payload
+from mcp_broker.wire.structs import Slim
 from mcp_broker.worker.pace import Pace
 
 Frames = list[bytes]
@@ -43,7 +44,7 @@ class State(Enum):
     REFUSED = "refused"
 
 
-class Pending:
+class Pending(Slim):
     """A call that waits here or runs.
 
     Attributes:
@@ -52,13 +53,10 @@ class Pending:
         life: of which session it is.
     """
 
-    __slots__ = ("arguments", "deadline", "dispatch", "life")
-
-    def __init__(self, dispatch: messages.Dispatch, arguments: bytes, deadline: float, life: int) -> None:
-        self.dispatch = dispatch
-        self.arguments = arguments
-        self.deadline = deadline
-        self.life = life
+    dispatch: messages.Dispatch
+    arguments: bytes
+    deadline: float
+    life: int
 
 
 class Session:
@@ -152,11 +150,12 @@ class Session:
 
     def _serve(self, message: messages.ToWorker, frames: Sequence[bytes], now: float) -> None:
         if isinstance(message, messages.Dispatches):
+            life, wait = self.life, self.inbox.append
             for dispatch in message.calls:
                 arguments = dispatch.arguments
                 if arguments is None:
                     arguments = frames[1] if len(frames) > 1 else b""
-                self.inbox.append(Pending(dispatch, arguments, now + dispatch.timeout_ms / 1000, self.life))
+                wait(Pending(dispatch, arguments, now + dispatch.timeout_ms * 0.001, life))
         elif isinstance(message, messages.Credit):
             for credit in message.credits:
                 if credit.call_id in self.running or self._waits(credit.call_id):
@@ -203,21 +202,25 @@ class Session:
 
     def finish(self, pending: Pending, outcome: messages.Outcome, body: bytes | None = None) -> None:
         """Take the one outcome of a call; ``body`` is its result where that goes in a frame of its own."""
-        call_id = pending.dispatch.call_id
         if pending.life != self.life:
             return
+        call_id = outcome.call_id
         self.running.discard(call_id)
         if self.cancelled:
             self.cancelled.discard(call_id)
         if self.credits:
             self.credits.pop(call_id, None)
+        outbox = self._outbox
         size = len(outcome.body) if outcome.body is not None else 0
         if outcome.fault is not None:
             size += len(outcome.fault.details) + len(outcome.fault.message) * 4
-        full = self._outbox_bytes + size > limits.BATCH_BYTES_MAX or len(self._outbox) >= limits.BATCH_MAX
-        if self._outbox and (full or body is not None):
+        if outbox and (
+            body is not None
+            or self._outbox_bytes + size > limits.BATCH_BYTES_MAX
+            or len(outbox) >= limits.BATCH_MAX
+        ):
             self.flush()
-        self._outbox.append(outcome)
+        outbox.append(outcome)
         self._outbox_bytes += size
         if body is not None:
             self.flush(body)

@@ -125,23 +125,23 @@ class ConcurrentLoop(Shell):
     # -- calls --------------------------------------------------------------------------------------------
 
     async def _run(self, pending: Pending) -> None:
-        started_ns = time.perf_counter_ns()
-        outcome, body = await self._outcome(pending)
+        started_ns = time.monotonic_ns()
+        outcome, body = await self._outcome(pending, started_ns)
         self.session.finish(pending, outcome, body)
-        self.session.pace.served((time.perf_counter_ns() - started_ns) * 1e-9)
+        self.session.pace.served(time.monotonic_ns() - started_ns, 1)
         self._tasks.pop(id(pending), None)
         self._stirred.set()
 
-    async def _outcome(self, pending: Pending) -> Finished:
-        prepared = self.execution.prepare(pending)
+    async def _outcome(self, pending: Pending, started_ns: int) -> Finished:
+        prepared = self.execution.prepare(pending, started_ns)
         if isinstance(prepared, messages.Outcome):
             return prepared, None
         run, arguments = prepared
         try:
-            if not run.tool.is_async:
+            if not run.plan.tool.is_async:
                 finished = self.execution.invoke(run, arguments)
                 return finished if not isinstance(finished, Run) else (await self._stream(finished), None)
-            value = run.tool.function(**arguments)
+            value = run.plan.tool.function(**arguments)
             if inspect.isasyncgen(value):
                 run.stream = value
                 return await self._async_stream(run), None

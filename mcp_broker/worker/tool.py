@@ -43,6 +43,7 @@ class Tool(Generic[P, R]):
         definition: what the worker registers.
         arguments: the checked description of what it takes.
         is_async: the function is a coroutine function or an asynchronous generator.
+        is_streaming: it is a generator of either kind.
         result: converts results of the annotated type.
     """
 
@@ -53,9 +54,9 @@ class Tool(Generic[P, R]):
         name = settings.pop("name") or function.__name__
         hints = hints_of(function)
         self.arguments = Arguments(function, hints, name)
-        streaming = inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)
+        self.is_streaming = inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)
         self.is_async = inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
-        returned = _returned(hints.get("return", Any), streaming=streaming)
+        returned = _returned(hints.get("return", Any), streaming=self.is_streaming)
         self.result: TypeAdapter[Any] = _adapter(returned, name)
         description = inspect.cleandoc(function.__doc__ or "")
         capabilities = tuple(settings.pop("capabilities")) or (name.partition(".")[0],)
@@ -67,7 +68,7 @@ class Tool(Generic[P, R]):
                 parameters=json.dumps(self.arguments.schema, ensure_ascii=False),
                 returns=json.dumps(_result_schema(self.result, returned, name), ensure_ascii=False),
                 capabilities=capabilities,
-                streaming=streaming,
+                streaming=self.is_streaming,
                 timeout_s=limits.CALL_TIMEOUT_S if timeout_s is None else timeout_s,
                 tags=tuple(settings.pop("tags")),
                 **settings,

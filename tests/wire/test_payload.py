@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import enum
 from typing import Any
 
 import msgpack
@@ -81,14 +83,13 @@ def test_tuples_become_lists() -> None:
     assert payload.unpack(payload.pack((1, (2, 3)))) == [1, [2, 3]]
 
 
-def test_timestamp_is_an_ext_type_too() -> None:
-    with pytest.raises(MalformedFrame):
-        payload.unpack(b"\xd6\xff\x00\x00\x00\x01")
+@pytest.mark.parametrize("seconds", [1, 2**33 + 0.5, 2.0**40])
+def test_timestamp_is_read_as_its_seconds(seconds: float) -> None:
+    stamp = msgpack.Timestamp.from_unix_nano(int(seconds * 10**9))
+    assert payload.unpack(msgpack.packb({"at": [stamp]})) == {"at": [seconds]}
 
 
-@pytest.mark.parametrize(
-    "value", [msgpack.Timestamp(1), msgpack.ExtType(5, b""), {"at": [msgpack.Timestamp(2**40)]}], ids=repr
-)
+@pytest.mark.parametrize("value", [msgpack.ExtType(5, b""), {"at": [msgpack.ExtType(127, b"1234")]}], ids=repr)
 def test_ext_types_are_refused_by_whoever_receives_them(value: Any) -> None:
     with pytest.raises(MalformedFrame):
         payload.unpack(msgpack.packb(value))
@@ -96,6 +97,20 @@ def test_ext_types_are_refused_by_whoever_receives_them(value: Any) -> None:
 
 def test_bytes_that_look_like_a_timestamp_are_no_timestamp() -> None:
     assert payload.unpack(payload.pack({"raw": b"\xd6\xff1234"})) == {"raw": b"\xd6\xff1234"}
+
+
+def test_subclasses_are_packed_as_what_they_are() -> None:
+    class Shade(enum.IntEnum):
+        DARK = 7
+
+    value = collections.OrderedDict(shade=Shade.DARK, pair=(1, 2))
+    assert payload.unpack(payload.pack(value)) == {"shade": 7, "pair": [1, 2]}
+
+
+def test_value_that_cannot_be_packed_leaves_nothing_behind_for_the_next() -> None:
+    with pytest.raises(TypeError):
+        payload.pack([1, 2, object()])
+    assert payload.pack([3]) == b"\x91\x03"
 
 
 def test_integer_beyond_64_bits_is_a_value_error() -> None:

@@ -196,17 +196,17 @@ def test_fault_is_cut_to_what_a_message_may_hold() -> None:
 def test_depth_hides_the_round_trip_and_no_more(concurrency: int, service_s: float, depth: int) -> None:
     pace = Pace(concurrency)
     assert pace.announce() == 16
-    pace.served(service_s)
+    pace.served(int(service_s * 1e9), 1)
     assert abs(pace.depth() - depth) <= 1
 
 
 def test_depth_is_announced_again_when_it_doubles_or_halves(session: Session) -> None:
     for _ in range(100):
-        session.pace.served(0.00012)
+        session.pace.served(120_000, 1)
     session.flush()
     assert said(session) == []
     for _ in range(100):
-        session.pace.served(0.00001)
+        session.pace.served(10_000, 1)
     session.flush()
     assert [type(message) for message in said(session)] == [messages.Ready]
     session.flush()

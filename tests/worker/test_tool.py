@@ -11,7 +11,7 @@ from decimal import Decimal
 from typing import Annotated, Any, Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field
 
@@ -200,6 +200,8 @@ def test_thousands_of_faults_stay_small() -> None:
     assert str(refused.value).count("expected") == 3
 
 
+# drawing the first examples builds hypothesis' own tables, which takes seconds on a busy machine
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.dictionaries(
         st.sampled_from(["text", "top", "x"]),

@@ -101,12 +101,17 @@ class CallBook:
             raise errors.InvalidArgument(f"a tool's name has 1 to {limits.TOOL_NAME_CHARS_MAX} characters")
         self._counter += 1
         call_id = ids.call_id(self._prefix, self._counter)
-        is_large = size > limits.INLINE_BYTES_MAX
-        call = Call(call_id, tool, math.ceil(timeout_s * 1000), None if is_large else arguments)
-        pending = PendingCall(call, arguments if is_large else None, now, waiter, streamed=streamed)
+        timeout_ms = math.ceil(timeout_s * 1000)
+        deadline = now + timeout_ms * 0.001
+        if size <= limits.INLINE_BYTES_MAX:
+            call, body = Call(call_id, tool, timeout_ms, arguments), None
+        else:
+            call, body = Call(call_id, tool, timeout_ms, None), arguments
+        pending = PendingCall(call, call_id, body, now, deadline, waiter, streamed)
         self.calls[call_id] = pending
         self.queue.append(pending)
-        self.due = min(self.due, pending.deadline)
+        if deadline < self.due:
+            self.due = deadline
         return pending
 
     def abandon(self, pending: PendingCall, code: str, text: str) -> bool:
@@ -211,19 +216,23 @@ class CallBook:
 
     def outcomes(self, outcomes: Iterable[Outcome], body: bytes | None) -> None:
         """Take outcomes that were not had before."""
-        calls = self.calls
+        calls, ended = self.calls, self.ended
         for outcome in outcomes:
-            pending = calls.get(outcome.call_id)
-            if pending is None or not pending.sends:
+            pending = calls.pop(outcome.call_id, None)
+            if pending is None:
                 self.late += 1
                 continue
-            del calls[outcome.call_id]
+            if not pending.sends:
+                # about a call that no broker had
+                self.late += 1
+                calls[pending.call_id] = pending
+                continue
             stage = pending.stage
             pending.stage = _ENDED
             if stage is not _QUEUED:
                 self.in_flight -= 1
             if stage is not _ABANDONED:
-                self.ended.append(read_outcome(pending, outcome, body))
+                ended.append(read_outcome(pending, outcome, body))
 
     def parts(self, parts: Iterable[Part], body: bytes | None) -> None:
         """Take parts of streams; a gap ends its call."""

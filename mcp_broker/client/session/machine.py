@@ -35,6 +35,8 @@ from mcp_broker.wire import messages
 
 #: outcomes that may be unacknowledged before an ACK of its own goes out
 ACK_EVERY: Final = 64
+#: looking an enum's member up costs as much as the comparison
+_OPEN: Final = State.OPEN
 #: time for TCP and CURVE, and then for WELCOME, before another attempt
 OPENING_S: Final = limits.HANDSHAKE_MS / 1000
 WAITING_S: Final = 2.0
@@ -143,10 +145,13 @@ class ClientSession:
         Raises:
             BrokerError: the session was refused or closed; or an argument of the call cannot be.
         """
-        pending: PendingCall = self._row[Event.SUBMIT](
-            self, tool, timeout_s, arguments, now, waiter, streamed
-        )
-        return pending
+        if self.state is not _OPEN:
+            pending: PendingCall = self._row[Event.SUBMIT](
+                self, tool, timeout_s, arguments, now, waiter, streamed
+            )
+            return pending
+        # the cell of OPEN, without asking the table for every call
+        return self.book.submit(tool, timeout_s, arguments, now, waiter, streamed=streamed)
 
     def cancel(self, pending: PendingCall) -> bool:
         """End a call as CANCELLED now and tell the broker; False if it had ended before."""
@@ -160,7 +165,7 @@ class ClientSession:
 
     def receive(self, message: messages.ToClient, body: bytes | None, now: float) -> None:
         """Take one message of the broker."""
-        if self.state is State.OPEN and message.epoch != self.epoch:
+        if self.state is _OPEN and message.epoch != self.epoch:
             return
         self._heard_at = now
         self._row[type(message)](self, message, body)
@@ -168,7 +173,7 @@ class ClientSession:
     def deadline(self) -> float:
         """Return when :meth:`expire` or :meth:`dial` is due at the latest; infinity: never."""
         state, at = self.state, self.book.due
-        if state is State.OPEN:
+        if state is _OPEN:
             return min(at, self._heard_at + limits.SILENCE_S) if self.book.in_flight else at
         if state is State.OPENING or state is State.WAITING:
             return min(at, self._attempt_ends)
@@ -185,7 +190,7 @@ class ClientSession:
         """Tell whether :meth:`outgoing` would return anything."""
         if self._control:
             return True
-        if self.state is not State.OPEN:
+        if self.state is not _OPEN:
             return False
         book = self.book
         if book.queue and book.in_flight < self.granted.window:
@@ -196,7 +201,7 @@ class ClientSession:
         """Return what is to be sent now, in order, and count it as sent."""
         out: list[Packed] = [(message, None) for message in self._control] if self._control else []
         self._control = []
-        if self.state is not State.OPEN:
+        if self.state is not _OPEN:
             return out
         book = self.book
         if book.cancels or book.credits:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mcp_broker import errors
 from mcp_broker.wire import messages, payload
+from mcp_broker.wire.structs import Slim
 
 if TYPE_CHECKING:
     from mcp_broker.wire.messages import Call, Outcome, Usage
@@ -21,7 +22,7 @@ class Stage(Enum):
     ENDED = "ended"
 
 
-class PendingCall:
+class PendingCall(Slim):
     """One call between its submission and its outcome.
 
     Attributes:
@@ -36,49 +37,34 @@ class PendingCall:
         waiter: whom the shell tells; opaque here.
     """
 
-    __slots__ = (
-        "body", "call", "call_id", "collected", "deadline", "limit", "next_index", "sends", "stage", "streamed",
-        "submitted_at", "taken", "waiter",
-    )  # fmt: skip
-
-    def __init__(self, call: Call, body: bytes | None, now: float, waiter: Any, *, streamed: bool) -> None:  # noqa: ANN401
-        self.call = call
-        self.call_id = call.call_id
-        self.body = body
-        self.submitted_at = now
-        self.deadline = now + call.timeout_ms / 1000
-        self.stage = Stage.QUEUED
-        self.sends = 0
-        self.streamed = streamed
-        self.waiter = waiter
-        self.next_index = 0
-        self.limit = 0
-        self.taken = 0
-        self.collected: list[Any] | None = None
+    call: Call
+    call_id: bytes
+    body: bytes | None
+    submitted_at: float
+    deadline: float
+    waiter: Any
+    streamed: bool
+    stage: Stage = Stage.QUEUED
+    sends: int = 0
+    next_index: int = 0
+    limit: int = 0
+    taken: int = 0
+    collected: list[Any] | None = None
 
 
-class Ended:
+class Ended(Slim):
     """The end of a call: ``error``, or else ``value``."""
 
-    __slots__ = ("error", "pending", "usage", "value")
-
-    def __init__(
-        self,
-        pending: PendingCall,
-        value: Any,  # noqa: ANN401 (any payload)
-        error: errors.CallError | None,
-        usage: Usage | None,
-    ) -> None:
-        self.pending = pending
-        self.value = value
-        self.error = error
-        self.usage = usage
+    pending: PendingCall
+    value: Any
+    error: errors.CallError | None
+    usage: Usage | None
 
 
 def read_outcome(pending: PendingCall, outcome: Outcome, body: bytes | None) -> Ended:
     """Turn an outcome into a value or an exception."""
     error: errors.CallError
-    if outcome.code == messages.OK:
+    if outcome.code == "OK":
         packed = outcome.body if outcome.body is not None else body
         try:
             value = payload.unpack(packed if packed is not None else b"")

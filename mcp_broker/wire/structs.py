@@ -1,0 +1,12 @@
+"""The base of records that are made for every call.
+
+Their constructor is written in C: 0.08 us where an ``__init__`` with a dozen assignments takes 0.25.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Slim(msgspec.Struct, eq=False):
+    """A mutable record with slots; equal to itself only, so that it can be a key."""
