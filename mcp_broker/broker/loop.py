@@ -277,17 +277,17 @@ class Loop:
         while machine.clientele.dirty or machine.crew.dirty:
             workers, machine.crew.dirty[:] = machine.crew.dirty[:], []
             for worker in workers:
-                for message, body in worker.take_outbox(machine.epoch):
+                for envelope, body in worker.take_outbox(machine.epoch):
                     if worker.routing_id:
-                        self._send(self._workers, worker.routing_id, codec.encode(message), body, now)
+                        self._send(self._workers, worker.routing_id, envelope, body, now)
             clients, machine.clientele.dirty[:] = machine.clientele.dirty[:], []
             for session in clients:
                 if machine.clientele.open.get(session.routing_id) is not session:
                     # lost: its outbox waits for a client that resumes
                     session.dirty = False
                     continue
-                for message, body in session.take_outbox(machine.epoch):
-                    self._send(self._clients, session.routing_id, codec.encode(message), body, now)
+                for envelope, body in session.take_outbox(machine.epoch):
+                    self._send(self._clients, session.routing_id, envelope, body, now)
         if machine.to_node:
             to_node, machine.to_node[:] = machine.to_node[:], []
             for node_message in to_node:

@@ -183,12 +183,8 @@ class Leadership:
         # nobody is inside: a thread there, or a future, would hold a reference
         if getattr(self, "_closed", True) or self._generation != connection.generation:
             return
-        warnings.warn(
-            "a Client was dropped and not closed; use `with` or close()",
-            ResourceWarning,
-            stacklevel=2,
-            source=self,
-        )
+        text = "a Client was dropped and not closed; use `with` or close()"
+        warnings.warn(text, ResourceWarning, stacklevel=2, source=self)
         self.close()
 
     # -- waiting; the lock is held in all that follows ----------------------------------------------------------

@@ -23,9 +23,10 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Final
 
 from mcp_broker import limits
-from mcp_broker.core.wheel import Wheel
+from mcp_broker.core.wheel import Slot, Wheel
 from mcp_broker.errors import CALL_ERRORS, InvalidTransition, MalformedFrame
 from mcp_broker.wire import messages, payload
+from mcp_broker.wire.structs import Slim
 
 if TYPE_CHECKING:
     from mcp_broker.core.clients import ClientSession
@@ -61,12 +62,16 @@ CALL_TABLE: Final[tuple[tuple[CallState | None, ...], ...]] = (
 )
 
 
-class Call:
+_QUEUED, _IN_FLIGHT, _ENDED = CallState
+
+
+class Call(Slim):
     """One accepted call.
 
     Attributes:
         body: the second frame, if the arguments came in one (opaque to the machine).
         deadline: instant at which its caller gets DEADLINE_EXCEEDED, whatever else is true.
+        slot: where the ledger finds it at that instant.
         seq: its number at :attr:`worker`; 0 while queued.
         attempts: dispatches so far.
         killers: workers that died while they ran it.
@@ -75,35 +80,22 @@ class Call:
         parts: parts of a streamed result forwarded so far.
     """
 
-    __slots__ = (
-        "arguments", "attempts", "body", "call_id", "deadline", "extra", "killers", "limit", "parts",
-        "seq", "session", "slot", "state", "tool", "wanted", "worker",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        request: messages.Call,
-        body: Body | None,
-        session: ClientSession,
-        tool: Tool,
-        deadline: float,
-    ) -> None:
-        self.call_id = request.call_id
-        self.arguments = request.arguments
-        self.extra = request.extra
-        self.body = body
-        self.session = session
-        self.tool = tool
-        self.deadline = deadline
-        self.state = CallState.QUEUED
-        self.worker: Worker | None = None
-        self.seq = 0
-        self.attempts = 0
-        self.killers = 0
-        self.parts = 0
-        self.limit = limits.STREAM_WINDOW_MAX
-        self.wanted = limits.STREAM_WINDOW_MAX
-        self.slot = 0
+    call_id: bytes
+    arguments: bytes | None
+    extra: messages.CallExtra | None
+    body: Body | None
+    session: ClientSession
+    tool: Tool
+    deadline: float
+    slot: Slot[Call]
+    state: CallState = _QUEUED
+    worker: Worker | None = None
+    seq: int = 0
+    attempts: int = 0
+    killers: int = 0
+    parts: int = 0
+    limit: int = limits.STREAM_WINDOW_MAX
+    wanted: int = limits.STREAM_WINDOW_MAX
 
     def step(self, event: CallEvent) -> None:
         """Move by the table.
@@ -193,11 +185,16 @@ class Ledger:
     def __len__(self) -> int:
         return len(self.calls)
 
-    def accept(self, call: Call) -> None:
-        """Take a call in; from here on it ends exactly once."""
-        self.calls[call.call_id] = call
-        call.slot = self._wheel.add(call.call_id, call, call.deadline)
-        self.accepted += 1
+    def slot(self, deadline: float) -> Slot[Call]:
+        """Return the slot for calls with this deadline; at least one of them must be accepted next."""
+        return self._wheel.slot(deadline)
+
+    def accept(self, calls: list[Call]) -> None:
+        """Take calls in; from here on each ends exactly once."""
+        known = self.calls
+        for call in calls:
+            known[call.call_id] = call.slot[call.call_id] = call
+        self.accepted += len(calls)
 
     def finish(self, call: Call, outcome: messages.Outcome, body: Body | None = None) -> None:
         """End a call and hand its outcome to its session.
@@ -205,16 +202,22 @@ class Ledger:
         Raises:
             InvalidTransition: it has ended before (our bug: the contract is one outcome a call).
         """
-        call.step(CallEvent.FINISHED)
-        del self.calls[call.call_id]
-        self._wheel.discard(call.slot, call.call_id)
-        if outcome.code == messages.OK:
+        if call.state is _ENDED:
+            # the cells of FINISHED lead to ENDED from everywhere else
+            call.step(CallEvent.FINISHED)
+        call.state = _ENDED
+        call_id = call.call_id
+        del self.calls[call_id]
+        slot = call.slot
+        slot.pop(call_id, None)
+        if not slot:
+            self._wheel.drop(slot)
+        if outcome.code == "OK":
             self.succeeded += 1
         else:
             self.failed[outcome.code] = self.failed.get(outcome.code, 0) + 1
             self.ended.append(Ended(call, outcome))
-        call.arguments = None
-        call.body = None
+        call.arguments = call.body = None
         call.session.deliver(outcome, body)
 
     def deadline(self) -> float | None:

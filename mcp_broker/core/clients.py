@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import mcp_broker.limits as bounds
 from mcp_broker.core import outbox
-from mcp_broker.wire import messages
+from mcp_broker.wire import codec, messages
 from mcp_broker.wire.messages import Outcome
+from mcp_broker.wire.structs import Slim
 
 if TYPE_CHECKING:
     from mcp_broker.core.calls import Call
@@ -154,6 +155,14 @@ class Grant(Protocol):
         ...
 
 
+class Sent(Slim):
+    """One message of outcomes that went to a client: the number of its last one, the entries, and their bytes."""
+
+    last: int
+    entries: list[Any]
+    size: int
+
+
 class ClientSession:
     """One client's session. Who it is never changes; where it is reached may.
 
@@ -162,7 +171,8 @@ class ClientSession:
         live: calls of this session that have no outcome yet, by id.
         allowed: tools found covered by the grant, a cache for the hot path; valid for one registry version.
         outbox: what to send at the end of this turn, in order.
-        unacked: outcomes sent and not yet acknowledged, oldest first.
+        unacked: outcomes sent and not yet acknowledged, message by message, oldest first.
+        unacked_count, unacked_bytes: how many they are, and how large.
         at_risk: calls that the client may send again since it resumed, though we had them: without an outcome, or with
             one that it had not acknowledged. Ids are never used twice, so the set may stay until the next resume.
         sent: how many outcomes were ever numbered for this session; the newest of ``unacked`` has this number.
@@ -186,6 +196,7 @@ class ClientSession:
         "state",
         "unacked",
         "unacked_bytes",
+        "unacked_count",
         "user_id",
     )  # fmt: skip
 
@@ -211,8 +222,8 @@ class ClientSession:
         self.outbox: list[Any] = []
         self.dirty = False
         self._dirty_list = dirty_list
-        self.unacked: deque[Any] = deque()
-        self.unacked_bytes = 0
+        self.unacked: deque[Sent] = deque()
+        self.unacked_count = self.unacked_bytes = 0
         self.sent = 0
         self.lost_at = 0.0
         self.at_risk: frozenset[bytes] = frozenset()
@@ -227,52 +238,68 @@ class ClientSession:
     def deliver(self, outcome: Outcome, body: outbox.Body | None) -> None:
         """Queue the outcome of one of this session's calls, unless nobody is left to hear it."""
         self.live.pop(outcome.call_id, None)
-        if self.state is not ClientState.CLOSED:
-            self.send(outcome if body is None else outbox.Big(outcome, body))
+        if self.state is _C:
+            return
+        self.outbox.append(outcome if body is None else outbox.Big(outcome, body))
+        if not self.dirty:
+            self.dirty = True
+            self._dirty_list.append(self)
 
     def take_outbox(self, epoch: int) -> list[outbox.Packed]:
-        """Return the turn's messages; outcomes among them are numbered and kept until acknowledged."""
+        """Return the turn's messages, packed; outcomes among them are numbered and kept until acknowledged."""
         entries, self.outbox = self.outbox, []
         self.dirty = False
         packed: list[outbox.Packed] = []
         for kind, run in outbox.runs(entries):
             first = run[0]
             if kind is Outcome:
-                packed.append((messages.Outcomes(epoch, self.sent + 1, tuple(run)), None))
-                self._number(run)
+                self._pack(epoch, run, packed)
             elif kind is outbox.Big:
                 if type(first.item) is Outcome:
-                    packed.append((messages.Outcomes(epoch, self.sent + 1, (first.item,)), first.body))
-                    self._number(run)
+                    message: messages.Message = messages.Outcomes(epoch, self.sent + 1, (first.item,))
+                    self._number(run, len(first.body))
                 else:
-                    packed.append((messages.Partial(epoch, (first.item,)), first.body))
+                    message = messages.Partial(epoch, (first.item,))
+                packed.append((codec.encode(message), first.body))
             elif kind is messages.Part:
-                packed.append((messages.Partial(epoch, tuple(run)), None))
+                parts = [run] if len(run) == 1 else outbox.split(run)
+                packed.extend((codec.encode(messages.Partial(epoch, tuple(part))), None) for part in parts)
             else:
-                packed.append((first, None))
+                packed.append((codec.encode(first), None))
         return packed
 
-    def _number(self, run: list[Any]) -> None:
+    def _pack(self, epoch: int, run: list[Outcome], packed: list[outbox.Packed]) -> None:
+        envelope = codec.encode(messages.Outcomes(epoch, self.sent + 1, tuple(run)))
+        if len(envelope) <= bounds.ENVELOPE_BYTES_MAX:
+            packed.append((envelope, None))
+            self._number(run, len(envelope))
+            return
+        for part in outbox.split(run):
+            envelope = codec.encode(messages.Outcomes(epoch, self.sent + 1, tuple(part)))
+            packed.append((envelope, None))
+            self._number(part, len(envelope))
+
+    def _number(self, run: list[Any], size: int) -> None:
         self.sent += len(run)
-        self.unacked.extend(run)
-        for entry in run:
-            self.unacked_bytes += _bytes_of(entry)
+        self.unacked.append(Sent(self.sent, run, size))
+        self.unacked_count += len(run)
+        self.unacked_bytes += size
 
     def acknowledge(self, count: int) -> None:
-        """Forget the outcomes that the client says it has; a count beyond what was sent means all."""
+        """Forget the messages of outcomes that the client says it has; beyond what was sent means all."""
         unacked = self.unacked
-        oldest = self.sent - len(unacked)
-        while unacked and oldest < count:
-            self.unacked_bytes -= _bytes_of(unacked.popleft())
-            oldest += 1
+        while unacked and unacked[0].last <= count:
+            sent = unacked.popleft()
+            self.unacked_count -= len(sent.entries)
+            self.unacked_bytes -= sent.size
 
     def resume(self, routing_id: bytes, ack: int) -> None:
         """Go on at another place: what was sent and not acknowledged is sent again, with the same numbers."""
         self.acknowledge(ack)
-        again = [*self.unacked]
+        again = [entry for sent in self.unacked for entry in sent.entries]
         self.sent -= len(again)
         self.unacked.clear()
-        self.unacked_bytes = 0
+        self.unacked_count = self.unacked_bytes = 0
         # parts of streams are not kept: the client sees a gap and ends that stream itself
         waiting = [entry for entry in self.outbox if not isinstance(entry, messages.Message)]
         self.outbox = []
@@ -286,7 +313,7 @@ class ClientSession:
     def is_hopeless(self) -> bool:
         """Tell whether the client has let more unacknowledged outcomes gather than any window explains."""
         return (
-            len(self.unacked) + len(self.outbox) >= 4 * bounds.CLIENT_WINDOW_MAX
+            self.unacked_count + len(self.outbox) >= 4 * bounds.CLIENT_WINDOW_MAX
             or self.unacked_bytes >= 2 * bounds.PEER_BACKLOG_BYTES_MAX
         )
 
@@ -299,18 +326,9 @@ class ClientSession:
             return 0
         return min(
             bounds.CLIENT_WINDOW_MAX - len(self.live),
-            2 * bounds.CLIENT_WINDOW_MAX - len(self.unacked) - len(self.outbox),
+            2 * bounds.CLIENT_WINDOW_MAX - self.unacked_count - len(self.outbox),
         )
 
 
 def _item_of(entry: Any) -> Any:  # noqa: ANN401 (an item, or a Big around one)
     return entry.item if isinstance(entry, outbox.Big) else entry
-
-
-def _bytes_of(entry: Outcome | outbox.Big) -> int:
-    if isinstance(entry, outbox.Big):
-        return len(entry.body)
-    body, fault = entry.body, entry.fault
-    if body is not None:
-        return len(body)
-    return 64 if fault is None else 64 + len(fault.message) + len(fault.details)

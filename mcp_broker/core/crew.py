@@ -100,9 +100,7 @@ class Crew:
             self._disconnected(worker, now)
 
     def _outcomes(self, worker: Worker, message: messages.Outcomes, body: Body | None, now: float) -> None:
-        take = self._dispatcher.outcome
-        for outcome in message.outcomes:
-            take(worker, outcome, body)
+        self._dispatcher.outcomes(worker, message.outcomes, body)
         if worker.pool.backlog:
             self._dispatcher.pump(worker.pool, now)
 

@@ -191,7 +191,7 @@ def status(routing: Routing) -> dict[str, Any]:
             "queued": queued,
             "succeeded": ledger.succeeded,
             "failed": dict(ledger.failed),
-            "refused": routing.clientele.refusals,
+            "refused": routing.clientele.acceptance.refusals,
             "late": routing.dispatcher.late,
         },
         "pools": [_pool(routing, pool) for _, pool in sorted(routing.dispatcher.pools.items())],

@@ -5,7 +5,7 @@ In the hot path an effect is a batch a peer, not an object a call.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final, Protocol
 
 from mcp_broker import limits
@@ -20,8 +20,8 @@ class Body(Protocol):
     def __bytes__(self) -> bytes: ...
 
 
-#: a message and its second frame, if any
-Packed = tuple[messages.AnyMessage, Body | None]
+#: an envelope and its second frame, if any
+Packed = tuple[bytes, Body | None]
 
 
 class Big:
@@ -34,25 +34,42 @@ class Big:
         self.body = body
 
 
-def runs(entries: list[Any]) -> list[tuple[type, list[Any]]]:
-    """Split entries into runs of one type that fit a message; a message or a Big is a run of its own."""
-    result: list[tuple[type, list[Any]]] = []
+def runs(entries: list[Any]) -> Iterator[tuple[type, list[Any]]]:
+    """Split entries into runs of one type, of at most BATCH_MAX; what is no item is a run of its own."""
+    kinds = set(map(type, entries))
+    if len(kinds) == 1 and len(entries) <= limits.BATCH_MAX and not kinds.isdisjoint(_WEIGHTS):
+        yield kinds.pop(), entries
+        return
     run: list[Any] = []
     kind: type = object
-    room_bytes = 0
     for entry in entries:
-        entry_kind = type(entry)
-        weigh = _WEIGHTS.get(entry_kind)
-        weight = weigh(entry) if weigh is not None else 0
+        if type(entry) is kind and kind in _WEIGHTS and len(run) < limits.BATCH_MAX:
+            run.append(entry)
+            continue
+        if run:
+            yield kind, run
+        kind, run = type(entry), [entry]
+    if run:
+        yield kind, run
+
+
+def split(items: list[Any]) -> Iterator[list[Any]]:
+    """Split items that do not fit one envelope into runs that do.
+
+    Weighing each costs more than packing them, and they nearly always fit: so whoever packs tries first.
+    """
+    run: list[Any] = []
+    room_bytes = 0
+    for item in items:
+        weight = _WEIGHTS[type(item)](item)
         room_bytes -= weight
-        # an entry without a weight travels alone
-        if entry_kind is not kind or room_bytes < 0 or weigh is None or len(run) >= limits.BATCH_MAX:
+        if run and room_bytes < 0:
+            yield run
             run = []
-            result.append((entry_kind, run))
-            kind = entry_kind
+        if not run:
             room_bytes = limits.BATCH_BYTES_MAX - weight
-        run.append(entry)
-    return result
+        run.append(item)
+    yield run
 
 
 #: what an item adds to an envelope besides payloads: ids, numbers, names, at most about

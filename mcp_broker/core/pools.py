@@ -8,6 +8,7 @@ Rules
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Final
 
@@ -20,6 +21,10 @@ from mcp_broker.wire import codec, messages
 if TYPE_CHECKING:
     from mcp_broker.core.outbox import Body
     from mcp_broker.wire.node import Certificate, PoolReport
+
+# looking an enum's member up costs as much as the comparison
+_QUEUED, _IN_FLIGHT, _ENDED = CallState
+_READY: Final = WorkerState.READY
 
 #: Why a worker's connection ended while its process, as far as anyone knows, lives on.
 CONNECTION_LOST: Final = "its connection to the broker ended"
@@ -62,17 +67,23 @@ class Pool:
             and (len(self.backlog) >= limits.QUEUE_CALLS_MAX or self.backlog_bytes >= limits.QUEUE_BYTES_MAX)
         )
 
-    def next_worker(self) -> Worker | None:
-        """Return the worker with credit that holds the fewest calls."""
+    def next_worker(self) -> tuple[Worker | None, int]:
+        """Return the worker with credit that holds the fewest calls, and how many it may have before the next one."""
         best: Worker | None = None
-        least = limits.WORKER_DEPTH_MAX + 1
+        least = second = limits.WORKER_DEPTH_MAX
         for worker in self.workers.values():
+            if worker.state is not _READY:
+                continue
             held = len(worker.held)
-            if held < least and held < worker.depth and worker.state is WorkerState.READY:
-                best, least = worker, held
-                if not held:
-                    break
-        return best
+            if held >= worker.depth:
+                continue
+            if held < least:
+                best, least, second = worker, held, least
+            elif held < second:
+                second = held
+        if best is None:
+            return None, 0
+        return best, min(best.depth - least, second - least + 1)
 
 
 class Dispatcher:
@@ -93,72 +104,85 @@ class Dispatcher:
             pool = self.pools[name] = Pool(name)
         return pool
 
-    def submit(self, call: Call, pool: Pool, now: float) -> None:
-        """Give an accepted call to a worker with credit, or let it wait."""
-        if not pool.backlog:
-            worker = pool.next_worker()
-            if worker is not None:
-                self._assign(call, worker, now)
-                return
-        pool.queue(call)
+    def submit(self, calls: list[Call], pool: Pool, now: float) -> None:
+        """Give accepted calls to workers with credit; let the rest wait."""
+        at, total = 0, len(calls)
+        while at < total and not pool.backlog:
+            worker, room = pool.next_worker()
+            if worker is None:
+                break
+            self._assign(calls[at : at + room], worker, now)
+            at += room
+        for call in calls[at:]:
+            pool.queue(call)
 
     def pump(self, pool: Pool, now: float) -> None:
         """Hand out waiting calls while there is credit."""
-        while pool.backlog:
-            worker = pool.next_worker()
+        backlog = pool.backlog
+        while backlog:
+            worker, room = pool.next_worker()
             if worker is None:
                 return
-            call = next(iter(pool.backlog.values()))
-            pool.unqueue(call)
-            self._assign(call, worker, now)
+            run = list(itertools.islice(backlog.values(), room))
+            for call in run:
+                pool.unqueue(call)
+            self._assign(run, worker, now)
 
-    def _assign(self, call: Call, worker: Worker, now: float) -> None:
-        call.step(CallEvent.DISPATCHED)
-        worker.seq += 1
-        call.seq = worker.seq
-        call.attempts += 1
-        call.worker = worker
-        worker.held[call.call_id] = call
-        left_ms = int((call.deadline - now) * 1000)
-        dispatch = messages.Dispatch(
-            call.seq,
-            call.call_id,
-            call.tool.name,
-            left_ms if left_ms > 0 else 1,
-            call.arguments,
-            call.session.caller_raw,
-            call.extra,
-        )
-        worker.send(dispatch if call.body is None else outbox.Big(dispatch, call.body))
-        call.limit = limits.STREAM_WINDOW_MAX
-        if call.wanted > call.limit:
-            self._raise_limit(call, worker)
-
-    def outcome(self, worker: Worker, outcome: messages.Outcome, body: Body | None) -> None:
-        """Take a worker's outcome: end the call, or only free its place if it has ended."""
-        worker.received += 1
-        call = worker.held.pop(outcome.call_id, None)
-        if call is None:
-            self.late += 1
-            return
-        worker.served += 1
-        call.worker = None
-        if call.state is CallState.ENDED:
-            self.ghosts.discard(call.call_id)
-            self.late += 1
-            return
-        if outcome.code == messages.OK:
-            if outcome.body is None and body is None:
-                outcome = fault(
-                    outcome.call_id, "INTERNAL", f"worker {worker.worker_id} sent a result without a body"
-                )
-        elif outcome.code not in WORKER_CODES or outcome.fault is None:
-            outcome = fault(
-                outcome.call_id,
-                "INTERNAL",
-                f"worker {worker.worker_id} answered with {outcome.code!r}, which is not a worker's to say",
+    def _assign(self, calls: list[Call], worker: Worker, now: float) -> None:
+        seq, held, send = worker.seq, worker.held, worker.outbox.append
+        for call in calls:
+            if call.state is not _QUEUED:
+                # only that cell of DISPATCHED leads anywhere
+                call.step(CallEvent.DISPATCHED)
+            call.state = _IN_FLIGHT
+            seq += 1
+            call.seq = seq
+            call.attempts += 1
+            call.worker = worker
+            held[call.call_id] = call
+            left_ms = int((call.deadline - now) * 1000)
+            tool, body = call.tool, call.body
+            dispatch = messages.Dispatch(
+                seq,
+                call.call_id,
+                tool.name,
+                left_ms if left_ms > 0 else 1,
+                call.arguments,
+                call.session.caller_raw,
+                call.extra,
             )
-        self._ledger.finish(call, outcome, body)
+            send(dispatch if body is None else outbox.Big(dispatch, body))
+            if tool.is_streaming:
+                call.limit = limits.STREAM_WINDOW_MAX
+                self._raise_limit(call, worker)
+        worker.seq = seq
+        worker.mark_dirty()
+
+    def outcomes(self, worker: Worker, outcomes: tuple[messages.Outcome, ...], body: Body | None) -> None:
+        """Take a worker's outcomes: end each one's call, or only free its place if it has ended."""
+        worker.received += len(outcomes)
+        held, finish = worker.held, self._ledger.finish
+        for outcome in outcomes:
+            call = held.pop(outcome.call_id, None)
+            if call is None:
+                self.late += 1
+                continue
+            worker.served += 1
+            call.worker = None
+            if call.state is _ENDED:
+                self.ghosts.discard(call.call_id)
+                self.late += 1
+                continue
+            if outcome.code == "OK":
+                if outcome.body is None and body is None:
+                    text = f"worker {worker.worker_id} sent a result without a body"
+                    finish(call, fault(call.call_id, "INTERNAL", text))
+                    continue
+            elif outcome.code not in WORKER_CODES or outcome.fault is None:
+                text = f"worker {worker.worker_id} answered with {outcome.code!r}, which is not a worker's to say"
+                finish(call, fault(call.call_id, "INTERNAL", text))
+                continue
+            finish(call, outcome, body)
 
     def part(
         self, worker: Worker, part: messages.Part, body: Body | None
@@ -172,7 +196,7 @@ class Dispatcher:
         if call is None or call.state is CallState.ENDED:
             self.late += 1
             return None
-        if part.index != call.parts or part.index >= call.limit or not call.tool.definition.streaming:
+        if part.index != call.parts or part.index >= call.limit or not call.tool.is_streaming:
             text = f"worker {worker.worker_id} sent part {part.index} as number {call.parts} of at most {call.limit}"
             return call, fault(call.call_id, "INTERNAL", text)
         call.parts += 1
@@ -194,7 +218,7 @@ class Dispatcher:
 
     @staticmethod
     def _raise_limit(call: Call, worker: Worker) -> None:
-        if call.tool.definition.streaming and call.wanted > call.limit:
+        if call.tool.is_streaming and call.wanted > call.limit:
             call.limit = call.wanted
             worker.send(messages.StreamCredit(call.call_id, call.limit))
 

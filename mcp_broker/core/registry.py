@@ -41,13 +41,18 @@ def _check_schemas(definition: ToolDefinition) -> None:
 class Tool:
     """A registered tool. ``pool`` is None for the broker's own."""
 
-    __slots__ = ("definition", "level", "name", "pool")
+    __slots__ = ("definition", "is_streaming", "level", "name", "pool")
 
     def __init__(self, definition: ToolDefinition, pool: Pool | None) -> None:
-        self.definition = definition
         self.pool = pool
         self.name = definition.name
+        self.define(definition)
+
+    def define(self, definition: ToolDefinition) -> None:
+        """Take another definition of the same name."""
+        self.definition = definition
         self.level = definition.level
+        self.is_streaming = definition.streaming
 
 
 class Registry:
@@ -109,8 +114,7 @@ class Registry:
                 self.tools[definition.name] = Tool(definition, pool)
             elif known.definition != definition:
                 # the same object, so that calls that wait for it find the new definition
-                known.definition = definition
-                known.level = definition.level
+                known.define(definition)
         self.version += 1
 
     def similar(self, name: str, among: Iterable[str]) -> list[str]:

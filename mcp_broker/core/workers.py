@@ -15,9 +15,10 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Final
 
+from mcp_broker import limits
 from mcp_broker.core import outbox
 from mcp_broker.core.clients import Verdict
-from mcp_broker.wire import messages
+from mcp_broker.wire import codec, messages
 
 if TYPE_CHECKING:
     from mcp_broker.core.calls import Call
@@ -210,28 +211,41 @@ class Worker:
         """Tell whether its tools are known."""
         return WorkerState.REGISTERED <= self.state <= WorkerState.DRAINING
 
-    def send(self, entry: Any) -> None:  # noqa: ANN401 (a message, a Dispatch or a Big)
-        """Queue an entry for the end of this turn."""
-        self.outbox.append(entry)
+    def mark_dirty(self) -> None:
+        """Have the shell look at the outbox at the end of this turn."""
         if not self.dirty:
             self.dirty = True
             self._dirty_list.append(self)
 
+    def send(self, entry: Any) -> None:  # noqa: ANN401 (a message, a Dispatch or a Big)
+        """Queue an entry for the end of this turn."""
+        self.outbox.append(entry)
+        self.mark_dirty()
+
     def take_outbox(self, epoch: int) -> list[outbox.Packed]:
-        """Return the turn's messages."""
+        """Return the turn's messages, packed."""
         entries, self.outbox = self.outbox, []
         self.dirty = False
         packed: list[outbox.Packed] = []
         for kind, run in outbox.runs(entries):
             first = run[0]
             if kind is messages.Dispatch:
-                packed.append((messages.Dispatches(epoch, self.received, tuple(run)), None))
+                self._pack(epoch, run, packed)
             elif kind is outbox.Big:
-                packed.append((messages.Dispatches(epoch, self.received, (first.item,)), first.body))
+                message = messages.Dispatches(epoch, self.received, (first.item,))
+                packed.append((codec.encode(message), first.body))
             elif kind is messages.StreamCredit:
-                packed.append((messages.Credit(epoch, tuple(run)), None))
+                packed.append((codec.encode(messages.Credit(epoch, tuple(run))), None))
             else:
-                packed.append((first, None))
+                packed.append((codec.encode(first), None))
             if kind in _ACKNOWLEDGING:
                 self.told = self.received
         return packed
+
+    def _pack(self, epoch: int, run: list[messages.Dispatch], packed: list[outbox.Packed]) -> None:
+        envelope = codec.encode(messages.Dispatches(epoch, self.received, tuple(run)))
+        if len(envelope) <= limits.ENVELOPE_BYTES_MAX:
+            packed.append((envelope, None))
+            return
+        parts = (messages.Dispatches(epoch, self.received, tuple(part)) for part in outbox.split(run))
+        packed.extend((codec.encode(part), None) for part in parts)

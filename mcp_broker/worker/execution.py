@@ -74,8 +74,7 @@ class Meter:
             cpu_ns = read_ns - self._cpu_ns - self._charged_ns
             self._cpu_ns = read_ns
             self._charged_ns = 0
-            if cpu_ns < 0:
-                cpu_ns = 0
+            cpu_ns = max(cpu_ns, 0)
         self._left -= 1
         # rusage costs as much as a small call: the peak, which only grows, is read after long calls and now and then
         if self._left < 0 or spent_ns > _LONG_NS:

@@ -6,11 +6,11 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 from mcp_broker.core.routing import Routing
-from mcp_broker.wire import messages, node, payload
+from mcp_broker.wire import codec, messages, node, payload
 
 if TYPE_CHECKING:
     from mcp_broker.core.clients import ClientSession
-    from mcp_broker.core.outbox import Packed
+    from mcp_broker.core.outbox import Body
 
 EPOCH = 7
 
@@ -90,10 +90,10 @@ class World:
             if self.now >= until:
                 return
 
-    def heard_by(self, session: ClientSession) -> list[Packed]:
+    def heard_by(self, session: ClientSession) -> list[tuple[messages.ToClient, Body | None]]:
         if session in self.machine.clientele.dirty:
             self.machine.clientele.dirty.remove(session)
-        return session.take_outbox(EPOCH)
+        return [(codec.to_client.decode(envelope), body) for envelope, body in session.take_outbox(EPOCH)]
 
     def outcomes(self, session: ClientSession) -> dict[bytes, str]:
         """Return what ended for a session since it was asked last: call id -> code."""
@@ -108,7 +108,7 @@ class World:
         worker = self.machine.crew.by_id[worker_id]
         if worker in self.machine.crew.dirty:
             self.machine.crew.dirty.remove(worker)
-        return [message for message, _ in worker.take_outbox(EPOCH)]
+        return [codec.to_worker.decode(envelope) for envelope, _ in worker.take_outbox(EPOCH)]
 
     def dispatched(self, worker_id: str) -> list[bytes]:
         """Return the calls that a worker was given since it was asked last."""
@@ -139,7 +139,7 @@ class World:
         for pool in machine.dispatcher.pools.values():
             assert pool.backlog_bytes == sum(call.bytes_held() for call in pool.backlog.values())
             if pool.backlog:
-                assert pool.next_worker() is None, "no call waits while a worker has credit"
+                assert pool.next_worker()[0] is None, "no call waits while a worker has credit"
         for worker in machine.crew.by_id.values():
             assert [call.seq for call in worker.held.values()] == sorted(
                 call.seq for call in worker.held.values()

@@ -55,7 +55,8 @@ def test_call_moves_by_its_table_or_names_the_bug(state: CallState, event: CallE
     session = world.hello()
     world.ready()
     tool = world.machine.registry.tools["echo.echo"]
-    call = Call(messages.Call(ID, "echo.echo", 1000, b"\x80"), None, session, tool, world.now + 1)
+    slot = world.machine.ledger.slot(world.now + 1)
+    call = Call(ID, b"\x80", None, None, session, tool, world.now + 1, slot)
     call.state = state
     after = CALL_TABLE[state][event]
     if after is None:

@@ -89,7 +89,9 @@ def test_timestamp_is_read_as_its_seconds(seconds: float) -> None:
     assert payload.unpack(msgpack.packb({"at": [stamp]})) == {"at": [seconds]}
 
 
-@pytest.mark.parametrize("value", [msgpack.ExtType(5, b""), {"at": [msgpack.ExtType(127, b"1234")]}], ids=repr)
+@pytest.mark.parametrize(
+    "value", [msgpack.ExtType(5, b""), {"at": [msgpack.ExtType(127, b"1234")]}], ids=repr
+)
 def test_ext_types_are_refused_by_whoever_receives_them(value: Any) -> None:
     with pytest.raises(MalformedFrame):
         payload.unpack(msgpack.packb(value))

@@ -45,7 +45,9 @@ class Bench:
         self.execution = Execution({made.name: made}, self.interrupts, {"a": 1}, Path("scratch"))
         self.name = made.name
 
-    def pending(self, arguments: Any = None, *, name: str | None = None, deadline: float = math.inf) -> Pending:
+    def pending(
+        self, arguments: Any = None, *, name: str | None = None, deadline: float = math.inf
+    ) -> Pending:
         packed = payload.pack({} if arguments is None else arguments)
         caller = codec.raw(messages.Caller("ada", 3, ("x.*",)))
         extra = messages.CallExtra(traceparent="00-1")

@@ -110,8 +110,7 @@ class CallBook:
         pending = PendingCall(call, call_id, body, now, deadline, waiter, streamed)
         self.calls[call_id] = pending
         self.queue.append(pending)
-        if deadline < self.due:
-            self.due = deadline
+        self.due = min(self.due, deadline)
         return pending
 
     def abandon(self, pending: PendingCall, code: str, text: str) -> bool:

@@ -6,7 +6,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from mcp_broker import errors
-from mcp_broker.wire import messages, payload
+from mcp_broker.wire import payload
 from mcp_broker.wire.structs import Slim
 
 if TYPE_CHECKING:

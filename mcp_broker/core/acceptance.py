@@ -1,0 +1,251 @@
+"""The acceptance of calls: each is accepted, and then ends exactly once, or refused with an outcome.
+
+Who may call what is the grant's answer, asked once a tool and session and kept for the hot path.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mcp_broker import limits
+from mcp_broker.core import introspection
+from mcp_broker.core.calls import Call, fault
+from mcp_broker.core.clients import ClientSession, ClientState
+from mcp_broker.core.pools import unavailable
+from mcp_broker.errors import MalformedFrame
+from mcp_broker.wire import messages, payload
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mcp_broker.core.outbox import Body
+    from mcp_broker.core.pools import Pool
+    from mcp_broker.core.registry import Tool
+    from mcp_broker.core.routing import Routing
+    from mcp_broker.core.wheel import Slot
+
+_CLOSED = ClientState.CLOSED
+
+
+class Acceptance:
+    """Takes CALLS messages of open sessions.
+
+    Args:
+        close: ends a session, and its calls, for a reason.
+    """
+
+    def __init__(self, routing: Routing, close: Callable[[ClientSession, str, float], None]) -> None:
+        self._routing = routing
+        self._close = close
+        self._ledger = routing.ledger
+        self._registry = routing.registry
+        self._dispatcher = routing.dispatcher
+        #: calls refused before acceptance
+        self.refusals = 0
+        #: suggestions made since this instant; each compares a name with all others
+        self._hints = 0
+        self._hints_at = 0.0
+
+    def calls(self, session: ClientSession, message: messages.Calls, body: Body | None, now: float) -> None:
+        """Accept or refuse each call of a message."""
+        session.acknowledge(message.ack)
+        if session.allowed_version != self._registry.version:
+            session.allowed = {}
+            session.allowed_version = self._registry.version
+        if body is not None and len(message.calls) != 1:
+            # whose arguments the second frame holds, nobody can say
+            text = "a message with a second frame holds exactly one call"
+            for request in message.calls:
+                self._refuse(session, fault(request.call_id, "INVALID_ARGUMENT", text), now)
+            return
+        # what is the same for the whole message is asked once
+        is_open = now < session.grant.expires_at and not self._routing.draining
+        allowed = session.allowed if is_open else {}
+        live, at_risk, known, ghosts = (
+            session.live,
+            session.at_risk,
+            self._ledger.calls,
+            self._dispatcher.ghosts,
+        )
+        room = session.room()
+        pool: Pool | None = None
+        batch: list[Call] = []
+        slot: Slot[Call] | None = None
+        timeout_ms, deadline = 0, 0.0
+        for request in message.calls:
+            call_id = request.call_id
+            tool = allowed.get(request.tool)
+            if (
+                tool is None
+                or room <= 0
+                or call_id in live
+                or call_id in known
+                or call_id in ghosts
+                or call_id in at_risk
+                or (request.arguments is None) is (body is None)
+            ):
+                # a refusal may close the session, which ends all that was accepted
+                batch, slot = self._take(batch, pool, now), None
+                tool = self._examine(session, request, allowed, body, now)
+                if session.state is _CLOSED:
+                    return
+                if tool is None:
+                    continue
+            if tool.pool is not pool:
+                batch, slot = self._take(batch, pool, now), None
+                pool = tool.pool
+                if pool is not None and pool.is_closed:
+                    self._refuse(session, _busy(call_id, pool), now)
+                    if session.state is _CLOSED:
+                        return
+                    # the next one asks again
+                    pool = None
+                    continue
+            if slot is None or request.timeout_ms != timeout_ms:
+                timeout_ms = request.timeout_ms
+                deadline = now + timeout_ms * 0.001
+                slot = self._ledger.slot(deadline)
+            call = Call(call_id, request.arguments, request.extra, body, session, tool, deadline, slot)
+            live[call_id] = call
+            room -= 1
+            batch.append(call)
+        self._take(batch, pool, now)
+
+    def _take(self, batch: list[Call], pool: Pool | None, now: float) -> list[Call]:
+        """Accept calls for one pool, None being the broker itself; return an empty list for the next ones."""
+        if batch:
+            self._ledger.accept(batch)
+            if pool is not None:
+                self._dispatcher.submit(batch, pool, now)
+            else:
+                for call in batch:
+                    self._answer(call)
+        return []
+
+    def _examine(
+        self,
+        session: ClientSession,
+        request: messages.Call,
+        allowed: dict[str, Tool],
+        body: Body | None,
+        now: float,
+    ) -> Tool | None:
+        """Find a call's tool, or refuse it; the slow path, once a tool and session."""
+        call_id = request.call_id
+        is_known = call_id in self._ledger.calls
+        if call_id in session.at_risk and not is_known:
+            # sent again after a resume: its outcome is on its way
+            return None
+        tool = allowed.get(request.tool) or self._admit(session, request, now)
+        if tool is None:
+            return None
+        if call_id in session.live:
+            # answering would end the first call at the client too; a duplicate of one's own is a resend
+            self.refusals += 1
+            return None
+        if is_known or call_id in self._dispatcher.ghosts:
+            text = "a call with this id is already under way"
+            outcome = fault(call_id, "INVALID_ARGUMENT", text, {"call_id": call_id.hex()})
+        elif session.room() <= 0:
+            outcome = fault(
+                call_id, "OVERLOADED", f"the session's window of {limits.CLIENT_WINDOW_MAX} unfinished calls is full",
+                {"limit": limits.CLIENT_WINDOW_MAX, "retry_after_s": 0.1},
+            )  # fmt: skip
+        elif (request.arguments is None) is (body is None):
+            where = "twice" if body is not None else "neither in the call nor in a second frame"
+            outcome = fault(call_id, "INVALID_ARGUMENT", f"the arguments came {where}", {})
+        else:
+            return tool
+        self._refuse(session, outcome, now)
+        return None
+
+    def _refuse(self, session: ClientSession, outcome: messages.Outcome, now: float) -> None:
+        self.refusals += 1
+        if session.is_hopeless:
+            # it goes on asking and acknowledges nothing: what it is owed may not fill the broker
+            self._close(session, "it acknowledges no outcomes", now)
+            return
+        session.send(outcome)
+
+    def _admit(self, session: ClientSession, request: messages.Call, now: float) -> Tool | None:
+        """Find the tool and ask the grant."""
+        call_id, name = request.call_id, request.tool
+        if now >= session.grant.expires_at:
+            text = "the token of this session has expired; make a new profile with `mcp-broker credentials issue`"
+            self._refuse(session, fault(call_id, "UNAUTHENTICATED", text, {"reason": "expired"}), now)
+            return None
+        tool = self._registry.tools.get(name)
+        if self._routing.draining and (tool is None or tool.pool is not None):
+            text = "the broker is shutting down and takes no new calls"
+            self._refuse(session, fault(call_id, "UNAVAILABLE", text, {"reason": "draining"}), now)
+            return None
+        refusal = session.grant.refusal(name, tool.level if tool is not None else 0)
+        if refusal is not None:
+            self._refuse(
+                session,
+                fault(
+                    call_id, "FORBIDDEN", refusal, {"tool": name, "principal": session.grant.caller.principal}
+                ),
+                now,
+            )
+            return None
+        if tool is None:
+            similar = self._similar(session, name, now)
+            meant = f"; did you mean {similar[0]}?" if similar else "; `mcp-broker tools` lists what there is"
+            failed = [
+                pool.name
+                for pool in self._dispatcher.pools.values()
+                if pool.failure and name.startswith(pool.name)
+            ]
+            if failed:
+                pool = self._dispatcher.pools[failed[0]]
+                self._refuse(session, unavailable(call_id, pool, pool.failure), now)
+                return None
+            self._refuse(
+                session,
+                fault(
+                    call_id,
+                    "NOT_FOUND",
+                    f"there is no tool {name}{meant}",
+                    {"tool": name, "did_you_mean": similar},
+                ),
+                now,
+            )
+            return None
+        session.allowed[name] = tool
+        return tool
+
+    def _similar(self, session: ClientSession, name: str, now: float) -> list[str]:
+        """Return what the caller may have meant; nobody can make the broker spend its time on guessing."""
+        if now - self._hints_at >= limits.HINTS_S:
+            self._hints_at, self._hints = now, 0
+        self._hints += 1
+        if self._hints > limits.HINTS_MAX:
+            return []
+        visible = (known for known in self._registry.tools if session.grant.refusal(known, 0) is None)
+        return self._registry.similar(name, visible)
+
+    def _answer(self, call: Call) -> None:
+        """Serve one of the broker's own tools, here and now."""
+        if call.bytes_held() > limits.OWN_ARGUMENTS_BYTES_MAX:
+            # they are read in the broker's own turn
+            text = f"the broker's own tools take at most {limits.OWN_ARGUMENTS_BYTES_MAX} bytes of arguments"
+            self._ledger.finish(call, fault(call.call_id, "INVALID_ARGUMENT", text))
+            return
+        try:
+            arguments = payload.unpack_map(call.packed_arguments())
+        except MalformedFrame as malformed:
+            self._ledger.finish(call, fault(call.call_id, "INVALID_ARGUMENT", str(malformed)))
+            return
+        self._ledger.finish(call, *introspection.answer(self._routing, call, arguments))
+
+
+def _busy(call_id: bytes, pool: Pool) -> messages.Outcome:
+    if pool.failure:
+        return unavailable(call_id, pool, pool.failure)
+    return fault(
+        call_id,
+        "OVERLOADED",
+        f"{len(pool.backlog)} calls wait for pool {pool.name!r} already",
+        {"pool": pool.name, "retry_after_s": 1.0},
+    )
