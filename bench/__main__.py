@@ -24,7 +24,9 @@ from bench.reference import Reference
 
 _CASES: Final = [case.name for case in rounds.CASES]
 _FIGURES: Final = [title for title, _ in rounds.FIGURES]
-COLUMNS: Final = ("case", "figure", "side", "median", "quartiles", "ratio", "quartiles", "n")
+#: whom ours is measured against -> the style of :mod:`bench.reference`
+REFERENCES: Final = {"reference": "calls", "bare": "bare"}
+COLUMNS: Final = ("case", "figure", "side", "median", "quartiles", "ratio", "quartiles", "to bare", "n")
 
 
 def facts() -> dict[str, Any]:
@@ -54,8 +56,9 @@ def rows(summaries: Sequence[rounds.Summary]) -> list[tuple[str, ...]]:
             one.side,
             _number(one.value.median),
             f"{_number(one.value.low)} to {_number(one.value.high)}",
-            f"{one.ratio.median:.2f}" if one.ratio else "",
-            f"{one.ratio.low:.2f} to {one.ratio.high:.2f}" if one.ratio else "",
+            f"{ratio.median:.2f}" if (ratio := one.ratios.get("reference")) else "",
+            f"{ratio.low:.2f} to {ratio.high:.2f}" if ratio else "",
+            f"{bare.median:.2f}" if (bare := one.ratios.get("bare")) else "",
             str(one.pairs),
         )
         for one in sorted(summaries, key=lambda one: (_CASES.index(one.case), _FIGURES.index(one.figure)))
@@ -97,9 +100,11 @@ def markdown(document: dict[str, Any], cells: Sequence[Sequence[str]]) -> str:
         f"- {setting['pairs']} adjacent pairs a case, {setting['seconds']} s a round, incompressible payloads",
         f"- {setting['dropped']} of {setting['rounds']} rounds dropped for over {rounds.STOLEN_MAX:.0%} stolen CPU",
         memory,
-        "- reference: `zmq.proxy` (ROUTER, DEALER) with CURVE in its own process, plain pyzmq client and worker",
+        "- reference: `zmq.proxy` (ROUTER, DEALER) with CURVE in its own process, between a plain pyzmq client that",
+        "  numbers its calls and a plain pyzmq worker that calls a function, both with msgpack; bare: the same proxy,",
+        "  the payload's bytes alone, nothing that could tell which answer is whose",
         "- CPU and RSS are those of the process in the middle, our broker or the proxy, where nothing else is said",
-        "- ratio: ours over the reference's, pair by pair; its median and quartiles",
+        "- ratio: ours over the reference's, pair by pair; its median and quartiles; to bare: over the bare proxy's",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|---" * len(COLUMNS) + "|",
@@ -136,17 +141,11 @@ def main(
     console, err = Console(), Console(stderr=True)
     done: list[rounds.Round] = []
     with contextlib.ExitStack() as stack:
-        reference = Reference()
-        stack.callback(reference.close)
-        sides = [
-            rounds.Side(
-                Reference.name,
-                reference.run,
-                reference.broker_pid,
-                reference.client_pid,
-                reference.worker_pid,
-            )
-        ]
+        sides = []
+        for name, style in REFERENCES.items():
+            other = Reference(style)
+            stack.callback(other.close)
+            sides.append(rounds.Side(name, other.run, other.broker_pid, other.client_pid, other.worker_pid))
         if not reference_only:
             broker = ours.Broker()
             stack.callback(broker.close)
@@ -160,8 +159,8 @@ def main(
             for one in rounds.run(sides, pairs, seconds):
                 done.append(one)
                 progress.update(task, advance=1, description=f"{one.case}: {one.side}")
-    summaries = rounds.summarise(done, Reference.name)
-    mine = [one.broker_rss_mib for one in done if one.side != Reference.name]
+    summaries = rounds.summarise(done, tuple(REFERENCES))
+    mine = [one.broker_rss_mib for one in done if one.side not in REFERENCES]
     document = {
         "facts": facts(),
         "setting": {

@@ -1,6 +1,12 @@
-"""The reference: libzmq's own ``zmq.proxy`` between plain pyzmq ends, CURVE on, a process each.
+"""What ours is measured against: libzmq's own ``zmq.proxy`` between plain pyzmq ends, CURVE on, a process each.
 
-It authorises nothing, keeps no deadline and loses what its worker held: the price of a message alone.
+``reference``: the least that is a call. The client numbers each request, packs a tool's name and its arguments with
+msgpack, and finds the caller of each answer by its number; the worker unpacks, calls a function, packs its result.
+Nothing is authorised, checked or timed, and what a worker held is lost with it.
+
+``bare``: the least that is a message. 128 bytes go round and nobody could tell which answer is whose.
+
+Why two: docs/adr/0003-what-the-bench-compares-with.md.
 """
 
 from __future__ import annotations
@@ -11,6 +17,7 @@ import threading
 import time
 from typing import Any, Final
 
+import msgpack
 import zmq
 
 from bench import peer
@@ -53,15 +60,67 @@ def proxy() -> None:
     zmq.proxy(*sockets)
 
 
+def _echo(blob: bytes) -> bytes:
+    return blob
+
+
 def worker() -> None:
-    """Send every message back."""
+    """Answer every message."""
     setup = peer.read()
     assert setup is not None
     socket = _dealer(setup["port"], setup["key"])
     peer.answer({"pid": os.getpid()})
     _end_with_parent()
+    if setup["style"] == "bare":
+        while True:
+            socket.send_multipart(socket.recv_multipart())
+    tools = {"bench.echo": _echo}
     while True:
-        socket.send_multipart(socket.recv_multipart())
+        routing_id, number, packed = socket.recv_multipart()
+        request = msgpack.unpackb(packed)
+        result = tools[request["tool"]](**request["arguments"])
+        socket.send_multipart([routing_id, number, msgpack.packb({"result": result})])
+
+
+class Bare:
+    """Bytes that come back."""
+
+    def __init__(self, socket: zmq.Socket[bytes], size: int) -> None:
+        self._socket = socket
+        self._blob = os.urandom(size)
+
+    def submit(self) -> None:
+        """Send them."""
+        self._socket.send(self._blob)
+
+    def result(self) -> bytes:
+        """Wait for the next ones."""
+        return self._socket.recv()
+
+
+class Calls:
+    """Calls, each with a number by which its answer is found."""
+
+    def __init__(self, socket: zmq.Socket[bytes], size: int) -> None:
+        self._socket = socket
+        self._arguments = {"blob": os.urandom(size)}
+        self._last = 0
+        self._pending: dict[bytes, None] = {}
+
+    def submit(self) -> None:
+        """Send one."""
+        self._last += 1
+        number = self._last.to_bytes(8, "big")
+        self._pending[number] = None
+        request = {"tool": "bench.echo", "arguments": self._arguments}
+        self._socket.send_multipart([number, msgpack.packb(request)])
+
+    def result(self) -> bytes:
+        """Wait for the next answer."""
+        number, packed = self._socket.recv_multipart()
+        del self._pending[number]
+        result: bytes = msgpack.unpackb(packed)["result"]
+        return result
 
 
 def client() -> None:
@@ -70,19 +129,20 @@ def client() -> None:
     assert setup is not None
     socket = _dealer(setup["port"], setup["key"])
     peer.answer({"pid": os.getpid()})
+    kind = Bare if setup["style"] == "bare" else Calls
 
     def run(*, seconds: float, in_flight: int, size: int, **_: Any) -> dict[str, Any]:
-        blob = os.urandom(size)
-        return alone(blob, seconds) if in_flight == 1 else pipelined(blob, seconds, in_flight)
+        caller = kind(socket, size)
+        return alone(caller, seconds) if in_flight == 1 else pipelined(caller, seconds, in_flight)
 
-    def alone(blob: bytes, seconds: float) -> dict[str, Any]:
+    def alone(caller: Bare | Calls, seconds: float) -> dict[str, Any]:
         clock = time.perf_counter
         durations = []
         began = now = clock()
         until = began + seconds
         while now < until:
-            socket.send(blob)
-            socket.recv()
+            caller.submit()
+            caller.result()
             after = clock()
             durations.append(after - now)
             now = after
@@ -93,43 +153,40 @@ def client() -> None:
             "p99_us": peer.percentile_us(durations, 0.99),
         }
 
-    def pipelined(blob: bytes, seconds: float, in_flight: int) -> dict[str, Any]:
+    def pipelined(caller: Bare | Calls, seconds: float, in_flight: int) -> dict[str, Any]:
         clock = time.perf_counter
         began = clock()
         until = began + seconds
         for _ in range(in_flight):
-            socket.send(blob)
+            caller.submit()
         calls = 0
         while clock() < until:
-            socket.recv()
+            caller.result()
             calls += 1
-            socket.send(blob)
+            caller.submit()
         for _ in range(in_flight):
-            socket.recv()
+            caller.result()
         return {"calls": calls + in_flight, "seconds": clock() - began}
 
     peer.serve(run)
 
 
 class Reference:
-    """Proxy, worker and client, running."""
+    """Proxy, worker and client, running.
 
-    name = "reference"
+    Args:
+        style: "calls" or "bare".
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, style: str) -> None:
         self._proxy = peer.Peer("bench.reference", "proxy")
-        key = self._proxy.ready["key"]
-        self._worker = peer.Peer(
-            "bench.reference", "worker", {"port": self._proxy.ready["worker_port"], "key": key}
-        )
-        self._client = peer.Peer(
-            "bench.reference", "client", {"port": self._proxy.ready["client_port"], "key": key}
-        )
-        self.broker_pid, self.client_pid, self.worker_pid = (
-            self._proxy.pid,
-            self._client.pid,
-            self._worker.pid,
-        )
+        setup = {"key": self._proxy.ready["key"], "style": style}
+        worker_port, client_port = self._proxy.ready["worker_port"], self._proxy.ready["client_port"]
+        self._worker = peer.Peer("bench.reference", "worker", {"port": worker_port, **setup})
+        self._client = peer.Peer("bench.reference", "client", {"port": client_port, **setup})
+        self.broker_pid = self._proxy.pid
+        self.client_pid = self._client.pid
+        self.worker_pid = self._worker.pid
 
     def run(self, **case: Any) -> dict[str, Any]:
         """Run one case; returns calls, seconds and, at one in flight, p50_us and p99_us."""

@@ -140,21 +140,23 @@ FIGURES: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """One figure of one side in one case: its own spread, and that of its ratio to the reference's."""
+    """One figure of one side in one case: its own spread, and those of its ratios to the references'."""
 
     case: str
     side: str
     figure: str
     value: Spread
-    ratio: Spread | None
+    #: name of a reference -> the spread of the ratio, pair by pair
+    ratios: dict[str, Spread]
     pairs: int
 
 
-def summarise(rounds: Sequence[Round], reference: str) -> list[Summary]:
+def summarise(rounds: Sequence[Round], references: Sequence[str]) -> list[Summary]:
     """Add rounds up; those with stolen CPU are left out, and so is a pair whose reference was."""
     kept = {(one.case, one.side, one.pair): one for one in rounds if one.stolen <= STOLEN_MAX}
     result = []
-    sides = list(dict.fromkeys(one.side for one in sorted(rounds, key=lambda one: one.side != reference)))
+    ran = dict.fromkeys(one.side for one in rounds)
+    sides = [*references, *(side for side in ran if side not in references)]
     for case in CASES:
         for side in sides:
             mine = [one for (name, which, _), one in kept.items() if (name, which) == (case.name, side)]
@@ -164,13 +166,17 @@ def summarise(rounds: Sequence[Round], reference: str) -> list[Summary]:
                 )
                 if value is None:
                     continue
-                ratios = []
-                for one in mine:
-                    base = kept.get((case.name, reference, one.pair))
-                    if base is not None and getattr(base, field):
-                        ratios.append(getattr(one, field) / getattr(base, field))
-                ratio = Spread.of(ratios) if side != reference else None
-                result.append(Summary(case.name, side, title, value, ratio, len(mine)))
+                ratios = {}
+                for reference in references if side not in references else ():
+                    bases = ((one, kept.get((case.name, reference, one.pair))) for one in mine)
+                    spread = Spread.of(
+                        getattr(one, field) / getattr(base, field)
+                        for one, base in bases
+                        if base is not None and getattr(base, field)
+                    )
+                    if spread is not None:
+                        ratios[reference] = spread
+                result.append(Summary(case.name, side, title, value, ratios, len(mine)))
     return result
 
 
