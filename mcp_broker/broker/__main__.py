@@ -15,7 +15,7 @@ from importlib import metadata
 
 import zmq
 
-from mcp_broker import limits
+from mcp_broker import limits, transport
 from mcp_broker.auth import zap
 from mcp_broker.broker.admission import Admission
 from mcp_broker.broker.link import NodeLink, SupervisorGone
@@ -75,7 +75,7 @@ def main() -> int:
 
 
 def _serve(link: NodeLink, boot: node.Boot, rest: list[node.FromSupervisor]) -> None:
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
+    context = transport.new_context()
     context.set(zmq.MAX_SOCKETS, limits.SESSIONS_MAX + limits.WORKERS_MAX)
     admission = Admission()
     # before any bind: with no handler there, nobody could be refused for a reason

@@ -14,6 +14,7 @@ from mcp_broker import limits
 from mcp_broker.broker.link import NodeLink, SupervisorGone
 from mcp_broker.core.clientele import error as error_message
 from mcp_broker.errors import Unauthenticated, WireError
+from mcp_broker.transport import DONTWAIT, MORE, POLLIN
 from mcp_broker.wire import codec, messages, node
 
 if TYPE_CHECKING:
@@ -23,10 +24,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-# plain integers: an operator on pyzmq's enums costs as much as a small system call
-_NOBLOCK: Final = int(zmq.NOBLOCK)
-_MORE: Final = int(zmq.SNDMORE | zmq.NOBLOCK)
-_POLLIN: Final = int(zmq.POLLIN)
 #: how soon a peer whose socket was full is tried again
 _RETRY_S: Final = 0.005
 #: a received body below this is copied out of libzmq's buffer; above, the buffer itself is forwarded
@@ -96,9 +93,9 @@ class Loop:
         machine = self._machine
         clients, workers, link = self._clients, self._workers, self._link
         poller = zmq.Poller()
-        poller.register(clients, _POLLIN)
-        poller.register(workers, _POLLIN)
-        poller.register(link.fileno(), _POLLIN)
+        poller.register(clients, POLLIN)
+        poller.register(workers, POLLIN)
+        poller.register(link.fileno(), POLLIN)
         link_fd = link.fileno()
         busy = False
         while not machine.drained:
@@ -138,17 +135,17 @@ class Loop:
         taken = 0
         while taken < limits.TURN_MESSAGES_MAX:
             taken += 1
-            routing_id = receive(_NOBLOCK)
-            frame: zmq.Frame = receive(_NOBLOCK, copy=False)
+            routing_id = receive(DONTWAIT)
+            frame: zmq.Frame = receive(DONTWAIT, copy=False)
             body: Any = None
             extra = False
             if frame.more:
-                second: zmq.Frame = receive(_NOBLOCK, copy=False)
+                second: zmq.Frame = receive(DONTWAIT, copy=False)
                 body = second if len(second) > _COPY_BYTES else second.bytes
                 more = second.more
                 while more:
                     extra = True
-                    more = receive(_NOBLOCK, copy=False).more
+                    more = receive(DONTWAIT, copy=False).more
             user_id: str = frame.get("User-Id")  # type: ignore[assignment]
             if extra or (body is not None and len(body) > limits.BODY_BYTES_MAX):
                 self._misbehaved(
@@ -156,7 +153,7 @@ class Loop:
                 )
             else:
                 door(routing_id, user_id, frame, body, now)
-            if not socket.getsockopt(zmq.EVENTS) & _POLLIN:  # type: ignore[operator]
+            if not socket.getsockopt(zmq.EVENTS) & POLLIN:  # type: ignore[operator]
                 break
         return taken
 
@@ -260,8 +257,8 @@ class Loop:
     ) -> None:
         message = error_message(code, text, fatal=fatal, epoch=self._machine.epoch, details=details)
         try:
-            socket.send(routing_id, _MORE)
-            socket.send(codec.encode(message), _NOBLOCK)
+            socket.send(routing_id, MORE)
+            socket.send(codec.encode(message), DONTWAIT)
         except zmq.ZMQError:
             # a peer that does not read its refusal is not owed a second one
             return
@@ -303,12 +300,12 @@ class Loop:
             waiting.add(envelope, body)
             return
         try:
-            socket.send(routing_id, _MORE)
+            socket.send(routing_id, MORE)
             if body is None:
-                socket.send(envelope, _NOBLOCK)
+                socket.send(envelope, DONTWAIT)
             else:
-                socket.send(envelope, _MORE)
-                socket.send(body, _NOBLOCK, copy=False)  # type: ignore[call-overload]
+                socket.send(envelope, MORE)
+                socket.send(body, DONTWAIT, copy=False)  # type: ignore[call-overload]
         except zmq.Again:
             waiting = self._waiting[socket][routing_id] = Waiting()
             waiting.add(envelope, body)

@@ -24,6 +24,7 @@ from mcp_broker.client.targets import OVER, window_full
 if TYPE_CHECKING:
     from mcp_broker.auth.profile import Profile
     from mcp_broker.client.session import PendingCall
+    from mcp_broker.transport import Connection
 
 #: messages of which one turn of the loop takes the outcomes, before others have their turn
 TURN_MAX: Final = 64
@@ -57,7 +58,7 @@ class AsyncClient:
         self._session = link.session
         self._generation = connection.generation
         self._loop = asyncio.get_running_loop()
-        self._watched: connection.Connection | None = None
+        self._watched: Connection | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._turn_is_due = False
         #: tasks that wait for a place in the window, or for the session
@@ -290,7 +291,7 @@ class AsyncClient:
         self._timer = None
         self._turn()
 
-    def _watch(self, current: connection.Connection | None) -> None:
+    def _watch(self, current: Connection | None) -> None:
         # the old socket may be closed already; its number may even be the new one's
         if self._watched is not None:
             self._loop.remove_reader(self._watched.fd)

@@ -22,7 +22,7 @@ from collections import deque
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
-from mcp_broker import errors, limits
+from mcp_broker import errors
 from mcp_broker.client import connection
 from mcp_broker.client.targets import OVER, Room, Target, Unattended, window_full
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from mcp_broker.client.future import CallFuture
     from mcp_broker.client.link import Link
     from mcp_broker.client.session import PendingCall
+    from mcp_broker.transport import Connection
 
 #: how long calls may wait for a thread before the helper takes them on (after one to two ticks); ticks grow while
 #: other threads serve, since each one takes the GIL from them
@@ -57,7 +58,7 @@ class Leadership:
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._poller = select.poll()
         self._poller.register(self._wake_fd, select.POLLIN)
-        self._polled: connection.Connection | None = None
+        self._polled: Connection | None = None
         #: the leader waits for the fd, or is about to
         self._polling = False
         self._kicked = False

@@ -19,12 +19,14 @@ import zmq
 
 from mcp_broker import errors
 from mcp_broker.auth.profile import find_profile, load_profile
-from mcp_broker.client.connection import LINGER_MS, POLLIN, POLLOUT, Connection
+from mcp_broker.client import connection as connections
 from mcp_broker.client.session import ClientSession, State
+from mcp_broker.transport import POLLIN, POLLOUT
 from mcp_broker.wire import codec
 
 if TYPE_CHECKING:
     from mcp_broker.auth.profile import Profile
+    from mcp_broker.transport import Connection
 
 #: how often to look whether a connection attempt has failed; success is told by the fd
 OPENING_TICK_S: Final = 0.02
@@ -168,7 +170,7 @@ class Link:
         self._tried += 1
         self.session.dial(now)
         try:
-            self.connection = Connection(endpoint, self.profile)
+            self.connection = connections.connect(endpoint, self.profile)
         except zmq.ZMQError as error:
             self.session.disconnected(f"{error} at {endpoint}")
 
@@ -200,7 +202,7 @@ class Link:
                 connection.send(codec.encode(message), body)
             except zmq.Again:
                 break
-        connection.close(LINGER_MS)
+        connection.close(connections.LINGER_MS)
 
 
 def _agent() -> str:

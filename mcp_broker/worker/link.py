@@ -1,37 +1,28 @@
-"""The worker's connection to its broker: one DEALER socket a connection, its monitor, and the wake-up pipe."""
+"""The worker's connection to its broker, and the wake-up pipe."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import secrets
+import select
 import time
 from typing import TYPE_CHECKING, Final
 
 import zmq
 from zmq.utils import z85
 
-from mcp_broker import ids, limits
+from mcp_broker import transport
+from mcp_broker.transport import POLLIN, POLLOUT, Connection
 
 if TYPE_CHECKING:
     from mcp_broker.wire.node import WorkerBoot
 
 #: the broker's heartbeats are ours (docs/protocol.md); libzmq's find a half-open TCP connection under them
-_ZMTP_HEARTBEAT_MS: Final = 2000
-#: how long a full send queue may stay full before the connection counts as gone
+_HEARTBEAT_MS: Final = (2000, 2000)
+#: how long a connection may take to stand before a message counts as not to be sent
 _STUCK_S: Final = 1.5
-_GONE: Final = (
-    zmq.EVENT_DISCONNECTED
-    | zmq.EVENT_CLOSED
-    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-)
-
-
-# plain integers: an operator on pyzmq's enums costs as much as a small system call
-_DONTWAIT: Final = int(zmq.DONTWAIT)
-_POLLIN: Final = int(zmq.POLLIN)
+#: how often to look whether an attempt to connect has failed; success is told by the fd
+_OPENING_TICK_S: Final = 0.02
 
 
 class LinkLost(Exception):  # noqa: N818 (an event, not a fault)
@@ -41,8 +32,6 @@ class LinkLost(Exception):  # noqa: N818 (an event, not a fault)
 class Link:
     """A connection that is opened anew, with a new routing id, whenever it is lost.
 
-    libzmq does not reconnect by itself: a message that it kept would reach a new broker before REGISTER.
-
     Args:
         boot: address and keys.
         wake_fd: readable when a wait must end.
@@ -51,45 +40,42 @@ class Link:
     def __init__(self, boot: WorkerBoot, wake_fd: int) -> None:
         self._boot = boot
         self.wake_fd = wake_fd
-        self._context = zmq.Context()
-        self._socket: zmq.Socket[bytes] | None = None
-        self._monitor: zmq.Socket[bytes] | None = None
-        self._poller = zmq.Poller()
+        self._context = transport.new_context()
+        self._connection: Connection | None = None
+        #: the handshake is through
+        self._stands = False
+        self._poller = select.poll()
 
     def open(self) -> None:
         """Begin to connect; :meth:`wait` and :meth:`send` find out how that goes."""
         self.close()
         boot = self._boot
-        socket = self._context.socket(zmq.DEALER)
-        socket.setsockopt(zmq.ROUTING_ID, b"\x01" + secrets.token_bytes(ids.ROUTING_ID_BYTES - 1))
-        socket.setsockopt(zmq.CURVE_SERVERKEY, z85.encode(boot.server_public))
-        socket.setsockopt(zmq.CURVE_PUBLICKEY, z85.encode(boot.public))
-        socket.setsockopt(zmq.CURVE_SECRETKEY, z85.encode(boot.secret))
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.IMMEDIATE, 1)
-        socket.setsockopt(zmq.RECONNECT_IVL, -1)
-        socket.setsockopt(zmq.HANDSHAKE_IVL, limits.HANDSHAKE_MS)
-        socket.setsockopt(zmq.HEARTBEAT_IVL, _ZMTP_HEARTBEAT_MS)
-        socket.setsockopt(zmq.MAXMSGSIZE, limits.FRAME_BYTES_MAX)
-        socket.setsockopt(zmq.SNDHWM, limits.SOCKET_HWM)
-        socket.setsockopt(zmq.RCVHWM, limits.SOCKET_HWM)
-        self._monitor = socket.get_monitor_socket(_GONE)
-        socket.connect(boot.endpoint)
-        self._socket = socket
-        self._poller = zmq.Poller()
-        self._poller.register(socket, zmq.POLLIN)
-        self._poller.register(self._monitor, zmq.POLLIN)
-        self._poller.register(self.wake_fd, zmq.POLLIN)
+        connection = self._connection = Connection(
+            self._context,
+            boot.endpoint,
+            server_key=z85.encode(boot.server_public),
+            public_key=z85.encode(boot.public),
+            secret_key=z85.encode(boot.secret),
+            heartbeat_ms=_HEARTBEAT_MS,
+        )
+        self._stands = False
+        self._poller = select.poll()
+        self._poller.register(connection.fd, select.POLLIN)
+        self._poller.register(self.wake_fd, select.POLLIN)
 
     @property
     def is_open(self) -> bool:
         """Tell whether there is a connection, or the beginning of one."""
-        return self._socket is not None
+        return self._connection is not None
 
     @property
-    def fds(self) -> tuple[int, int]:
-        """The sockets' edge-triggered file descriptors; after each one, look at :meth:`is_readable`."""
-        return self._opened().fileno(), self._opened_monitor().fileno()
+    def fd(self) -> int:
+        """The socket's edge-triggered file descriptor: it tells of news, :meth:`is_readable` of what is."""
+        return self._opened().fd
+
+    def tick_s(self, timeout_s: float) -> float:
+        """Return how long to wait at most before looking again."""
+        return timeout_s if self._stands else min(timeout_s, _OPENING_TICK_S)
 
     def wait(self, timeout_s: float) -> bool:
         """Wait for a message, a wake-up, or the end of the time; True if there is a message.
@@ -97,19 +83,16 @@ class Link:
         Raises:
             LinkLost: the connection is gone.
         """
-        socket = self._opened()
-        ready = dict(self._poller.poll(max(0, int(timeout_s * 1000 + 0.999))))
-        if self.wake_fd in ready:
-            self.drain_wake()
-        if self._monitor in ready and socket not in ready:
-            raise LinkLost
-        return socket in ready
+        if self.is_readable():
+            return True
+        for fd, _ in self._poller.poll(self.tick_s(timeout_s) * 1000 + 1):
+            if fd == self.wake_fd:
+                self.drain_wake()
+        return self.is_readable()
 
     def wait_closed(self, timeout_s: float) -> None:
         """Wait without a connection, for a wake-up or the end of the time."""
-        poller = zmq.Poller()
-        poller.register(self.wake_fd, zmq.POLLIN)
-        if poller.poll(int(timeout_s * 1000 + 0.999)):
+        if select.select([self.wake_fd], [], [], timeout_s)[0]:
             self.drain_wake()
 
     def drain_wake(self) -> None:
@@ -118,73 +101,60 @@ class Link:
             os.read(self.wake_fd, 4096)
 
     def is_readable(self) -> bool:
-        """Tell whether a message waits."""
-        return _has_input(self._opened())
+        """Tell whether a message waits.
 
-    def is_lost(self) -> bool:
-        """Tell whether the monitor saw the end of the connection."""
-        return self._monitor is None or _has_input(self._monitor)
+        Raises:
+            LinkLost: none does, and the connection is gone.
+        """
+        connection = self._opened()
+        events = connection.events()
+        if events & POLLIN:
+            return True
+        if events & POLLOUT:
+            if not self._stands:
+                self._stands = True
+                connection.opened()
+        elif self._stands or connection.failure() is not None:
+            raise LinkLost
+        return False
 
-    def receive(self) -> list[bytes]:
-        """Return the message that waits, as frames."""
-        socket = self._opened()
-        # Frame.more costs a tenth of getsockopt(RCVMORE)
-        frame = socket.recv(_DONTWAIT, copy=False)
-        frames = [frame.bytes]
-        while frame.more:
-            frame = socket.recv(_DONTWAIT, copy=False)
-            frames.append(frame.bytes)
-        return frames
+    def receive(self) -> tuple[bytes, bytes | None]:
+        """Return the message that waits: its envelope and its second frame."""
+        return self._opened().take()
 
-    def send(self, frames: list[bytes]) -> None:
+    def send(self, envelope: bytes, body: bytes | None) -> None:
         """Hand a message to libzmq.
 
         Raises:
             LinkLost: there is no connection, or it takes nothing.
         """
-        socket = self._opened()
-        give_up_at = time.monotonic() + _STUCK_S
+        connection = self._opened()
+        give_up_at = 0.0
         while True:
             try:
-                if len(frames) == 1:
-                    socket.send(frames[0], _DONTWAIT)
-                else:
-                    socket.send_multipart(frames, _DONTWAIT)
+                connection.send(envelope, body)
                 return
             except zmq.Again:
-                # a handshake under way, or a full queue
-                left_s = give_up_at - time.monotonic()
-                if left_s <= 0 or self.is_lost():
+                now = time.monotonic()
+                give_up_at = give_up_at or now + _STUCK_S
+                if self._stands or now >= give_up_at or connection.failure() is not None:
                     raise LinkLost from None
-                socket.poll(min(50, int(left_s * 1000) + 1), zmq.POLLOUT)
+                connection.wait_writable(_OPENING_TICK_S)
             except zmq.ZMQError as error:
                 raise LinkLost from error
 
     def close(self, linger_ms: int = 0) -> None:
         """Close the connection; ``linger_ms`` is for what was sent last."""
-        if self._socket is not None:
-            self._socket.disable_monitor()
-            if self._monitor is not None:
-                self._monitor.close(0)
-            self._socket.close(linger_ms)
-        self._socket = self._monitor = None
+        if self._connection is not None:
+            self._connection.close(linger_ms)
+        self._connection = None
 
     def end(self, linger_ms: int) -> None:
         """Close for good."""
         self.close(linger_ms)
         self._context.term()
 
-    def _opened(self) -> zmq.Socket[bytes]:
-        if self._socket is None:
+    def _opened(self) -> Connection:
+        if self._connection is None:
             raise LinkLost
-        return self._socket
-
-    def _opened_monitor(self) -> zmq.Socket[bytes]:
-        if self._monitor is None:
-            raise LinkLost
-        return self._monitor
-
-
-def _has_input(socket: zmq.Socket[bytes]) -> bool:
-    events = socket.getsockopt(zmq.EVENTS)
-    return bool(int(events) & _POLLIN)
+        return self._connection

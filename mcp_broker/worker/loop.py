@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mcp_broker.worker.session import Pending, Session
 
 #: a finished outcome waits at most about this long for company before the next call starts
-FLUSH_NS: Final = 300_000
+FLUSH_NS: Final = 100000
 
 
 class Loop(Shell):

@@ -16,7 +16,7 @@ Source: docs/protocol.md, "Worker sessions".
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from enum import Enum
 from typing import Final
 
@@ -26,7 +26,8 @@ from mcp_broker.wire import codec, messages, payload
 from mcp_broker.wire.structs import Slim
 from mcp_broker.worker.pace import Pace
 
-Frames = list[bytes]
+#: an envelope and its second frame, if any
+Frames = tuple[bytes, bytes | None]
 
 #: broker to worker every second at least (every HEARTBEAT_S while it holds calls): three lost beats, or half again
 #: as long as the idle beat takes
@@ -105,7 +106,7 @@ class Session:
         register = messages.Register(
             0, messages.PROTOCOL, (messages.MAJOR,), self._tools, ("streaming",), self._agent
         )
-        self.outgoing.append([codec.encode(register)])
+        self.outgoing.append((codec.encode(register), None))
 
     def lost(self) -> None:
         """The connection is gone, and with it all that was on its way."""
@@ -128,10 +129,10 @@ class Session:
 
     # -- what the broker says -------------------------------------------------------------------------
 
-    def receive(self, frames: Sequence[bytes], now: float) -> None:
+    def receive(self, envelope: bytes, body: bytes | None, now: float) -> None:
         """Take one message of the broker; one that is wrong is dropped, as the broker's are ours to survive."""
         try:
-            message = codec.to_worker.decode(frames[0])
+            message = codec.to_worker.decode(envelope)
         except WireError:
             return
         self.heard_at = now
@@ -146,15 +147,15 @@ class Session:
             if isinstance(message, messages.Welcome):
                 self._welcome(message)
         elif message.epoch == self._epoch and self.state in {State.SERVING, State.DRAINING}:
-            self._serve(message, frames, now)
+            self._serve(message, body, now)
 
-    def _serve(self, message: messages.ToWorker, frames: Sequence[bytes], now: float) -> None:
+    def _serve(self, message: messages.ToWorker, body: bytes | None, now: float) -> None:
         if isinstance(message, messages.Dispatches):
             life, wait = self.life, self.inbox.append
             for dispatch in message.calls:
                 arguments = dispatch.arguments
                 if arguments is None:
-                    arguments = frames[1] if len(frames) > 1 else b""
+                    arguments = body if body is not None else b""
                 wait(Pending(dispatch, arguments, now + dispatch.timeout_ms * 0.001, life))
         elif isinstance(message, messages.Credit):
             for credit in message.credits:
@@ -163,7 +164,7 @@ class Session:
         elif isinstance(message, messages.Cancel):
             self._cancel(message.call_ids)
         elif isinstance(message, messages.Heartbeat):
-            self.outgoing.append([codec.encode(messages.Heartbeat(self._epoch))])
+            self.outgoing.append((codec.encode(messages.Heartbeat(self._epoch)), None))
         elif isinstance(message, messages.Drain):
             self.state = State.DRAINING
         elif isinstance(message, messages.Goodbye):
@@ -177,7 +178,7 @@ class Session:
         self._epoch = message.epoch
         self.worker_id = message.name
         self.window = message.granted.stream_window
-        self.outgoing.append([codec.encode(messages.Ready(self._epoch, self.pace.announce()))])
+        self.outgoing.append((codec.encode(messages.Ready(self._epoch, self.pace.announce())), None))
 
     def _cancel(self, call_ids: tuple[bytes, ...]) -> None:
         wanted = set(call_ids)
@@ -233,7 +234,7 @@ class Session:
         inline = len(body) <= limits.INLINE_BYTES_MAX
         part = messages.Part(pending.dispatch.call_id, index, body if inline else None)
         packed = codec.encode(messages.Partial(self._epoch, (part,)))
-        self.outgoing.append([packed] if inline else [packed, body])
+        self.outgoing.append((packed, None if inline else body))
         return True
 
     def may_send(self, pending: Pending, index: int) -> bool:
@@ -253,15 +254,15 @@ class Session:
             packed = codec.encode(messages.Outcomes(self._epoch, first, tuple(self._outbox)))
             self._outbox.clear()
             self._outbox_bytes = 0
-            self.outgoing.append([packed] if body is None else [packed, body])
+            self.outgoing.append((packed, body))
         if self.state is State.SERVING and self.pace.has_changed():
-            self.outgoing.append([codec.encode(messages.Ready(self._epoch, self.pace.announce()))])
+            self.outgoing.append((codec.encode(messages.Ready(self._epoch, self.pace.announce())), None))
 
     def goodbye(self, reason: str) -> None:
         """End the session."""
         if self.state in {State.SERVING, State.DRAINING}:
             self.flush()
-            self.outgoing.append([codec.encode(messages.Goodbye(self._epoch, reason))])
+            self.outgoing.append((codec.encode(messages.Goodbye(self._epoch, reason)), None))
 
 
 def fault(

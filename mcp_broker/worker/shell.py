@@ -69,7 +69,7 @@ class Shell:
         held = len(session.inbox)
         for _ in range(limits.TURN_MESSAGES_MAX):
             is_new = session.state is State.REGISTERING
-            session.receive(link.receive(), time.monotonic())
+            session.receive(*link.receive(), time.monotonic())
             if is_new and session.state is not State.REGISTERING:
                 self._registered()
             # a lone call is answered before anyone asks for the next message
@@ -95,8 +95,8 @@ class Shell:
         outgoing = self.session.outgoing
         if outgoing:
             send = self.link.send
-            for frames in outgoing:
-                send(frames)
+            for envelope, body in outgoing:
+                send(envelope, body)
             outgoing.clear()
 
     def has_ended(self) -> bool:

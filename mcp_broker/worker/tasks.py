@@ -63,13 +63,10 @@ class ConcurrentLoop(Shell):
         timeout_s = self.connect()
         if link.is_open and not was_open:
             self._watch()
-        if link.is_open:
-            if link.is_readable():
-                self.take()
-                heard, self._heard = self._heard, asyncio.Event()
-                heard.set()
-            elif link.is_lost():
-                raise LinkLost
+        if link.is_open and link.is_readable():
+            self.take()
+            heard, self._heard = self._heard, asyncio.Event()
+            heard.set()
         self._drop_unwanted()
         while session.inbox and len(self._tasks) < concurrency and not self.interrupts.stopping:
             pending = session.start()
@@ -78,9 +75,11 @@ class ConcurrentLoop(Shell):
         session.flush()
         self.send()
         # the fd tells of changes only, and sending may have read ahead: ask once more before waiting
-        if link.is_open and link.is_readable():
-            await asyncio.sleep(0)
-            return
+        if link.is_open:
+            if link.is_readable():
+                await asyncio.sleep(0)
+                return
+            timeout_s = link.tick_s(timeout_s)
         if self.interrupts.stopping and self._tasks:
             timeout_s = min(timeout_s, 0.05)
         with contextlib.suppress(TimeoutError):
@@ -89,15 +88,12 @@ class ConcurrentLoop(Shell):
 
     def _watch(self) -> None:
         loop = asyncio.get_running_loop()
-        for fd in self.link.fds:
-            loop.add_reader(fd, self._stirred.set)
+        loop.add_reader(self.link.fd, self._stirred.set)
 
     def lost(self) -> None:
-        """Drop the connection, and the readers of its fds first: their numbers are used again."""
+        """Drop the connection, and the reader of its fd first: its number is used again."""
         if self.link.is_open:
-            loop = asyncio.get_running_loop()
-            for fd in self.link.fds:
-                loop.remove_reader(fd)
+            asyncio.get_running_loop().remove_reader(self.link.fd)
         super().lost()
         self._cancel_all()
 

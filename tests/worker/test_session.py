@@ -15,16 +15,18 @@ EPOCH = 9
 CALLER = codec.raw(messages.Caller("ada", 0, ()))
 
 
-def frames(message: messages.Message, *bodies: bytes) -> list[bytes]:
-    return [codec.encode(message), *bodies]
+def frames(message: messages.Message, body: bytes | None = None) -> tuple[bytes, bytes | None]:
+    return codec.encode(message), body
 
 
-def welcome(epoch: int = EPOCH) -> list[bytes]:
+def welcome(epoch: int = EPOCH) -> tuple[bytes, bytes | None]:
     granted = messages.GrantedLimits(window=256, heartbeat_ms=250, stream_window=4)
     return frames(messages.Welcome(epoch, (1, 0), b"s" * 16, resumed=False, name="w-1", granted=granted))
 
 
-def dispatch(number: int, *, epoch: int = EPOCH, arguments: bytes | None = b"\x80") -> list[bytes]:
+def dispatch(
+    number: int, *, epoch: int = EPOCH, arguments: bytes | None = b"\x80"
+) -> tuple[bytes, bytes | None]:
     call = messages.Dispatch(number, bytes([number]) * 16, "try.it", 1000, arguments, CALLER)
     return frames(messages.Dispatches(epoch, 0, (call,)))
 
@@ -39,7 +41,7 @@ def session() -> Session:
     """Return a session that serves, at time 0."""
     made = Session((), 1, "test")
     made.opened(0.0)
-    made.receive(welcome(), 0.0)
+    made.receive(*welcome(), 0.0)
     said(made)
     return made
 
@@ -52,9 +54,9 @@ def test_registers_first_and_is_ready_after_welcome() -> None:
     session = Session((), 1, "test")
     session.opened(0.0)
     assert [type(message) for message in said(session)] == [messages.Register]
-    session.receive(dispatch(1), 0.0)
+    session.receive(*dispatch(1), 0.0)
     assert not session.inbox
-    session.receive(welcome(), 0.0)
+    session.receive(*welcome(), 0.0)
     assert said(session) == [messages.Ready(EPOCH, limits.WORKER_DEPTH_START)]
     assert session.state is State.SERVING
 
@@ -63,31 +65,31 @@ def test_refusal_is_kept_for_the_operator() -> None:
     session = Session((), 1, "test")
     session.opened(0.0)
     session.receive(
-        frames(messages.Error(EPOCH, "INVALID_ARGUMENT", "try.it is taken", b"\x80", fatal=True)), 0.0
+        *frames(messages.Error(EPOCH, "INVALID_ARGUMENT", "try.it is taken", b"\x80", fatal=True)), 0.0
     )
     assert (session.state, session.refusal) == (State.REFUSED, "INVALID_ARGUMENT: try.it is taken")
 
 
 def test_fatal_error_later_begins_another_session(session: Session) -> None:
     session.receive(
-        frames(messages.Error(EPOCH, "UNAUTHENTICATED", "REGISTER first", b"\x80", fatal=True)), 1.0
+        *frames(messages.Error(EPOCH, "UNAUTHENTICATED", "REGISTER first", b"\x80", fatal=True)), 1.0
     )
     assert session.state is State.CLOSED
 
 
 def test_messages_of_another_epoch_and_noise_are_dropped(session: Session) -> None:
-    session.receive(dispatch(1, epoch=EPOCH + 1), 0.0)
-    session.receive([b"noise"], 0.0)
-    session.receive(frames(messages.Register(0, "MCPB", (1,), ())), 0.0)
+    session.receive(*dispatch(1, epoch=EPOCH + 1), 0.0)
+    session.receive(b"noise", None, 0.0)
+    session.receive(*frames(messages.Register(0, "MCPB", (1,), ())), 0.0)
     assert not session.inbox
     assert session.state is State.SERVING
 
 
 def test_cancelled_call_that_waits_is_answered_without_running(session: Session) -> None:
     for number in (1, 2, 3):
-        session.receive(dispatch(number), 0.0)
+        session.receive(*dispatch(number), 0.0)
     running = session.start()
-    session.receive(frames(messages.Cancel(EPOCH, (b"\1" * 16, b"\2" * 16, b"\7" * 16))), 0.0)
+    session.receive(*frames(messages.Cancel(EPOCH, (b"\1" * 16, b"\2" * 16, b"\7" * 16))), 0.0)
     session.flush()
     (outcomes,) = said(session)
     assert [(outcome.call_id, outcome.code) for outcome in outcomes.outcomes] == [(b"\2" * 16, "CANCELLED")]
@@ -97,7 +99,7 @@ def test_cancelled_call_that_waits_is_answered_without_running(session: Session)
 
 def test_outcomes_are_batched_and_numbered_on(session: Session) -> None:
     for number in (1, 2, 3):
-        session.receive(dispatch(number), 0.0)
+        session.receive(*dispatch(number), 0.0)
     for _ in range(2):
         pending = session.start()
         session.finish(pending, ok(pending))
@@ -111,17 +113,17 @@ def test_outcomes_are_batched_and_numbered_on(session: Session) -> None:
 
 def test_large_result_goes_alone_with_its_frame(session: Session) -> None:
     for number in (1, 2):
-        session.receive(dispatch(number), 0.0)
+        session.receive(*dispatch(number), 0.0)
     first, second = session.start(), session.start()
     session.finish(first, ok(first))
     session.finish(second, ok(second, None), b"x" * 100_000)
-    assert [len(one) for one in session.outgoing] == [1, 2]
+    assert [body for _, body in session.outgoing] == [None, b"x" * 100_000]
     assert [len(message.outcomes) for message in said(session)] == [1, 1]
 
 
 def test_batch_never_exceeds_its_bounds(session: Session) -> None:
     for number in range(1, 4):
-        session.receive(dispatch(number), 0.0)
+        session.receive(*dispatch(number), 0.0)
         pending = session.start()
         session.finish(pending, ok(pending, payload.pack(b"x" * 60_000)))
     session.flush()
@@ -129,29 +131,29 @@ def test_batch_never_exceeds_its_bounds(session: Session) -> None:
 
 
 def test_large_arguments_come_in_the_second_frame(session: Session) -> None:
-    head = dispatch(1, arguments=None)
-    session.receive([*head, b"\x81\xa1x\x01"], 0.0)
+    head, _ = dispatch(1, arguments=None)
+    session.receive(head, b"\x81\xa1x\x01", 0.0)
     assert session.start().arguments == b"\x81\xa1x\x01"
 
 
 def test_deadline_counts_from_arrival(session: Session) -> None:
-    session.receive(dispatch(1), 50.0)
+    session.receive(*dispatch(1), 50.0)
     assert session.start().deadline == 51.0
 
 
 def test_new_session_knows_nothing_of_the_old_ones_calls(session: Session) -> None:
     for number in (1, 2):
-        session.receive(dispatch(number), 0.0)
+        session.receive(*dispatch(number), 0.0)
     old = session.start()
     session.opened(1.0)
-    session.receive(welcome(EPOCH + 1), 1.0)
+    session.receive(*welcome(EPOCH + 1), 1.0)
     said(session)
     session.finish(old, ok(old))
     assert not session.part(old, 0, b"\xc0")
     session.flush()
     assert said(session) == []
     assert not session.inbox
-    session.receive(dispatch(1, epoch=EPOCH + 1), 1.0)
+    session.receive(*dispatch(1, epoch=EPOCH + 1), 1.0)
     new = session.start()
     session.finish(new, ok(new))
     session.flush()
@@ -159,22 +161,22 @@ def test_new_session_knows_nothing_of_the_old_ones_calls(session: Session) -> No
 
 
 def test_stream_may_send_up_to_its_window_or_credit(session: Session) -> None:
-    session.receive(dispatch(1), 0.0)
+    session.receive(*dispatch(1), 0.0)
     # credit may overtake the start of its call
-    session.receive(frames(messages.Credit(EPOCH, (messages.StreamCredit(b"\1" * 16, 6),))), 0.0)
+    session.receive(*frames(messages.Credit(EPOCH, (messages.StreamCredit(b"\1" * 16, 6),))), 0.0)
     pending = session.start()
     assert [session.may_send(pending, index) for index in (3, 4, 5, 6)] == [True, True, True, False]
-    session.receive(frames(messages.Credit(EPOCH, (messages.StreamCredit(b"\1" * 16, 2),))), 0.0)
+    session.receive(*frames(messages.Credit(EPOCH, (messages.StreamCredit(b"\1" * 16, 2),))), 0.0)
     assert session.may_send(pending, 5)
     session.finish(pending, ok(pending))
     assert not session.credits
 
 
 def test_heartbeat_is_answered_and_silence_ends_the_connection(session: Session) -> None:
-    session.receive(frames(messages.Heartbeat(EPOCH)), 5.0)
+    session.receive(*frames(messages.Heartbeat(EPOCH)), 5.0)
     assert said(session) == [messages.Heartbeat(EPOCH)]
     assert session.silent_at() == 5.0 + SILENCE_IDLE_S
-    session.receive(dispatch(1), 6.0)
+    session.receive(*dispatch(1), 6.0)
     assert session.silent_at() == 6.0 + SILENCE_BUSY_S
 
 
