@@ -22,7 +22,7 @@ from collections import deque
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
-from mcp_broker import errors
+from mcp_broker import errors, limits
 from mcp_broker.client import connection
 from mcp_broker.client.targets import OVER, Room, Target, Unattended, window_full
 
