@@ -129,7 +129,7 @@ class Connection:
             return "the broker ended the handshake (another broker's key, or one that is starting)", False
         return None
 
-    def take(self) -> tuple[bytes, bytes | None]:
+    def take(self) -> tuple[bytes, memoryview | None]:
         """Receive one message, of which ``events`` has told.
 
         Returns:
@@ -143,7 +143,8 @@ class Connection:
         more = body.more
         while more:
             more = self._socket.recv(DONTWAIT, copy=False).more
-        return frame.bytes, body.bytes
+        # unpacked from where it lies: its values are copies anyway
+        return frame.bytes, body.buffer
 
     def send(self, envelope: bytes, body: bytes | None) -> None:
         """Send one message.
@@ -156,7 +157,7 @@ class Connection:
         else:
             self._socket.send(envelope, MORE)
             # a body is above pyzmq's own threshold for sharing instead of copying
-            self._socket.send(body, DONTWAIT, copy=False)
+            self._socket.send(body, DONTWAIT)
 
     def wait_writable(self, timeout_s: float) -> None:
         """Wait until a message can be sent, or the time is over."""

@@ -42,7 +42,7 @@ def pack(value: Any) -> bytes:  # noqa: ANN401 (any payload)
     return packed
 
 
-def unpack(data: bytes) -> Any:  # noqa: ANN401 (any payload)
+def unpack(data: bytes | memoryview) -> Any:  # noqa: ANN401 (any payload)
     """Turn bytes into a payload.
 
     Raises:
@@ -59,7 +59,7 @@ def unpack(data: bytes) -> Any:  # noqa: ANN401 (any payload)
         raise MalformedFrame(f"the payload is not msgpack: {error}") from error
 
 
-def unpack_map(data: bytes) -> dict[str, Any]:
+def unpack_map(data: bytes | memoryview) -> dict[str, Any]:
     """As :func:`unpack`, for a map with text keys."""
     value = unpack(data)
     # strict_map_key has left text and bytes

@@ -118,7 +118,7 @@ class Link:
             raise LinkLost
         return False
 
-    def receive(self) -> tuple[bytes, bytes | None]:
+    def receive(self) -> tuple[bytes, memoryview | None]:
         """Return the message that waits: its envelope and its second frame."""
         return self._opened().take()
 

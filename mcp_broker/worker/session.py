@@ -55,7 +55,7 @@ class Pending(Slim):
     """
 
     dispatch: messages.Dispatch
-    arguments: bytes
+    arguments: bytes | memoryview
     deadline: float
     life: int
 
@@ -129,7 +129,7 @@ class Session:
 
     # -- what the broker says -------------------------------------------------------------------------
 
-    def receive(self, envelope: bytes, body: bytes | None, now: float) -> None:
+    def receive(self, envelope: bytes, body: bytes | memoryview | None, now: float) -> None:
         """Take one message of the broker; one that is wrong is dropped, as the broker's are ours to survive."""
         try:
             message = codec.to_worker.decode(envelope)
@@ -149,11 +149,11 @@ class Session:
         elif message.epoch == self._epoch and self.state in {State.SERVING, State.DRAINING}:
             self._serve(message, body, now)
 
-    def _serve(self, message: messages.ToWorker, body: bytes | None, now: float) -> None:
+    def _serve(self, message: messages.ToWorker, body: bytes | memoryview | None, now: float) -> None:
         if isinstance(message, messages.Dispatches):
             life, wait = self.life, self.inbox.append
             for dispatch in message.calls:
-                arguments = dispatch.arguments
+                arguments: bytes | memoryview | None = dispatch.arguments
                 if arguments is None:
                     arguments = body if body is not None else b""
                 wait(Pending(dispatch, arguments, now + dispatch.timeout_ms * 0.001, life))

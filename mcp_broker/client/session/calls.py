@@ -213,7 +213,7 @@ class CallBook:
 
     # -- from the broker ----------------------------------------------------------------------------------
 
-    def outcomes(self, outcomes: Iterable[Outcome], body: bytes | None) -> None:
+    def outcomes(self, outcomes: Iterable[Outcome], body: bytes | memoryview | None) -> None:
         """Take outcomes that were not had before."""
         calls, ended = self.calls, self.ended
         for outcome in outcomes:
@@ -233,7 +233,7 @@ class CallBook:
             if stage is not _ABANDONED:
                 ended.append(read_outcome(pending, outcome, body))
 
-    def parts(self, parts: Iterable[Part], body: bytes | None) -> None:
+    def parts(self, parts: Iterable[Part], body: bytes | memoryview | None) -> None:
         """Take parts of streams; a gap ends its call."""
         for part in parts:
             pending = self.calls.get(part.call_id)

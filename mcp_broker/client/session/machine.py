@@ -163,7 +163,7 @@ class ClientSession:
 
     # -- the broker's messages, the clock -----------------------------------------------------------------
 
-    def receive(self, message: messages.ToClient, body: bytes | None, now: float) -> None:
+    def receive(self, message: messages.ToClient, body: bytes | memoryview | None, now: float) -> None:
         """Take one message of the broker."""
         if self.state is _OPEN and message.epoch != self.epoch:
             return
@@ -304,7 +304,7 @@ class ClientSession:
 
     # -- cells of the table: what the broker says ---------------------------------------------------------------
 
-    def _welcome(self, message: messages.Welcome, _: bytes | None) -> None:
+    def _welcome(self, message: messages.Welcome, _: bytes | memoryview | None) -> None:
         self.epoch = message.epoch
         self.granted = message.granted
         self.book.stream_window = message.granted.stream_window
@@ -321,7 +321,7 @@ class ClientSession:
             self.received = 0
         self._acked = self.received
 
-    def _outcomes(self, message: messages.Outcomes, body: bytes | None) -> None:
+    def _outcomes(self, message: messages.Outcomes, body: bytes | memoryview | None) -> None:
         outcomes = message.outcomes
         known = self.received + 1 - message.first
         if known < 0:
@@ -333,19 +333,19 @@ class ClientSession:
         self.received += len(outcomes)
         self.book.outcomes(outcomes, body)
 
-    def _partial(self, message: messages.Partial, body: bytes | None) -> None:
+    def _partial(self, message: messages.Partial, body: bytes | memoryview | None) -> None:
         self.book.parts(message.parts, body)
 
-    def _heartbeat(self, _: messages.Heartbeat, __: bytes | None) -> None:
+    def _heartbeat(self, _: messages.Heartbeat, __: bytes | memoryview | None) -> None:
         self._control = [messages.Ack(self.epoch, self.received)]
         self._acked = self.received
 
-    def _goodbye(self, message: messages.Goodbye, _: bytes | None) -> None:
+    def _goodbye(self, message: messages.Goodbye, _: bytes | memoryview | None) -> None:
         why = message.reason or "the broker said goodbye"
         self._forget_session(why)
         self._lose(why)
 
-    def _refused_hello(self, message: messages.Error, _: bytes | None) -> None:
+    def _refused_hello(self, message: messages.Error, _: bytes | memoryview | None) -> None:
         if not message.fatal:
             return
         if message.code == errors.Forbidden.code and self.session_id is not None:
@@ -357,7 +357,7 @@ class ClientSession:
         else:
             self._lose(message.message)
 
-    def _error(self, message: messages.Error, _: bytes | None) -> None:
+    def _error(self, message: messages.Error, _: bytes | memoryview | None) -> None:
         if message.fatal:
             self._lose(message.message)
 

@@ -61,7 +61,7 @@ class Ended(Slim):
     usage: Usage | None
 
 
-def read_outcome(pending: PendingCall, outcome: Outcome, body: bytes | None) -> Ended:
+def read_outcome(pending: PendingCall, outcome: Outcome, body: bytes | memoryview | None) -> Ended:
     """Turn an outcome into a value or an exception."""
     error: errors.CallError
     if outcome.code == "OK":
