@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import select
 import time
 from collections import deque
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from mcp_broker import limits
 from mcp_broker.broker.link import NodeLink, SupervisorGone
 from mcp_broker.core.clientele import error as error_message
 from mcp_broker.errors import Unauthenticated, WireError
-from mcp_broker.transport import DONTWAIT, MORE, POLLIN
+from mcp_broker.transport import DONTWAIT, MORE, has_input
 from mcp_broker.wire import codec, messages, node
 
 if TYPE_CHECKING:
@@ -92,34 +93,37 @@ class Loop:
         """
         machine = self._machine
         clients, workers, link = self._clients, self._workers, self._link
-        poller = zmq.Poller()
-        poller.register(clients, POLLIN)
-        poller.register(workers, POLLIN)
-        poller.register(link.fileno(), POLLIN)
-        link_fd = link.fileno()
-        busy = False
+        clients_fd, workers_fd, link_fd = clients.fileno(), workers.fileno(), link.fileno()
+        # the raw fds: zmq's own poller asks each socket four times what the turn has just asked
+        poller = select.poll()
+        for fd in (clients_fd, workers_fd, link_fd):
+            poller.register(fd, select.POLLIN)
         while not machine.drained:
-            if busy:
-                timeout_ms = 0
-            else:
-                until = machine.deadline()
-                if self._waiting[clients] or self._waiting[workers]:
-                    until = min(until, self._clock() + _RETRY_S)
-                timeout_ms = max(0, int((until - self._clock()) * 1000 + 0.999))
-            ready = dict(poller.poll(timeout_ms))
+            # the fds tell of news, EVENTS of what is; sending may have read the news
+            from_workers, from_clients = has_input(workers), has_input(clients)
+            wait_ms = 0 if from_workers or from_clients else self._wait_ms()
+            ready = [fd for fd, _ in poller.poll(wait_ms)]
             now = self._clock()
-            taken = 0
             # workers first: what they finish makes room for what clients bring
-            if workers in ready:
-                taken += self._drain(workers, self._worker_message, now)
-            if clients in ready:
-                taken += self._drain(clients, self._client_message, now)
+            from_clients = from_clients or clients_fd in ready
+            if from_workers or workers_fd in ready:
+                self._drain(workers, self._worker_message, now)
+                if from_clients:
+                    # outcomes do not wait for what others ask
+                    self.flush(now)
+            if from_clients:
+                self._drain(clients, self._client_message, now)
             if link_fd in ready:
                 self.node_messages(link.receive(), now)
             machine.expire(now)
             self.flush(now)
-            busy = taken > 1
         self.flush(self._clock())
+
+    def _wait_ms(self) -> int:
+        now, until = self._clock(), self._machine.deadline()
+        if self._waiting[self._clients] or self._waiting[self._workers]:
+            until = min(until, now + _RETRY_S)
+        return max(0, int((until - now) * 1000 + 0.999))
 
     def node_messages(self, received: list[node.FromSupervisor], now: float) -> None:
         """Hand the supervisor's messages to the machine and to the admission table."""
@@ -129,13 +133,15 @@ class Loop:
 
     # -- in ---------------------------------------------------------------------------------------
 
-    def _drain(self, socket: zmq.Socket[bytes], door: Door, now: float) -> int:
+    def _drain(self, socket: zmq.Socket[bytes], door: Door, now: float) -> None:
         """Take up to a turn's bound of messages. Looks at EVENTS rather than at an exception to end."""
         receive = socket.recv
-        taken = 0
-        while taken < limits.TURN_MESSAGES_MAX:
-            taken += 1
-            routing_id = receive(DONTWAIT)
+        for _ in range(limits.TURN_MESSAGES_MAX):
+            try:
+                routing_id = receive(DONTWAIT)
+            except zmq.Again:
+                # the news were others than a message
+                return
             frame: zmq.Frame = receive(DONTWAIT, copy=False)
             body: Any = None
             extra = False
@@ -153,9 +159,8 @@ class Loop:
                 )
             else:
                 door(routing_id, user_id, frame, body, now)
-            if not socket.getsockopt(zmq.EVENTS) & POLLIN:  # type: ignore[operator]
-                break
-        return taken
+            if not has_input(socket):
+                return
 
     def _client_message(
         self, routing_id: bytes, user_id: str, frame: zmq.Frame, body: Body | None, now: float
