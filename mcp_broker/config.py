@@ -10,6 +10,7 @@ The environment overrides single keys of the tables without sub-tables: ``MCP_BR
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import os
 import re
 import tomllib
@@ -201,15 +202,31 @@ def parse(text: str, *, environ: Mapping[str, str] | None = None) -> Config:
     return _validated(raw, _Source("the configuration", text), Path.cwd(), environ or {})
 
 
+#: shipped pools whose tools need a package of the extra [tools] -> the module that it installs
+_NEEDS: Final[Mapping[str, str]] = {"sql": "duckdb", "sequence": "Bio"}
+
+
 def shipped_pools() -> dict[str, PoolTable]:
-    """Return the pools of a start without configuration."""
+    """Return the pools of a start without configuration: those whose packages are installed."""
     demo_data = str(resources.files("mcp_broker") / "demo_data")
-    return {
+    pools = {
         "echo": PoolTable(module="mcp_broker_workers.echo"),
         "text": PoolTable(module="mcp_broker_workers.text"),
         "sql": PoolTable(module="mcp_broker_workers.sql", options={"folder": demo_data}),
         "sequence": PoolTable(module="mcp_broker_workers.sequence"),
     }
+    return {name: pool for name, pool in pools.items() if _is_installed(name)}
+
+
+def skipped_pools(config: Config) -> tuple[str, ...]:
+    """Return the shipped pools that a start without configuration leaves out, since their packages are missing."""
+    if config.pools != shipped_pools():
+        return ()
+    return tuple(name for name in _NEEDS if not _is_installed(name))
+
+
+def _is_installed(pool: str) -> bool:
+    return pool not in _NEEDS or importlib.util.find_spec(_NEEDS[pool]) is not None
 
 
 # -- from TOML to values ---------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -29,6 +30,18 @@ def test_without_a_file_the_shipped_tools_are_served_on_free_loopback_ports() ->
     assert (loaded.broker.host, loaded.broker.client_port, loaded.broker.worker_port) == ("127.0.0.1", 0, 0)
     assert loaded.limits.drain_s == limits.DRAIN_S
     assert Path(loaded.pools["sql"].options["folder"]).name == "demo_data"
+    assert config.skipped_pools(loaded) == ()
+
+
+def test_shipped_pools_whose_packages_are_missing_are_left_out_and_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "duckdb" else found(name))
+    loaded = config.load(environ={})
+    assert list(loaded.pools) == ["echo", "text", "sequence"]
+    assert config.skipped_pools(loaded) == ("sql",)
+    assert config.skipped_pools(config.parse('[pools.mine]\nmodule = "mine"')) == ()
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.name)

@@ -50,7 +50,7 @@ def start(config_file: str | None) -> int:
     chosen = settings.current()
     configuration = config.load(config_file)
     state_dir = _state_dir(chosen, configuration)
-    announcer = Announcer(chosen, list(configuration.pools))
+    announcer = Announcer(chosen, list(configuration.pools), config.skipped_pools(configuration))
     _log_to_standard_error()
     return Supervisor(configuration, state_dir, on_event=announcer.tell).run()
 
@@ -79,10 +79,12 @@ class Announcer:
     Args:
         chosen: for the commands to copy.
         pools: the names of all pools; when each is ready or has failed, the next steps are printed.
+        skipped: shipped pools that are not served, since their packages are missing.
     """
 
-    def __init__(self, chosen: settings.Settings, pools: list[str]) -> None:
+    def __init__(self, chosen: settings.Settings, pools: list[str], skipped: tuple[str, ...] = ()) -> None:
         self._chosen = chosen
+        self._skipped = skipped
         self._waiting = set(pools)
         self._began = time.monotonic()
         self._serving = False
@@ -145,6 +147,8 @@ class Announcer:
         output.line(f"  workers      {event.worker_endpoint}")
         output.line(f"  credentials  {self._chosen.state_dir / 'clients' / 'default.toml'}")
         output.line(f"  pools        {', '.join(sorted(event.pools)) or 'none'}")
+        if self._skipped:
+            output.line(f"  not served   {', '.join(self._skipped)}: pip install 'mcp-broker[tools]'")
         if not self._waiting:
             self._tell_next_steps()
 
