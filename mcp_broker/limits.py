@@ -88,6 +88,14 @@ POISON_DEATHS: Final = 2
 #: Client sessions and workers that a broker admits.
 SESSIONS_MAX: Final = 4096
 WORKERS_MAX: Final = 1024
+#: Calls from earlier connections that a worker tells of when it registers: all that it can hold, and the outcomes
+#: that a client may leave unacknowledged for a while. Older outcomes are let go.
+HELD_MAX: Final = 4096
+HELD_BYTES_MAX: Final = 32 * 1024 * 1024
+#: How long a broker keeps what workers tell of and no client asks for: clients reconnect within a second or two.
+ORPHAN_S: Final = 10.0
+#: Calls that the dead had started, as a broker remembers them: 64 workers' rings.
+STARTED_MAX: Final = 64 * 240
 #: Messages that one loop turn takes from one socket, so that timers are never starved.
 #: Each may carry BATCH_MAX calls, of a few µs each.
 TURN_MESSAGES_MAX: Final = 64

@@ -339,7 +339,7 @@ class Loop:
         if socket is self._clients:
             self._machine.clientele.unreachable(routing_id, now)
         else:
-            self._machine.crew.unreachable(routing_id, now)
+            self._machine.crew.unreachable(routing_id)
 
 
 def _has_room_for(message: messages.FromWorker, body: Body | None) -> bool:

@@ -82,6 +82,7 @@ class Acceptance:
                 or call_id in known
                 or call_id in ghosts
                 or call_id in at_risk
+                or request.extra is not None
                 or (request.arguments is None) is (body is None)
             ):
                 # a refusal may close the session, which ends all that was accepted
@@ -109,6 +110,9 @@ class Acceptance:
             live[call_id] = call
             room -= 1
             batch.append(call)
+            if request.extra is not None and request.extra.again:
+                # alone in its batch, since it was examined
+                batch, slot = self._take_again(call, pool, now), None
         self._take(batch, pool, now)
 
     def _take(self, batch: list[Call], pool: Pool | None, now: float) -> list[Call]:
@@ -120,6 +124,15 @@ class Acceptance:
             else:
                 for call in batch:
                     self._answer(call)
+        return []
+
+    def _take_again(self, call: Call, pool: Pool | None, now: float) -> list[Call]:
+        """Accept a call that may have run before; return an empty list for the next ones."""
+        if pool is None:
+            return self._take([call], pool, now)
+        self._ledger.accept([call])
+        if not self._routing.reconciliation.claims(call):
+            self._dispatcher.submit([call], pool, now)
         return []
 
     def _examine(
@@ -165,7 +178,7 @@ class Acceptance:
             # it goes on asking and acknowledges nothing: what it is owed may not fill the broker
             self._close(session, "it acknowledges no outcomes", now)
             return
-        session.send(outcome)
+        session.deliver(outcome, None)
 
     def _admit(self, session: ClientSession, request: messages.Call, now: float) -> Tool | None:
         """Find the tool and ask the grant."""

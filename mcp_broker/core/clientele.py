@@ -135,6 +135,7 @@ class Clientele:
                     token_ms=max(0, int((grant.expires_at - now) * 1000)),
                 ),
                 ("streaming",),
+                self._routing.lineage,
             )
         )
         session.outbox.extend(welcome_first)
@@ -186,9 +187,7 @@ class Clientele:
             self._routing.end(
                 call, fault(call.call_id, "CANCELLED", f"cancelled, because {why}"), "cancel", now
             )
-        session.live.clear()
-        session.outbox.clear()
-        session.unacked.clear()
+        session.release()
 
     def forget_allowed(self) -> None:
         """Have every session ask again what it may call: something above the grants has changed."""

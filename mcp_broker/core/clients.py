@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import mcp_broker.limits as bounds
 from mcp_broker.core import outbox
+from mcp_broker.core.receipts import Receipt, Share
 from mcp_broker.wire import codec, messages
 from mcp_broker.wire.messages import Outcome
 from mcp_broker.wire.structs import Slim
@@ -171,6 +172,8 @@ class ClientSession:
         live: calls of this session that have no outcome yet, by id.
         allowed: tools found covered by the grant, a cache for the hot path; valid for one registry version.
         outbox: what to send at the end of this turn, in order.
+        delivered: how many outcomes were ever queued for this session; the newest of them will have this number.
+        shares: workers' messages that its unacknowledged outcomes belong to, oldest first.
         unacked: outcomes sent and not yet acknowledged, message by message, oldest first.
         unacked_count, unacked_bytes: how many they are, and how large.
         at_risk: calls that the client may send again since it resumed, though we had them: without an outcome, or with
@@ -185,6 +188,7 @@ class ClientSession:
         "allowed_version",
         "at_risk",
         "caller_raw",
+        "delivered",
         "dirty",
         "grant",
         "live",
@@ -193,6 +197,7 @@ class ClientSession:
         "routing_id",
         "sent",
         "session_id",
+        "shares",
         "state",
         "unacked",
         "unacked_bytes",
@@ -222,6 +227,8 @@ class ClientSession:
         self.outbox: list[Any] = []
         self.dirty = False
         self._dirty_list = dirty_list
+        self.delivered = 0
+        self.shares: deque[Share] = deque()
         self.unacked: deque[Sent] = deque()
         self.unacked_count = self.unacked_bytes = 0
         self.sent = 0
@@ -240,10 +247,18 @@ class ClientSession:
         self.live.pop(outcome.call_id, None)
         if self.state is _C:
             return
+        self.delivered += 1
         self.outbox.append(outcome if body is None else outbox.Big(outcome, body))
         if not self.dirty:
             self.dirty = True
             self._dirty_list.append(self)
+
+    def expect(self, receipt: Receipt, count: int) -> None:
+        """Note that the last ``count`` outcomes that were delivered belong to a worker's message."""
+        if self.state is _C:
+            return
+        receipt.left += count
+        self.shares.append(Share(self.delivered, receipt, count))
 
     def take_outbox(self, epoch: int) -> list[outbox.Packed]:
         """Return the turn's messages, packed; outcomes among them are numbered and kept until acknowledged."""
@@ -292,6 +307,20 @@ class ClientSession:
             sent = unacked.popleft()
             self.unacked_count -= len(sent.entries)
             self.unacked_bytes -= sent.size
+        shares = self.shares
+        while shares and shares[0].number <= count:
+            share = shares.popleft()
+            share.receipt.left -= share.count
+
+    def release(self) -> None:
+        """Nobody will acknowledge anything any more."""
+        self.live.clear()
+        self.outbox.clear()
+        self.unacked.clear()
+        self.unacked_count = self.unacked_bytes = 0
+        for share in self.shares:
+            share.receipt.left -= share.count
+        self.shares.clear()
 
     def resume(self, routing_id: bytes, ack: int) -> None:
         """Go on at another place: what was sent and not acknowledged is sent again, with the same numbers."""

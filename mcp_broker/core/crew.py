@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from mcp_broker import limits
 from mcp_broker.core.clients import Verdict
-from mcp_broker.core.pools import CONNECTION_LOST
 from mcp_broker.core.workers import EVENT_OF_KIND, WORKER_TABLE, Worker, WorkerEvent, WorkerState
 from mcp_broker.errors import InvalidArgument, InvalidTransition
 from mcp_broker.wire import messages, node, payload
@@ -85,10 +84,12 @@ class Crew:
         if isinstance(message, messages.Ready):
             worker.depth = message.depth
             if was is WorkerState.REGISTERED:
-                names = tuple(
-                    tool.name for tool in self._routing.registry.tools.values() if tool.pool is worker.pool
+                tools = tuple(
+                    tool.definition
+                    for tool in self._routing.registry.tools.values()
+                    if tool.pool is worker.pool
                 )
-                self._routing.to_node.append(node.WorkerUp(worker.worker_id, names))
+                self._routing.to_node.append(node.WorkerUp(worker.worker_id, tools))
             self._dispatcher.pump(worker.pool, now)
         elif isinstance(message, messages.Partial):
             for part in message.parts:
@@ -97,7 +98,7 @@ class Crew:
                     # the tool is stopped too: nobody takes what else it says
                     self._routing.end(*broken, "cancel", now)
         elif isinstance(message, messages.Goodbye):
-            self._disconnected(worker, now)
+            self._disconnected(worker)
 
     def _outcomes(self, worker: Worker, message: messages.Outcomes, body: Body | None, now: float) -> None:
         self._dispatcher.outcomes(worker, message.outcomes, body)
@@ -105,10 +106,9 @@ class Crew:
             self._dispatcher.pump(worker.pool, now)
 
     def _register(self, worker: Worker, routing_id: bytes, message: messages.Register, now: float) -> bool:
-        if worker.is_registered:
-            # it opened a new connection: what the old one carried is lost
-            self._disconnected(worker, now)
         worker.routing_id = routing_id
+        # what an old connection had not carried yet, it never will
+        worker.outbox.clear()
         refusal: str | None = None
         details: dict[str, Any] = {}
         code = "INVALID_ARGUMENT"
@@ -127,8 +127,7 @@ class Crew:
             return True
         worker.state = WorkerState.REGISTERED
         worker.pool.failure = ""
-        worker.seq = 0
-        worker.received = worker.told = 0
+        worker.connected(message.seq)
         worker.send(
             messages.Welcome(
                 self._routing.epoch,
@@ -139,37 +138,45 @@ class Crew:
                 granted=messages.GrantedLimits(
                     window=limits.WORKER_DEPTH_MAX, heartbeat_ms=int(limits.HEARTBEAT_S * 1000)
                 ),
+                lineage=self._routing.lineage,
             )
         )
+        self._routing.reconciliation.registered(worker, message.held, now)
         return True
 
-    def unreachable(self, routing_id: bytes, now: float) -> None:
+    def unreachable(self, routing_id: bytes) -> None:
         """The socket could not reach a worker; whether its process lives is its node's to say."""
         worker = next((worker for worker in self.by_id.values() if worker.routing_id == routing_id), None)
         if worker is None:
             return
         after, verdict = WORKER_TABLE[worker.state][WorkerEvent.UNREACHABLE]
         if verdict is Verdict.TAKE:
-            self._disconnected(worker, now)
+            self._disconnected(worker)
             worker.state = after
 
-    def _disconnected(self, worker: Worker, now: float) -> None:
+    def _disconnected(self, worker: Worker) -> None:
+        """Its connection has ended; what it holds it goes on holding, until it says what that is, or dies."""
         worker.state = WorkerState.ADMITTED
         worker.routing_id = b""
-        self._dispatcher.forget(worker, CONNECTION_LOST, None, now)
 
     # -- what the node says -------------------------------------------------------------------------
 
     def from_node(self, message: node.FromSupervisor, now: float) -> None:
         """Take a message about workers."""
         if isinstance(message, node.Admit):
-            self.admission_complete = True
             for admitted in message.workers:
                 self._admit(admitted)
+            self.admission_complete = True
         elif isinstance(message, node.Died):
+            self._routing.reconciliation.had_started(message.certificate, message.started_calls)
             self._died(message.certificate, now)
         elif isinstance(message, node.Deaths):
             self.deaths.extend(message.certificates)
+            for certificate in message.certificates:
+                calls = message.started_calls.get(certificate.worker_id, ())
+                self._routing.reconciliation.had_started(certificate, calls)
+        elif isinstance(message, node.Tools):
+            self._routing.registry.recall(self._dispatcher.pool(message.pool), message.tools)
         elif isinstance(message, node.Report):
             for report in message.pools:
                 pool = self._dispatcher.pool(report.name)
@@ -183,6 +190,7 @@ class Crew:
             return
         pool = self._dispatcher.pool(admitted.pool)
         worker = Worker(admitted.worker_id, admitted.thumbprint, pool, self.dirty)
+        worker.is_silent = not self.admission_complete
         pool.workers[worker.worker_id] = worker
         self.by_id[worker.worker_id] = worker
         self.by_thumbprint[worker.thumbprint] = worker
@@ -209,7 +217,8 @@ class Crew:
         certificate = worker.certificate
         if certificate is None:
             raise InvalidTransition(f"worker {worker.worker_id} settled without a certificate")
-        self._dispatcher.forget(worker, certificate.cause, certificate, now)
+        self._dispatcher.forget(worker, certificate, now)
+        self._routing.reconciliation.died(worker, now)
 
     # -- what the broker does ---------------------------------------------------------------------------
 
@@ -235,8 +244,9 @@ class Crew:
         for worker in self.by_id.values():
             if not worker.is_registered:
                 continue
-            if worker.told < worker.received:
-                worker.send(messages.Ack(self._routing.epoch, worker.received))
+            done = worker.receipts.advance()
+            if worker.told < done:
+                worker.send(messages.Ack(self._routing.epoch, done))
             elif worker.held or everyone:
                 worker.send(beat)
 

@@ -15,19 +15,20 @@ from typing import TYPE_CHECKING, Final
 from mcp_broker import limits
 from mcp_broker.core import outbox
 from mcp_broker.core.calls import Call, CallEvent, CallState, Ledger, fault
+from mcp_broker.core.receipts import Receipt
 from mcp_broker.core.workers import WORKER_CODES, Worker, WorkerState
 from mcp_broker.wire import codec, messages
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mcp_broker.core.clients import ClientSession
     from mcp_broker.core.outbox import Body
     from mcp_broker.wire.node import Certificate, PoolReport
 
 # looking an enum's member up costs as much as the comparison
 _QUEUED, _IN_FLIGHT, _ENDED = CallState
 _READY: Final = WorkerState.READY
-
-#: Why a worker's connection ended while its process, as far as anyone knows, lives on.
-CONNECTION_LOST: Final = "its connection to the broker ended"
 
 
 class Pool:
@@ -94,6 +95,8 @@ class Dispatcher:
         self.pools: dict[str, Pool] = {}
         #: outcomes that nobody waited for: of calls that had ended, or were never given
         self.late = 0
+        #: asked about outcomes of calls that no worker of this broker was given; set by who knows of them
+        self.orphaned: Callable[[Worker, messages.Outcome, Body | None, Receipt], bool] = lambda *_: False
         #: ids of calls that have ended while a worker still holds them; nobody may use them meanwhile
         self.ghosts: set[bytes] = set()
 
@@ -161,11 +164,15 @@ class Dispatcher:
     def outcomes(self, worker: Worker, outcomes: tuple[messages.Outcome, ...], body: Body | None) -> None:
         """Take a worker's outcomes: end each one's call, or only free its place if it has ended."""
         worker.received += len(outcomes)
+        receipt = Receipt(worker.received)
         held, finish = worker.held, self._ledger.finish
+        session: ClientSession | None = None
+        count = 0
         for outcome in outcomes:
             call = held.pop(outcome.call_id, None)
             if call is None:
-                self.late += 1
+                if not self.orphaned(worker, outcome, body, receipt):
+                    self.late += 1
                 continue
             worker.served += 1
             call.worker = None
@@ -173,16 +180,33 @@ class Dispatcher:
                 self.ghosts.discard(call.call_id)
                 self.late += 1
                 continue
-            if outcome.code == "OK":
-                if outcome.body is None and body is None:
-                    text = f"worker {worker.worker_id} sent a result without a body"
-                    finish(call, fault(call.call_id, "INTERNAL", text))
-                    continue
-            elif outcome.code not in WORKER_CODES or outcome.fault is None:
-                text = f"worker {worker.worker_id} answered with {outcome.code!r}, which is not a worker's to say"
-                finish(call, fault(call.call_id, "INTERNAL", text))
-                continue
-            finish(call, outcome, body)
+            if call.session is not session:
+                if session is not None:
+                    session.expect(receipt, count)
+                session, count = call.session, 0
+            count += 1
+            if outcome.code == "OK" and (outcome.body is not None or body is not None):
+                finish(call, outcome, body)
+            else:
+                finish(call, *self.checked(worker, outcome, body))
+        if session is not None:
+            session.expect(receipt, count)
+        worker.receipts.add(receipt)
+
+    @staticmethod
+    def checked(
+        worker: Worker, outcome: messages.Outcome, body: Body | None
+    ) -> tuple[messages.Outcome, Body | None]:
+        """Return a worker's outcome, or INTERNAL in place of one that a worker may not say."""
+        if outcome.code == messages.OK:
+            if outcome.body is not None or body is not None:
+                return outcome, body
+            text = f"worker {worker.worker_id} sent a result without a body"
+        elif outcome.code in WORKER_CODES and outcome.fault is not None:
+            return outcome, body
+        else:
+            text = f"worker {worker.worker_id} answered with {outcome.code!r}, which is not a worker's to say"
+        return fault(outcome.call_id, "INTERNAL", text), None
 
     def part(
         self, worker: Worker, part: messages.Part, body: Body | None
@@ -227,13 +251,36 @@ class Dispatcher:
         if call.state is CallState.QUEUED and call.tool.pool is not None:
             call.tool.pool.unqueue(call)
 
-    def forget(self, worker: Worker, cause: str, certificate: Certificate | None, now: float) -> None:
-        """Settle all that a worker held: what it had started fails (or runs again), the rest waits again.
+    def adopt(self, call: Call, worker: Worker, seq: int) -> None:
+        """Join an accepted call with its execution, which a worker began for an earlier broker or connection."""
+        call.step(CallEvent.DISPATCHED)
+        call.seq, call.worker = seq, worker
+        call.attempts += 1
+        worker.held[call.call_id] = call
+        worker.held = dict(sorted(worker.held.items(), key=lambda item: item[1].seq))
 
-        Args:
-            certificate: its death's, or None when only its connection ended; then all held calls count as
-                started, since nobody can say.
-        """
+    def take_back(self, worker: Worker, calls: list[Call], now: float) -> None:
+        """Let calls wait again that a worker was given and never started; those that ended are forgotten."""
+        again: list[Call] = []
+        for call in calls:
+            del worker.held[call.call_id]
+            call.worker = None
+            if call.state is _ENDED:
+                self.ghosts.discard(call.call_id)
+                continue
+            call.attempts -= 1
+            again.append(call)
+        self._requeue(again, worker.pool, now)
+
+    def _requeue(self, calls: list[Call], pool: Pool, now: float) -> None:
+        for call in reversed(calls):
+            call.step(CallEvent.REQUEUED)
+            pool.queue(call, front=True)
+        self.pump(pool, now)
+
+    def forget(self, worker: Worker, certificate: Certificate, now: float) -> None:
+        """Settle all that a dead worker held: what it had started fails (or runs again), the rest waits again."""
+        cause = certificate.cause
         held, worker.held = list(worker.held.values()), {}
         worker.outbox.clear()
         again: list[Call] = []
@@ -242,25 +289,22 @@ class Dispatcher:
             if call.state is CallState.ENDED:
                 self.ghosts.discard(call.call_id)
                 continue
-            if certificate is not None and call.seq > certificate.started_seq:
+            if call.seq > certificate.started_seq:
                 call.attempts -= 1
                 again.append(call)
                 continue
-            call.killers += certificate is not None
+            call.killers += 1
             if call.killers >= limits.POISON_DEATHS:
                 self._ledger.finish(call, self._lost(call, worker, cause, certificate, "POISONED"))
             elif call.tool.definition.idempotent and call.attempts < limits.ATTEMPTS_MAX and not call.parts:
                 again.append(call)
             else:
                 self._ledger.finish(call, self._lost(call, worker, cause, certificate, "WORKER_LOST"))
-        for call in reversed(again):
-            call.step(CallEvent.REQUEUED)
-            worker.pool.queue(call, front=True)
-        self.pump(worker.pool, now)
+        self._requeue(again, worker.pool, now)
 
     @staticmethod
     def _lost(
-        call: Call, worker: Worker, cause: str, certificate: Certificate | None, code: str
+        call: Call, worker: Worker, cause: str, certificate: Certificate, code: str
     ) -> messages.Outcome:
         idempotent = call.tool.definition.idempotent
         if code == "POISONED":
@@ -279,8 +323,7 @@ class Dispatcher:
             "tool": call.tool.name,
             "attempts": call.attempts,
         }
-        if certificate is not None:
-            details["certificate"] = codec.as_plain(certificate)
+        details["certificate"] = codec.as_plain(certificate)
         return fault(call.call_id, code, sentence, details, retryable=idempotent and code == "WORKER_LOST")
 
     def fail_backlog(self, pool: Pool, reason: str) -> None:

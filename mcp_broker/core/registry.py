@@ -68,6 +68,12 @@ class Registry:
         for definition in definitions:
             self.tools[definition.name] = Tool(definition, None)
 
+    def recall(self, pool: Pool, definitions: tuple[ToolDefinition, ...]) -> None:
+        """Know a pool's tools before any of its workers has come, from an earlier broker's time."""
+        for definition in definitions:
+            self.tools.setdefault(definition.name, Tool(definition, pool))
+        self.version += 1
+
     def register(self, pool: Pool, definitions: tuple[ToolDefinition, ...]) -> None:
         """Add a worker's tools, all or none.
 

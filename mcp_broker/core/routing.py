@@ -21,6 +21,7 @@ from mcp_broker.core.calls import Call, CallState, Ledger, fault
 from mcp_broker.core.clientele import Clientele
 from mcp_broker.core.crew import Crew
 from mcp_broker.core.pools import Dispatcher
+from mcp_broker.core.reconciliation import Reconciliation
 from mcp_broker.core.registry import Registry
 from mcp_broker.core.timers import Timers
 from mcp_broker.wire import messages, node
@@ -47,6 +48,9 @@ class Routing:
         self.timers = Timers()
         #: what the supervisor is to be told, in order
         self.to_node: list[node.NodeMessage] = []
+        self.lineage = ""
+        self.reconciliation = Reconciliation(self)
+        self.dispatcher.orphaned = self.reconciliation.outcome
         self.clientele = Clientele(self)
         self.crew = Crew(self)
         self.draining = False
@@ -80,6 +84,7 @@ class Routing:
             self.clientele.forget_allowed()
         elif isinstance(message, node.Boot):
             self.boot = message
+            self.lineage = message.lineage
         else:
             self.crew.from_node(message, now)
 

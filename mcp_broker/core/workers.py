@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 from mcp_broker import limits
 from mcp_broker.core import outbox
 from mcp_broker.core.clients import Verdict
+from mcp_broker.core.receipts import Receipts
 from mcp_broker.wire import codec, messages
 
 if TYPE_CHECKING:
@@ -165,7 +166,10 @@ class Worker:
         held: the calls that occupy it, by id, in the order of their seq; ended ones too, until it says so.
         depth: how many it takes at a time, by its own word.
         seq: the number of its last dispatch.
-        received: outcomes that came from it; ``told``: how many of them it was told of.
+        received: outcomes that came over its connection.
+        receipts: which of them have arrived at their callers.
+        told: up to which number it was told that they have.
+        is_silent: it was admitted by an earlier broker and has not told yet what it holds.
         certificate: how it died, once it has.
     """
 
@@ -175,8 +179,10 @@ class Worker:
         "depth",
         "dirty",
         "held",
+        "is_silent",
         "outbox",
         "pool",
+        "receipts",
         "received",
         "routing_id",
         "seq",
@@ -198,13 +204,19 @@ class Worker:
         self.held: dict[bytes, Call] = {}
         self.depth = 0
         self.seq = 0
-        self.received = 0
-        self.told = 0
+        self.is_silent = False
+        self.connected(0)
         self.served = 0
         self.certificate: Certificate | None = None
         self.outbox: list[Any] = []
         self.dirty = False
         self._dirty_list = dirty_list
+
+    def connected(self, seq: int) -> None:
+        """Begin to count on a new connection; ``seq``: the number of the last call that it was given."""
+        self.seq = max(self.seq, seq)
+        self.received = self.told = 0
+        self.receipts = Receipts()
 
     @property
     def is_registered(self) -> bool:
@@ -227,25 +239,27 @@ class Worker:
         entries, self.outbox = self.outbox, []
         self.dirty = False
         packed: list[outbox.Packed] = []
+        done = self.receipts.advance()
         for kind, run in outbox.runs(entries):
             first = run[0]
             if kind is messages.Dispatch:
                 self._pack(epoch, run, packed)
             elif kind is outbox.Big:
-                message = messages.Dispatches(epoch, self.received, (first.item,))
+                message = messages.Dispatches(epoch, done, (first.item,))
                 packed.append((codec.encode(message), first.body))
             elif kind is messages.StreamCredit:
                 packed.append((codec.encode(messages.Credit(epoch, tuple(run))), None))
             else:
                 packed.append((codec.encode(first), None))
             if kind in _ACKNOWLEDGING:
-                self.told = self.received
+                self.told = done
         return packed
 
     def _pack(self, epoch: int, run: list[messages.Dispatch], packed: list[outbox.Packed]) -> None:
-        envelope = codec.encode(messages.Dispatches(epoch, self.received, tuple(run)))
+        done = self.receipts.done
+        envelope = codec.encode(messages.Dispatches(epoch, done, tuple(run)))
         if len(envelope) <= limits.ENVELOPE_BYTES_MAX:
             packed.append((envelope, None))
             return
-        parts = (messages.Dispatches(epoch, self.received, tuple(part)) for part in outbox.split(run))
+        parts = (messages.Dispatches(epoch, done, tuple(part)) for part in outbox.split(run))
         packed.extend((codec.encode(part), None) for part in parts)

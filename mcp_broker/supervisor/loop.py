@@ -17,6 +17,7 @@ import contextlib
 import enum
 import logging
 import os
+import secrets
 import signal
 import time
 from typing import TYPE_CHECKING, Final
@@ -122,6 +123,7 @@ class Supervisor:
         self._counters = Counters(self._state_dir)
         self._deaths = Deaths(self._state_dir)
         self.instance = self._counters.instance
+        self._lineage = secrets.token_hex(8)
         self.run_dir.mkdir(mode=0o700, exist_ok=True)
         left_over = reclaim.remove_leftovers(self.run_dir, self.instance)
         if left_over:
@@ -272,10 +274,12 @@ class Supervisor:
         if self._is_table_complete:
             self._broker.send(node.Admit((admitted,)))
 
-    def died(self, certificate: node.Certificate, *, is_news: bool) -> None:
+    def died(
+        self, certificate: node.Certificate, *, is_news: bool, started_calls: tuple[bytes, ...] = ()
+    ) -> None:
         """Tell the broker first: a caller waits for it."""
-        self._broker.send(node.Died(certificate))
-        self._deaths.add(certificate)
+        self._broker.send(node.Died(certificate, started_calls))
+        self._deaths.add(certificate, started_calls)
         if is_news:
             _log.warning("worker %s (pid %d): %s", certificate.worker_id, certificate.pid, certificate.cause)
             self._on_event(events.WorkerDied(certificate))
@@ -311,12 +315,15 @@ class Supervisor:
             limits={"drain_s": self._config.limits.drain_s},
             supervisor_pid=os.getpid(),
             started_wall=self._started_wall,
+            lineage=self._lineage,
         )
 
     def briefing(self) -> list[node.FromSupervisor]:
         """Return what follows BOOT. The first broker gets its table of keys when all are made."""
         table = [self._admissions()] if self._is_table_complete else []
-        return [*table, node.Deaths(self._deaths.recent), self._report()]
+        deaths = node.Deaths(self._deaths.recent, self._deaths.started_calls)
+        tools = [node.Tools(pool.name, pool.tools) for pool in self._pools.values() if pool.tools]
+        return [*table, deaths, *tools, self._report()]
 
     def heard(self, message: node.ToSupervisor) -> None:
         """Take a message of the broker."""
@@ -372,7 +379,9 @@ class Supervisor:
                 continue
             self._pool_states[pool.name] = now
             if now == "ready":
-                self._on_event(events.PoolReady(pool.name, pool.ready, pool.tools))
+                self._on_event(
+                    events.PoolReady(pool.name, pool.ready, tuple(tool.name for tool in pool.tools))
+                )
             elif any(slot.child.state is children.State.FATAL for slot in pool.slots):
                 self._on_event(events.PoolFailed(pool.name, pool.reason))
 

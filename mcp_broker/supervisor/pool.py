@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mcp_broker.config import PoolTable
     from mcp_broker.core.restart import Policy
     from mcp_broker.supervisor.slot import Ground
+    from mcp_broker.wire.messages import ToolDefinition
 
 
 class Pool:
@@ -29,7 +30,7 @@ class Pool:
         self.name = name
         self._restarts = Restarts(policy)
         self.slots = [Slot(ground, name, table, self._restarts, start_s) for _ in range(table.min)]
-        self.tools: tuple[str, ...] = ()
+        self.tools: tuple[ToolDefinition, ...] = ()
 
     def start(self) -> None:
         """Want every slot up; slots that were given up start afresh."""
@@ -48,7 +49,7 @@ class Pool:
                 return slot
         return None
 
-    def worker_up(self, worker_id: str, tools: tuple[str, ...]) -> None:
+    def worker_up(self, worker_id: str, tools: tuple[ToolDefinition, ...]) -> None:
         """Take the broker's word that a worker is ready; about one that is gone it means nothing."""
         slot = self.find(worker_id)
         if slot is not None:

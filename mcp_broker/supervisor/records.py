@@ -77,6 +77,10 @@ def _count(value: object) -> int:
     return value if isinstance(value, int) and value >= 0 else 0
 
 
+#: workers whose last calls are remembered for a broker that is started after their death: those of a bad minute
+_STARTED_MAX: Final = 64
+
+
 class Deaths:
     """Recent death certificates, newest first; a file of JSON lines, oldest first.
 
@@ -87,6 +91,8 @@ class Deaths:
     def __init__(self, state_dir: Path) -> None:
         self._path = state_dir / "deaths.jsonl"
         self._recent: deque[node.Certificate] = deque(maxlen=limits.DEATHS_MAX)
+        #: worker id -> ids of the calls that it started last; of this supervisor's life only, the oldest first
+        self.started_calls: dict[str, tuple[bytes, ...]] = {}
         self._lines = 0
         with contextlib.suppress(OSError):
             data = self._path.read_bytes()
@@ -104,9 +110,13 @@ class Deaths:
         """The certificates kept, newest first."""
         return tuple(self._recent)
 
-    def add(self, certificate: node.Certificate) -> None:
+    def add(self, certificate: node.Certificate, started_calls: tuple[bytes, ...] = ()) -> None:
         """Keep one more; the file is written anew when it holds twice what is kept."""
         self._recent.appendleft(certificate)
+        if started_calls:
+            self.started_calls[certificate.worker_id] = started_calls
+            if len(self.started_calls) > _STARTED_MAX:
+                del self.started_calls[next(iter(self.started_calls))]
         if self._lines >= 2 * limits.DEATHS_MAX:
             self._rewrite()
             return

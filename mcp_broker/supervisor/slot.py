@@ -50,7 +50,9 @@ class Ground(Protocol):
     def admitted(self, admitted: node.Admitted) -> None:
         """Let the broker admit this key, before its process exists."""
 
-    def died(self, certificate: node.Certificate, *, is_news: bool) -> None:
+    def died(
+        self, certificate: node.Certificate, *, is_news: bool, started_calls: tuple[bytes, ...] = ()
+    ) -> None:
         """Pass a death on."""
 
     def strayed(self) -> None:
@@ -261,7 +263,8 @@ class Slot:
         )
         certificate = certify(life.process, self._pool, self._table.module, end, known)
         # the caller of the call that died waits for this: the rest comes after it
-        self._ground.died(certificate, is_news=certificate.kind != "operator")
+        is_news = certificate.kind != "operator"
+        self._ground.died(certificate, is_news=is_news, started_calls=life.marks.started_calls())
         self.life = None
         life.end()
         reclaim.forget(self._ground.run_dir, life.worker_id)

@@ -122,6 +122,10 @@ def foreign_majors(frame: bytes | memoryview) -> tuple[int, ...] | None:
     return None if messages.MAJOR in majors else majors
 
 
+#: an item that is packed already
+Raw = msgspec.Raw
+
+
 def raw(item: msgspec.Struct) -> msgspec.Raw:
     """Pack an item once, to be embedded in many messages."""
     return msgspec.Raw(encode(item))

@@ -3,32 +3,49 @@
 Two unsigned 64-bit integers in native order: at 0, written by the worker before each call, the ``seq`` of the
 call that it starts (a call starts in the order of its seq); at 8, written by the supervisor before it signals,
 the ``seq`` that the signal is meant for, so that it never hits the next call. An aligned 8-byte store is atomic
-on every machine that we run on.
+on every machine that we run on. From 16 on a ring of the ids of the calls that it started last, each at the place of
+its seq, written before the seq is: by them another broker knows what had started.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
+from mcp_broker import ids
+
 MARKS_BYTES: Final = 4096
+_ID_BYTES: Final = ids.CALL_ID_BYTES
+_RING_AT: Final = 16
+#: ids that the ring holds
+RING: Final = 240
 
 
 class Marks:
     """A view of the page; ``buffer`` is writable and at least MARKS_BYTES long (an mmap)."""
 
-    __slots__ = ("_words",)
+    __slots__ = ("_ring", "_words")
 
     def __init__(self, buffer: memoryview) -> None:
-        self._words = buffer[:16].cast("Q")
+        self._words = buffer[:_RING_AT].cast("Q")
+        self._ring = buffer[_RING_AT : _RING_AT + RING * _ID_BYTES]
 
     @property
     def started_seq(self) -> int:
         """The last call that the worker started; 0 before its first."""
         return self._words[0]
 
-    def start(self, seq: int) -> None:
+    def start(self, seq: int, call_id: bytes) -> None:
         """Write down that a call starts."""
+        at = seq % RING * _ID_BYTES
+        self._ring[at : at + _ID_BYTES] = call_id
         self._words[0] = seq
+
+    def started_calls(self) -> tuple[bytes, ...]:
+        """Return the ids of the calls that started last, the newest last; some never were (their place is old)."""
+        last = self._words[0]
+        places = (seq % RING * _ID_BYTES for seq in range(max(1, last - RING + 1), last + 1))
+        found = (bytes(self._ring[at : at + _ID_BYTES]) for at in places)
+        return tuple(call_id for call_id in found if any(call_id))
 
     @property
     def interrupt_seq(self) -> int:
@@ -42,3 +59,4 @@ class Marks:
     def release(self) -> None:
         """Let go of the buffer, so that its mmap can close."""
         self._words.release()
+        self._ring.release()

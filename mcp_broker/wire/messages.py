@@ -53,6 +53,8 @@ class CallExtra(Record, kw_only=True, frozen=True):
 
     #: W3C trace context, handed to the tool unchanged
     traceparent: ShortText | None = None
+    #: sent before, over a connection or to a broker that is gone, and no outcome came: it may have run
+    again: bool = False
 
 
 class Call(Item, frozen=True):
@@ -137,6 +139,16 @@ class Caller(Item, frozen=True):
     admin: bool = False
 
 
+class Held(Item, frozen=True):
+    """A call that a worker runs, or has finished and not been told that its outcome arrived at its caller."""
+
+    call_id: CallIdField
+    #: its number at this worker; 0: it has finished
+    seq: Count
+    #: whose call it is
+    principal: ShortText
+
+
 class ToolDefinition(Record, kw_only=True, frozen=True):
     """What a worker offers under one name."""
 
@@ -210,6 +222,10 @@ class Register(Message, tag="REGISTER", frozen=True):
     tools: Annotated[tuple[ToolDefinition, ...], Meta(max_length=limits.TOOLS_PER_WORKER_MAX)]
     capabilities: Labels = ()
     agent: ShortText = ""
+    #: the number of the last call that it was given in its life; the next one's is above it
+    seq: Count = 0
+    #: what it holds from earlier connections; whatever else it was given, it has never started
+    held: Annotated[tuple[Held, ...], Meta(max_length=limits.HELD_MAX)] = ()
 
 
 class Welcome(Message, tag="WELCOME", frozen=True):
@@ -224,6 +240,8 @@ class Welcome(Message, tag="WELCOME", frozen=True):
     name: ShortText
     granted: GrantedLimits
     capabilities: Labels = ()
+    #: brokers with the same lineage follow each other under one supervisor, and know of each other's calls
+    lineage: ShortText = ""
 
 
 class Renew(Message, tag="RENEW", frozen=True):

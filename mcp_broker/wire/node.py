@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from mcp_broker.wire.messages import Record
+from mcp_broker.wire.messages import Record, ToolDefinition
 
 
 class Certificate(Record, kw_only=True, frozen=True):
@@ -91,6 +91,8 @@ class Boot(NodeMessage, tag="BOOT", frozen=True):
     limits: dict[str, int | float]
     supervisor_pid: int
     started_wall: float
+    #: the same for all brokers of one life of the supervisor
+    lineage: str = ""
 
 
 class Admit(NodeMessage, tag="ADMIT", frozen=True):
@@ -103,6 +105,15 @@ class Died(NodeMessage, tag="DIED", frozen=True):
     """Supervisor: a worker process is gone; its key is forgotten with it."""
 
     certificate: Certificate
+    #: ids of the calls that it started last, as far as they are known; the newest is the last
+    started_calls: tuple[bytes, ...] = ()
+
+
+class Tools(NodeMessage, tag="TOOLS", frozen=True):
+    """Supervisor, after BOOT: what a pool served under an earlier broker; a worker of it may bring another version."""
+
+    pool: str
+    tools: tuple[ToolDefinition, ...]
 
 
 class Report(NodeMessage, tag="REPORT", frozen=True):
@@ -115,6 +126,8 @@ class Deaths(NodeMessage, tag="DEATHS", frozen=True):
     """Supervisor, once after BOOT: recent certificates, so that a new broker can still answer `why`."""
 
     certificates: tuple[Certificate, ...]
+    #: of those that died lately: worker id -> ids of the calls that it started last
+    started_calls: dict[str, tuple[bytes, ...]] = {}
 
 
 class Shutdown(NodeMessage, tag="SHUTDOWN", frozen=True):
@@ -133,7 +146,8 @@ class WorkerUp(NodeMessage, tag="UP", frozen=True):
     """Broker: this worker registered its tools and is ready."""
 
     worker_id: str
-    tools: tuple[str, ...]
+    #: of its pool
+    tools: tuple[ToolDefinition, ...]
 
 
 class WorkerRefused(NodeMessage, tag="REFUSED", frozen=True):
@@ -162,7 +176,7 @@ class Drained(NodeMessage, tag="DRAINED", frozen=True):
     unfinished: int
 
 
-FromSupervisor = Boot | Admit | Died | Report | Deaths | Shutdown
+FromSupervisor = Boot | Admit | Died | Report | Deaths | Tools | Shutdown
 ToSupervisor = Serving | WorkerUp | WorkerRefused | Interrupt | Drained
 
 

@@ -136,7 +136,7 @@ class Execution:
             started_ns: the instant, of the monotonic clock.
         """
         dispatch = pending.dispatch
-        self._interrupts.started(dispatch.seq)
+        self._interrupts.started(dispatch.seq, dispatch.call_id)
         if started_ns * 1e-9 >= pending.deadline:
             text = "the time of the call was over before it could start"
             return fault(dispatch.call_id, "DEADLINE_EXCEEDED", text, {"started": False})

@@ -58,8 +58,7 @@ class Interrupts:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def forget(self) -> None:
-        """Write down that no call of this session has started yet."""
-        self.started(0)
+        """Drop what signals asked for on an earlier connection."""
         self.asked = self.raised = 0
 
     def _on_interrupt(self, _signal: int, _frame: FrameType | None) -> None:

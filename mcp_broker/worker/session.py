@@ -8,15 +8,16 @@
        |                   REFUSED                   |                  |
        +---------------------- lost() ---------------+------------------+
 
-No socket and no clock: :mod:`mcp_broker.worker.shell` moves the bytes. A new session knows nothing of the old one's
-calls: the broker has ended them or hands them out anew, so that their outcomes are dropped here.
+No socket and no clock: :mod:`mcp_broker.worker.shell` moves the bytes. A connection that ends takes along only calls
+that have not started: what runs goes on, and an outcome is kept until the broker says that it arrived at its caller.
+REGISTER tells the next connection's broker, which may be another one, what is held; the outcomes are sent again.
 Source: docs/protocol.md, "Worker sessions".
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from enum import Enum
 from typing import Final
 
@@ -60,6 +61,18 @@ class Pending(Slim):
     life: int
 
 
+class Kept(Slim):
+    """One message of outcomes that the broker has not acknowledged."""
+
+    #: the number of its last outcome in this session
+    last: int
+    outcomes: tuple[messages.Outcome, ...]
+    #: whose calls they were, packed
+    callers: list[codec.Raw]
+    body: bytes | None
+    size: int
+
+
 class Session:
     """The worker's half of one conversation after another.
 
@@ -72,6 +85,8 @@ class Session:
         inbox: calls that wait, in the order of their seq.
         cancelled: ids of calls that the broker cancelled and that were not waiting any more.
         credits: call id -> parts that the caller takes, where a CREDIT came.
+        kept: outcomes that were not acknowledged, message by message, oldest first.
+        running: calls that have started, by id.
         outgoing: messages to send, in order.
         refusal: why the broker refused the registration.
     """
@@ -82,7 +97,11 @@ class Session:
         self.state = State.CLOSED
         self.pace = Pace(concurrency)
         self.inbox: deque[Pending] = deque()
-        self.running: set[bytes] = set()
+        self.running: dict[bytes, Pending] = {}
+        self.kept: deque[Kept] = deque()
+        self._kept_count = self._kept_bytes = 0
+        #: number of the last call that came, in this worker's life
+        self._seq = 0
         self.cancelled: set[bytes] = set()
         self.credits: dict[bytes, int] = {}
         self.outgoing: list[Frames] = []
@@ -94,6 +113,7 @@ class Session:
         self._epoch = 0
         self._numbered = 0
         self._outbox: list[messages.Outcome] = []
+        self._callers: list[codec.Raw] = []
         self._outbox_bytes = 0
 
     # -- the connection -----------------------------------------------------------------------------
@@ -104,21 +124,34 @@ class Session:
         self.state = State.REGISTERING
         self.heard_at = now
         register = messages.Register(
-            0, messages.PROTOCOL, (messages.MAJOR,), self._tools, ("streaming",), self._agent
+            0,
+            messages.PROTOCOL,
+            (messages.MAJOR,),
+            self._tools,
+            ("streaming",),
+            self._agent,
+            self._seq,
+            tuple(self._held()),
         )
         self.outgoing.append((codec.encode(register), None))
+
+    def _held(self) -> Iterator[messages.Held]:
+        for kept in self.kept:
+            for outcome, caller in zip(kept.outcomes, kept.callers, strict=True):
+                yield messages.Held(outcome.call_id, 0, codec.decode_caller(caller).principal)
+        for call_id, pending in self.running.items():
+            dispatch = pending.dispatch
+            yield messages.Held(call_id, dispatch.seq, codec.decode_caller(dispatch.caller).principal)
 
     def lost(self) -> None:
         """The connection is gone, and with it all that was on its way."""
         self.life += 1
         self.state = State.CLOSED
+        self.flush()
         self.inbox.clear()
-        self.running.clear()
         self.cancelled.clear()
         self.credits.clear()
         self.outgoing.clear()
-        self._outbox.clear()
-        self._outbox_bytes = 0
         self._numbered = 0
         self._epoch = 0
 
@@ -151,6 +184,8 @@ class Session:
 
     def _serve(self, message: messages.ToWorker, body: bytes | memoryview | None, now: float) -> None:
         if isinstance(message, messages.Dispatches):
+            self._acknowledge(message.ack)
+            self._seq = message.calls[-1].seq
             life, wait = self.life, self.inbox.append
             for dispatch in message.calls:
                 arguments: bytes | memoryview | None = dispatch.arguments
@@ -163,6 +198,8 @@ class Session:
                     self.credits[credit.call_id] = max(credit.limit, self.credits.get(credit.call_id, 0))
         elif isinstance(message, messages.Cancel):
             self._cancel(message.call_ids)
+        elif isinstance(message, messages.Ack):
+            self._acknowledge(message.count)
         elif isinstance(message, messages.Heartbeat):
             self.outgoing.append((codec.encode(messages.Heartbeat(self._epoch)), None))
         elif isinstance(message, messages.Drain):
@@ -179,10 +216,28 @@ class Session:
         self.worker_id = message.name
         self.window = message.granted.stream_window
         self.outgoing.append((codec.encode(messages.Ready(self._epoch, self.pace.announce())), None))
+        for kept in self.kept:
+            kept.last = self._send(kept.outcomes, kept.body)
+
+    def _send(self, outcomes: tuple[messages.Outcome, ...], body: bytes | None) -> int:
+        """Queue a message of outcomes; return the number of its last one."""
+        first = self._numbered + 1
+        self._numbered += len(outcomes)
+        self.outgoing.append((codec.encode(messages.Outcomes(self._epoch, first, outcomes)), body))
+        return self._numbered
+
+    def _acknowledge(self, count: int) -> None:
+        kept = self.kept
+        while kept and kept[0].last <= count:
+            self._let_go(kept.popleft())
+
+    def _let_go(self, kept: Kept) -> None:
+        self._kept_count -= len(kept.outcomes)
+        self._kept_bytes -= kept.size
 
     def _cancel(self, call_ids: tuple[bytes, ...]) -> None:
         wanted = set(call_ids)
-        self.cancelled |= wanted & self.running
+        self.cancelled |= wanted & self.running.keys()
         kept: deque[Pending] = deque()
         for pending in self.inbox:
             if pending.dispatch.call_id in wanted:
@@ -198,15 +253,14 @@ class Session:
     def start(self) -> Pending:
         """Take the next call to run."""
         pending = self.inbox.popleft()
-        self.running.add(pending.dispatch.call_id)
+        self.running[pending.dispatch.call_id] = pending
         return pending
 
     def finish(self, pending: Pending, outcome: messages.Outcome, body: bytes | None = None) -> None:
         """Take the one outcome of a call; ``body`` is its result where that goes in a frame of its own."""
-        if pending.life != self.life:
-            return
         call_id = outcome.call_id
-        self.running.discard(call_id)
+        if self.running.pop(call_id, None) is None and pending.life != self.life:
+            return
         if self.cancelled:
             self.cancelled.discard(call_id)
         if self.credits:
@@ -222,6 +276,7 @@ class Session:
         ):
             self.flush()
         outbox.append(outcome)
+        self._callers.append(pending.dispatch.caller)
         self._outbox_bytes += size
         if body is not None:
             self.flush(body)
@@ -247,14 +302,23 @@ class Session:
         return bool(self._outbox)
 
     def flush(self, body: bytes | None = None) -> None:
-        """Make one message of the finished outcomes, and announce a depth that changed."""
+        """Make one message of the finished outcomes, and announce a depth that changed.
+
+        Without a session they are kept for the next one.
+        """
         if self._outbox:
-            first = self._numbered + 1
-            self._numbered += len(self._outbox)
-            packed = codec.encode(messages.Outcomes(self._epoch, first, tuple(self._outbox)))
+            outcomes, callers = tuple(self._outbox), self._callers
+            size = self._outbox_bytes + (len(body) if body is not None else 0)
             self._outbox.clear()
+            self._callers = []
             self._outbox_bytes = 0
-            self.outgoing.append((packed, body))
+            is_open = self.state is State.SERVING or self.state is State.DRAINING
+            last = self._send(outcomes, body) if is_open else 0
+            self.kept.append(Kept(last, outcomes, callers, body, size))
+            self._kept_count += len(outcomes)
+            self._kept_bytes += size
+            while self._kept_count > limits.HELD_MAX or self._kept_bytes > limits.HELD_BYTES_MAX:
+                self._let_go(self.kept.popleft())
         if self.state is State.SERVING and self.pace.has_changed():
             self.outgoing.append((codec.encode(messages.Ready(self._epoch, self.pace.announce())), None))
 

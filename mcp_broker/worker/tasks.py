@@ -95,7 +95,6 @@ class ConcurrentLoop(Shell):
         if self.link.is_open:
             asyncio.get_running_loop().remove_reader(self.link.fd)
         super().lost()
-        self._cancel_all()
 
     def _woken(self) -> None:
         self.link.drain_wake()
@@ -105,7 +104,7 @@ class ConcurrentLoop(Shell):
 
     def _interrupt(self, seq: int) -> None:
         for pending, task in self._tasks.values():
-            if pending.dispatch.seq == seq and pending.life == self.session.life:
+            if pending.dispatch.seq == seq:
                 task.cancel()
 
     def _drop_unwanted(self) -> None:

@@ -94,19 +94,6 @@ def test_outcome_that_was_on_its_way_when_the_worker_died_still_counts() -> None
     assert world.outcomes(session) == {call_id: "OK"}
 
 
-def test_idempotent_call_is_run_at_most_three_times() -> None:
-    world = World()
-    session = world.hello()
-    call_id = b""
-    for life in range(1, bounds.ATTEMPTS_MAX + 1):
-        world.ready(f"echo-{life}", idempotent=True)
-        call_id = call_id or world.call()
-        # the connection ends, which kills nobody: no poison, but an execution each time
-        world.machine.crew.unreachable(f"echo-{life}".encode(), world.now)
-    assert world.outcomes(session) == {call_id: "WORKER_LOST"}
-    world.check()
-
-
 def test_started_call_of_a_tool_that_is_not_idempotent_is_never_run_again() -> None:
     world = World()
     session = world.hello()
@@ -139,11 +126,15 @@ def test_calls_that_a_dead_worker_had_not_started_go_to_another_at_once_and_firs
 
 def test_worker_learns_which_of_its_outcomes_arrived() -> None:
     world = World()
-    world.hello()
+    session = world.hello()
     world.ready()
     call_id = world.call()
     world.heard_by_worker("echo-1")
     world.answer("echo-1", call_id)
+    assert world.outcomes(session) == {call_id: "OK"}
+    world.later(bounds.HEARTBEAT_S * 2)
+    assert not [one for one in world.heard_by_worker("echo-1") if isinstance(one, messages.Ack)]
+    world.client_says("c1", messages.Ack(EPOCH, 1))
     world.later(bounds.HEARTBEAT_S * 2)
     assert messages.Ack(EPOCH, 1) in world.heard_by_worker("echo-1")
 

@@ -141,7 +141,7 @@ def test_worker_obeys_its_table(state: WorkerState, event: WorkerEvent) -> None:
     assert worker is None or worker.state is state
     after, verdict = WORKER_TABLE[state][event]
     if event is WorkerEvent.UNREACHABLE:
-        crew.unreachable(b"echo-1", world.now)
+        crew.unreachable(b"echo-1")
     elif event is WorkerEvent.DRAIN:
         crew.dismiss()
     elif event is WorkerEvent.DIED:

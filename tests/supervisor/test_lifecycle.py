@@ -165,7 +165,7 @@ def test_a_broker_that_dies_is_replaced_on_the_same_ports_and_told_everything(st
     assert second["worker_endpoint"] == first["worker_endpoint"]
     assert is_running(worker["pid"]), "workers are left alone"
     told = node.order()
-    assert [one["kind"] for one in told[:4]] == ["BOOT", "ADMIT", "DEATHS", "REPORT"]
+    assert [one["kind"] for one in told[:5]] == ["BOOT", "ADMIT", "DEATHS", "TOOLS", "REPORT"]
     assert told[1]["workers"] == [worker["id"]]
     assert [one["worker_id"] for one in told[2]["certificates"]] == [dead["worker_id"]]
 

@@ -54,6 +54,8 @@ VECTORS: Final = (
             False,
             "alice",
             m.GrantedLimits(window=1024, heartbeat_ms=250, token_ms=3_600_000),
+            (),
+            "5f1d",
         ),
     ),
     Vector(

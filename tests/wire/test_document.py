@@ -31,7 +31,8 @@ ITEMS = (
         messages.Outcome,
         messages.Usage,
     ),
-    *(messages.Fault, messages.Part, messages.StreamCredit, messages.ToolDefinition, messages.GrantedLimits),
+    *(messages.Fault, messages.Part, messages.StreamCredit, messages.Held),
+    *(messages.ToolDefinition, messages.GrantedLimits),
 )
 HEADINGS: dict[str, type[msgspec.Struct]] = {
     **{messages.kind_of(kind): kind for kind in messages.AnyMessage.__args__},

@@ -81,7 +81,7 @@ class ScriptedBroker:
             messages.Welcome(epoch, (1, 0), os.urandom(16), resumed=False, name="test-1", granted=granted)
         )
         assert self.hear(messages.Ready).depth >= 1
-        self._seq = itertools.count(1)
+        self._seq = itertools.count(register.seq + 1)
         return register
 
     def dispatch(self, tool: str, arguments: Any = None, *, timeout_ms: int = 10_000) -> messages.Dispatch:

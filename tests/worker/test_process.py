@@ -267,11 +267,15 @@ def test_broker_that_goes_silent_is_registered_with_again(
     broker.welcome()
     assert value(broker.call("try.add", {"left": 1, "right": 1})) == 2
     old = broker.peer
-    broker.welcome(epoch=EPOCH + 1)
+    register = broker.welcome(epoch=EPOCH + 1)
     assert broker.peer != old
-    assert worker.marks.started_seq == 0
+    assert (register.seq, [one.seq for one in register.held]) == (1, [0])
+    again = broker.hear(messages.Outcomes)
+    assert (again.first, value(again.outcomes[0])) == (1, 2), "nobody said that it had arrived"
     broker.give(broker.dispatch("try.add", {"left": 2, "right": 2}), epoch=EPOCH + 1)
     assert value(broker.outcomes(1)[0]) == 4
+    assert worker.marks.started_seq == 2
+    assert worker.marks.started_calls() == (b"\0" * 15 + b"\1", b"\0" * 15 + b"\2")
 
 
 @pytest.mark.parametrize("source", [PLAIN, ASYNC], ids=["plain", "async"])

@@ -25,10 +25,10 @@ def welcome(epoch: int = EPOCH) -> tuple[bytes, bytes | None]:
 
 
 def dispatch(
-    number: int, *, epoch: int = EPOCH, arguments: bytes | None = b"\x80"
+    number: int, *, epoch: int = EPOCH, arguments: bytes | None = b"\x80", ack: int = 0
 ) -> tuple[bytes, bytes | None]:
     call = messages.Dispatch(number, bytes([number]) * 16, "try.it", 1000, arguments, CALLER)
-    return frames(messages.Dispatches(epoch, 0, (call,)))
+    return frames(messages.Dispatches(epoch, ack, (call,)))
 
 
 def said(session: Session) -> list[Any]:
@@ -141,23 +141,73 @@ def test_deadline_counts_from_arrival(session: Session) -> None:
     assert session.start().deadline == 51.0
 
 
-def test_new_session_knows_nothing_of_the_old_ones_calls(session: Session) -> None:
+def test_new_connection_takes_over_what_runs_and_nothing_that_only_waited(session: Session) -> None:
     for number in (1, 2):
         session.receive(*dispatch(number), 0.0)
     old = session.start()
     session.opened(1.0)
+    (register,) = said(session)
+    assert register.seq == 2
+    assert register.held == (messages.Held(b"\1" * 16, 1, "ada"),)
+    assert not session.inbox
     session.receive(*welcome(EPOCH + 1), 1.0)
     said(session)
     session.finish(old, ok(old))
-    assert not session.part(old, 0, b"\xc0")
+    assert not session.part(old, 0, b"\xc0"), "parts belong to the connection that they began on"
     session.flush()
-    assert said(session) == []
-    assert not session.inbox
-    session.receive(*dispatch(1, epoch=EPOCH + 1), 1.0)
-    new = session.start()
-    session.finish(new, ok(new))
+    (outcomes,) = said(session)
+    assert (outcomes.epoch, outcomes.first, len(outcomes.outcomes)) == (EPOCH + 1, 1, 1)
+
+
+def test_outcomes_are_kept_until_they_are_acknowledged_and_sent_again(session: Session) -> None:
+    for number in (1, 2):
+        session.receive(*dispatch(number), 0.0)
+        pending = session.start()
+        session.finish(pending, ok(pending))
+        session.flush()
+    assert [(one.first, len(one.outcomes)) for one in said(session)] == [(1, 1), (2, 1)]
+    session.receive(*frames(messages.Ack(EPOCH, 1)), 0.0)
+    session.lost()
+    session.opened(1.0)
+    (register,) = said(session)
+    assert register.held == (messages.Held(b"\2" * 16, 0, "ada"),)
+    session.receive(*welcome(EPOCH + 1), 1.0)
+    ready, outcomes = said(session)
+    assert (outcomes.first, [one.call_id for one in outcomes.outcomes]) == (1, [b"\2" * 16])
+    assert isinstance(ready, messages.Ready)
+    session.receive(*dispatch(3, epoch=EPOCH + 1, ack=1), 1.0)
+    session.lost()
+    session.opened(2.0)
+    assert said(session)[0].held == ()
+
+
+def test_what_finishes_without_a_connection_is_told_to_the_next_broker(session: Session) -> None:
+    session.receive(*dispatch(1), 0.0)
+    pending = session.start()
+    session.lost()
+    session.finish(pending, ok(pending, None), b"x" * 100_000)
     session.flush()
-    assert said(session)[0].first == 1
+    assert session.outgoing == []
+    session.opened(1.0)
+    said(session)
+    session.receive(*welcome(EPOCH + 1), 1.0)
+    _, (packed, body) = session.outgoing
+    message = codec.from_worker.decode(packed)
+    assert isinstance(message, messages.Outcomes)
+    assert message.outcomes[0].call_id == b"\1" * 16
+    assert body == b"x" * 100_000
+
+
+def test_old_outcomes_that_nobody_acknowledges_are_let_go(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "HELD_MAX", 2)
+    for number in (1, 2, 3):
+        session.receive(*dispatch(number), 0.0)
+        pending = session.start()
+        session.finish(pending, ok(pending))
+        session.flush()
+    assert [kept.outcomes[0].call_id for kept in session.kept] == [b"\2" * 16, b"\3" * 16]
 
 
 def test_stream_may_send_up_to_its_window_or_credit(session: Session) -> None:

@@ -168,11 +168,10 @@ class CallBook:
                     if size > limits.BATCH_BYTES_MAX and batch:
                         break
                 queue.popleft()
+                if pending.sends or now - pending.submitted_at > FRESH_S:
+                    call = _later(pending, now)
                 pending.stage = _SENT
                 pending.sends += 1
-                if now - pending.submitted_at > FRESH_S:
-                    left_ms = max(1, math.ceil((pending.deadline - now) * 1000))
-                    call = Call(call.call_id, call.tool, left_ms, call.arguments, call.extra)
                 batch.append(call)
             if batch:
                 room -= len(batch)
@@ -324,6 +323,16 @@ class CallBook:
         pending.stage = stage
         if stage is _ENDED:
             del self.calls[pending.call_id]
+
+
+def _later(pending: PendingCall, now: float) -> Call:
+    """Pack a call anew: with what is left of its time, and a mark if it may have run."""
+    call = pending.call
+    left_ms = max(1, math.ceil((pending.deadline - now) * 1000))
+    extra = call.extra
+    if pending.sends:
+        extra = messages.CallExtra(traceparent=None if extra is None else extra.traceparent, again=True)
+    return Call(call.call_id, call.tool, left_ms, call.arguments, extra)
 
 
 _FLYING: Final = frozenset({_SENT, _ABANDONED})

@@ -68,6 +68,7 @@ class ClientSession:
         self._enter(State.DISCONNECTED)
         self.epoch = 0
         self.session_id: bytes | None = None
+        self.lineage = ""
         self.name = ""
         self.granted = messages.GrantedLimits(
             window=limits.CLIENT_WINDOW_MAX, heartbeat_ms=int(limits.HEARTBEAT_S * 1000)
@@ -314,11 +315,14 @@ class ClientSession:
         if message.resumed and message.session_id == self.session_id:
             self.book.resume()
         else:
-            self.book.end_sent(
-                "the broker was restarted or gave the session up; whether the call ran is unknown"
-            )
+            if message.lineage and message.lineage == self.lineage:
+                # another broker under the same supervisor: it finds out what became of our calls
+                self.book.resume()
+            else:
+                self.book.end_sent("the broker is another one now; whether the call ran is unknown")
             self.session_id = message.session_id
             self.received = 0
+        self.lineage = message.lineage
         self._acked = self.received
 
     def _outcomes(self, message: messages.Outcomes, body: bytes | memoryview | None) -> None:

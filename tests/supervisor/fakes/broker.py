@@ -17,7 +17,7 @@ import socket
 import sys
 from pathlib import Path
 
-from mcp_broker.wire import codec, node
+from mcp_broker.wire import codec, messages, node
 from mcp_broker.wire.framing import FrameReader, frame
 
 #: it starts in STATE_DIR/run/NAME; the environment of its tests does not reach it
@@ -71,7 +71,8 @@ class Broker:
         connection, _ = listener.accept()
         word, worker_id = connection.makefile().readline().split()
         if word == "up":
-            self.say(node.WorkerUp(worker_id, ("fake.tool",)))
+            tool = messages.ToolDefinition(name="fake.tool", version="1.0.0", capabilities=("fake",))
+            self.say(node.WorkerUp(worker_id, (tool,)))
         else:
             self.say(node.WorkerRefused(worker_id, "the name fake.tool belongs to another pool"))
         self.connections.append(connection)

@@ -66,7 +66,7 @@ def main() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.pause()
     marks = Marks(memoryview(mmap.mmap(boot.marks_fd, MARKS_BYTES)))
-    marks.start(options.get("started_seq", 0))
+    marks.start(options.get("started_seq", 0), b"c" * 16)
     heard = Path(options["heard"]) if "heard" in options else None
 
     def on_interrupt(_number: int, _frame: object) -> None:

@@ -1,0 +1,200 @@
+"""What became of calls that an earlier broker, or an earlier connection, knew of.
+
+A client sends a call again, marked so, when it knows no outcome of it; a worker says when it registers what it still
+runs and which outcomes it still keeps; the supervisor says which calls the dead had started. From the three follows
+what is true of a call that is sent again:
+
+- a worker keeps its outcome: the call ends with it;
+- a worker runs it: the call is that execution;
+- a dead worker had started it: it ends as WORKER_LOST, or runs again if its tool is idempotent;
+- none of these, and every worker of the pool that could hold it has spoken or died: it has never started, and runs;
+- none of these yet: it is *in doubt*, and waits for the workers that have not spoken, or for its deadline.
+
+What workers hold and no client asks for in time is let go. Source: docs/protocol.md, "Worker sessions"; ADR 5.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mcp_broker import limits
+from mcp_broker.core.calls import Call, CallState, fault
+from mcp_broker.wire import codec, messages
+from mcp_broker.wire.structs import Slim
+
+if TYPE_CHECKING:
+    from mcp_broker.core.outbox import Body
+    from mcp_broker.core.pools import Pool
+    from mcp_broker.core.receipts import Receipt
+    from mcp_broker.core.routing import Routing
+    from mcp_broker.core.workers import Worker
+    from mcp_broker.wire.node import Certificate
+
+_ENDED = CallState.ENDED
+
+
+class Orphan(Slim):
+    """A call that a worker holds and no client of this broker has asked for."""
+
+    worker: Worker
+    #: its number at that worker; 0: finished
+    seq: int
+    principal: str
+    outcome: messages.Outcome | None = None
+    body: Body | None = None
+    receipt: Receipt | None = None
+
+
+class Reconciliation:
+    """Orphans, calls in doubt, and what the dead had started."""
+
+    def __init__(self, routing: Routing) -> None:
+        self._routing = routing
+        self._dispatcher = routing.dispatcher
+        self._ledger = routing.ledger
+        self.orphans: dict[bytes, Orphan] = {}
+        #: accepted calls of which nobody can say yet whether they started
+        self.doubts: dict[bytes, Call] = {}
+        #: calls that workers had started when they died -> their certificate
+        self._started: dict[bytes, Certificate] = {}
+
+    # -- what workers and their node say ----------------------------------------------------------
+
+    def registered(self, worker: Worker, held: tuple[messages.Held, ...], now: float) -> None:
+        """Take a worker's word about what it holds; of all else that it was given it started nothing."""
+        worker.is_silent = False
+        told = {one.call_id: one for one in held}
+        again = [call for call in worker.held.values() if call.call_id not in told]
+        self._dispatcher.take_back(worker, again, now)
+        orphans = {call_id: one for call_id, one in told.items() if call_id not in worker.held}
+        for call_id, one in orphans.items():
+            self.orphans[call_id] = Orphan(worker, one.seq, one.principal)
+        if orphans:
+            self._routing.timers.add(now + limits.ORPHAN_S, self._let_go, (worker, tuple(orphans)))
+        self._settle(worker.pool, now)
+
+    def outcome(self, worker: Worker, outcome: messages.Outcome, body: Body | None, receipt: Receipt) -> bool:
+        """Keep an outcome that no call of ours waits for, if its worker has told of it."""
+        orphan = self.orphans.get(outcome.call_id)
+        if orphan is None or orphan.worker is not worker or orphan.outcome is not None:
+            return False
+        orphan.seq, orphan.outcome, orphan.body, orphan.receipt = 0, outcome, body, receipt
+        receipt.left += 1
+        call = self.doubts.get(outcome.call_id)
+        if call is not None:
+            self._claim(call, orphan)
+        return True
+
+    def died(self, worker: Worker, now: float) -> None:
+        """A worker's death is settled: what it ran without an outcome is known by the marks, if at all."""
+        gone = [
+            call_id
+            for call_id, orphan in self.orphans.items()
+            if orphan.worker is worker and orphan.outcome is None
+        ]
+        for call_id in gone:
+            del self.orphans[call_id]
+        worker.is_silent = False
+        self._settle(worker.pool, now)
+
+    def had_started(self, certificate: Certificate, calls: tuple[bytes, ...]) -> None:
+        """Remember what a dead worker had started last."""
+        for call_id in calls:
+            self._started[call_id] = certificate
+        while len(self._started) > limits.STARTED_MAX:
+            del self._started[next(iter(self._started))]
+
+    # -- what clients say ------------------------------------------------------------------------------
+
+    def claims(self, call: Call) -> bool:
+        """Take an accepted call that was sent again; False: it is one like any other."""
+        call_id = call.call_id
+        orphan = self.orphans.get(call_id)
+        if orphan is not None:
+            if orphan.principal != call.session.grant.caller.principal:
+                # ids are no secret between a principal and itself only
+                text = "a call with this id is already under way"
+                self._ledger.finish(call, fault(call_id, "INVALID_ARGUMENT", text))
+                return True
+            if orphan.outcome is None and not orphan.seq:
+                # finished: its outcome is on its way
+                self.doubts[call_id] = call
+                return True
+            self._claim(call, orphan)
+            return True
+        return self._lost(call) or self._doubt(call)
+
+    def _doubt(self, call: Call) -> bool:
+        pool = call.tool.pool
+        if pool is None or not self._is_in_doubt(pool):
+            return False
+        self.doubts[call.call_id] = call
+        return True
+
+    def _is_in_doubt(self, pool: Pool) -> bool:
+        complete = self._routing.crew.admission_complete
+        return not complete or any(worker.is_silent for worker in pool.workers.values())
+
+    def _lost(self, call: Call) -> bool:
+        """End a call that a dead worker had started; False: none had, or it may run again."""
+        certificate = self._started.get(call.call_id)
+        if certificate is None or call.tool.definition.idempotent:
+            return False
+        text = (
+            f"worker {certificate.worker_id} was lost after it had started {call.tool.name}: {certificate.cause}; "
+            "it was not run again, because the tool is not declared idempotent"
+        )
+        details: dict[str, Any] = {"worker": certificate.worker_id, "tool": call.tool.name, "attempts": 1}
+        details["certificate"] = codec.as_plain(certificate)
+        self._ledger.finish(call, fault(call.call_id, "WORKER_LOST", text, details))
+        return True
+
+    def _claim(self, call: Call, orphan: Orphan) -> None:
+        """Join a call with what a worker holds of it."""
+        del self.orphans[call.call_id]
+        self.doubts.pop(call.call_id, None)
+        if orphan.outcome is None:
+            self._dispatcher.adopt(call, orphan.worker, orphan.seq)
+            return
+        self._ledger.finish(call, *self._dispatcher.checked(orphan.worker, orphan.outcome, orphan.body))
+        if orphan.receipt is not None:
+            # its share is the session's from here on
+            orphan.receipt.left -= 1
+            call.session.expect(orphan.receipt, 1)
+
+    # -- time ------------------------------------------------------------------------------------------------
+
+    def _settle(self, pool: Pool, now: float) -> None:
+        """Decide the doubts that can be decided now."""
+        mine = [call for call in self.doubts.values() if call.tool.pool is pool]
+        free: list[Call] = []
+        in_doubt = self._is_in_doubt(pool)
+        for call in mine:
+            if call.state is _ENDED:
+                del self.doubts[call.call_id]
+                continue
+            orphan = self.orphans.get(call.call_id)
+            if orphan is not None:
+                if orphan.outcome is not None or orphan.seq:
+                    self._claim(call, orphan)
+                continue
+            if in_doubt:
+                continue
+            del self.doubts[call.call_id]
+            if not self._lost(call):
+                free.append(call)
+        if free:
+            self._dispatcher.submit(free, pool, now)
+
+    def _let_go(self, subject: tuple[Worker, tuple[bytes, ...]], now: float) -> None:
+        """Nobody asked for these in time."""
+        worker, call_ids = subject
+        for call_id in call_ids:
+            orphan = self.orphans.get(call_id)
+            if orphan is None or orphan.worker is not worker:
+                continue
+            del self.orphans[call_id]
+            if orphan.receipt is not None:
+                orphan.receipt.left -= 1
+            if orphan.seq:
+                self._routing.crew.stop_call(worker, call_id, orphan.seq, "cancel", now)

@@ -1,0 +1,202 @@
+"""What becomes of calls when the broker, or a worker's connection, is replaced under them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import mcp_broker.limits as bounds
+from mcp_broker.wire import messages, node, payload
+from tests.core.support import EPOCH, World, certificate, definition
+
+ID = b"i" * 16
+
+
+def successor(*workers: str, started: dict[str, tuple[bytes, ...]] | None = None) -> World:
+    """A broker that follows another one: workers were admitted, and their tools are known."""
+    world = World()
+    world.machine.lineage = "line"
+    admitted = tuple(
+        node.Admitted(thumbprint=f"key-{worker}", worker_id=worker, pool="echo") for worker in workers
+    )
+    world.machine.from_node(node.Admit(admitted), world.now)
+    dead = tuple(certificate(worker, 1) for worker in started or {})
+    world.machine.from_node(node.Deaths(dead, started or {}), world.now)
+    world.machine.from_node(
+        node.Tools("echo", (definition("echo.echo"), definition("echo.safe", idempotent=True))), world.now
+    )
+    return world
+
+
+def again(world: World, call_id: bytes = ID, tool: str = "echo.echo", name: str = "c1") -> None:
+    request = messages.Call(call_id, tool, 30_000, payload.pack({}), messages.CallExtra(again=True))
+    world.client_says(name, messages.Calls(EPOCH, 0, (request,)))
+
+
+def registers(world: World, worker: str, *held: messages.Held, seq: int = 0) -> None:
+    tools = (definition("echo.echo"), definition("echo.safe", idempotent=True))
+    world.worker_says(worker, messages.Register(0, "MCPB", (1,), tools, seq=seq, held=held))
+    world.worker_says(worker, messages.Ready(EPOCH, 16))
+
+
+def test_welcome_names_the_lineage() -> None:
+    world = successor()
+    session = world.hello()
+    ((welcome, _),) = world.heard_by(session)
+    assert isinstance(welcome, messages.Welcome)
+    assert welcome.lineage == "line"
+
+
+def test_call_sent_again_waits_until_every_worker_has_said_what_it_holds() -> None:
+    world = successor("echo-1", "echo-2")
+    session = world.hello()
+    again(world)
+    registers(world, "echo-1")
+    assert world.dispatched("echo-1") == []
+    registers(world, "echo-2")
+    assert world.dispatched("echo-1") + world.dispatched("echo-2") == [ID]
+    assert world.outcomes(session) == {}
+    world.check()
+
+
+def test_new_call_does_not_wait_for_anybody() -> None:
+    world = successor("echo-1", "echo-2")
+    world.hello()
+    registers(world, "echo-1")
+    call_id = world.call()
+    assert world.dispatched("echo-1") == [call_id]
+
+
+@pytest.mark.parametrize("asked_first", [True, False])
+def test_outcome_that_a_worker_kept_ends_the_call_whoever_comes_first(asked_first: bool) -> None:
+    world = successor("echo-1")
+    session = world.hello()
+    if asked_first:
+        again(world)
+    registers(world, "echo-1", messages.Held(ID, 0, "tester"), seq=7)
+    world.answer("echo-1", ID)
+    if not asked_first:
+        again(world)
+    assert world.outcomes(session) == {ID: "OK"}
+    assert world.dispatched("echo-1") == []
+    world.check()
+
+
+def test_worker_hears_that_a_kept_outcome_has_arrived_only_when_it_has() -> None:
+    world = successor("echo-1")
+    session = world.hello()
+    registers(world, "echo-1", messages.Held(ID, 0, "tester"))
+    world.answer("echo-1", ID)
+    world.later(1)
+    assert not [one for one in world.heard_by_worker("echo-1") if isinstance(one, messages.Ack)]
+    again(world)
+    assert world.outcomes(session) == {ID: "OK"}
+    world.client_says("c1", messages.Ack(EPOCH, 1))
+    world.later(1)
+    assert messages.Ack(EPOCH, 1) in world.heard_by_worker("echo-1")
+
+
+@pytest.mark.parametrize("asked_first", [True, False])
+def test_call_that_still_runs_is_not_run_again(asked_first: bool) -> None:
+    world = successor("echo-1")
+    session = world.hello()
+    if asked_first:
+        again(world)
+    registers(world, "echo-1", messages.Held(ID, 5, "tester"), seq=9)
+    if not asked_first:
+        again(world)
+    assert world.dispatched("echo-1") == []
+    assert world.machine.ledger.calls[ID].seq == 5
+    later = world.call()
+    assert world.machine.ledger.calls[later].seq == 10, "numbers go on where the worker was"
+    world.check()
+    world.answer("echo-1", ID)
+    assert world.outcomes(session) == {ID: "OK"}
+
+
+def test_call_that_a_dead_worker_had_started_is_lost_with_its_certificate() -> None:
+    world = successor(started={"echo-9": (ID,)})
+    session = world.hello()
+    again(world)
+    ((message, _),) = world.heard_by(session)[-1:]
+    assert isinstance(message, messages.Outcomes)
+    (outcome,) = message.outcomes
+    assert outcome.code == "WORKER_LOST"
+    assert outcome.fault is not None
+    assert payload.unpack_map(outcome.fault.details)["certificate"]["worker_id"] == "echo-9"
+
+
+def test_idempotent_call_that_a_dead_worker_had_started_runs_again() -> None:
+    world = successor("echo-1", started={"echo-9": (ID,)})
+    world.hello()
+    registers(world, "echo-1")
+    again(world, tool="echo.safe")
+    assert world.dispatched("echo-1") == [ID]
+
+
+def test_worker_that_dies_without_a_word_settles_what_was_in_doubt() -> None:
+    world = successor("echo-1", "echo-2")
+    session = world.hello()
+    other = b"o" * 16
+    again(world)
+    again(world, other)
+    registers(world, "echo-2")
+    world.machine.from_node(node.Died(certificate("echo-1", 3), (ID,)), world.now)
+    world.later(1)
+    assert world.outcomes(session) == {ID: "WORKER_LOST"}
+    assert world.dispatched("echo-2") == [other]
+    world.check()
+
+
+def test_call_in_doubt_ends_at_its_deadline_like_any_other() -> None:
+    world = successor("echo-1")
+    session = world.hello()
+    again(world)
+    world.later(31)
+    assert world.outcomes(session) == {ID: "DEADLINE_EXCEEDED"}
+    registers(world, "echo-1")
+    assert world.dispatched("echo-1") == []
+    assert not world.machine.reconciliation.doubts
+    world.check()
+
+
+def test_what_nobody_asks_for_is_let_go_and_stopped() -> None:
+    world = successor("echo-1")
+    registers(world, "echo-1", messages.Held(ID, 0, "tester"), messages.Held(b"r" * 16, 4, "tester"))
+    world.answer("echo-1", ID)
+    world.heard_by_worker("echo-1")
+    world.later(bounds.ORPHAN_S + 1)
+    heard = world.heard_by_worker("echo-1")
+    assert messages.Cancel(EPOCH, (b"r" * 16,)) in heard
+    assert messages.Ack(EPOCH, 1) in heard
+    assert not world.machine.reconciliation.orphans
+
+
+def test_outcome_of_another_principals_call_is_nobody_elses() -> None:
+    world = successor("echo-1")
+    session = world.hello()
+    registers(world, "echo-1", messages.Held(ID, 0, "somebody"))
+    world.answer("echo-1", ID)
+    again(world)
+    assert world.outcomes(session) == {ID: "INVALID_ARGUMENT"}
+
+
+def test_connection_that_ends_costs_no_call() -> None:
+    world = World()
+    session = world.hello()
+    world.ready(depth=4)
+    runs, done, waits = (world.call() for _ in range(3))
+    world.heard_by_worker("echo-1")
+    world.machine.crew.unreachable(b"echo-1")
+    assert world.outcomes(session) == {}
+    held: tuple[Any, ...] = (messages.Held(done, 0, "tester"), messages.Held(runs, 1, "tester"))
+    tools = (definition("echo.echo"),)
+    world.worker_says("echo-1", messages.Register(0, "MCPB", (1,), tools, seq=3, held=held))
+    world.worker_says("echo-1", messages.Ready(EPOCH, 4))
+    assert world.dispatched("echo-1") == [waits], "what had not started is given anew"
+    world.check()
+    for call_id in (done, runs, waits):
+        world.answer("echo-1", call_id)
+    assert set(world.outcomes(session).values()) == {"OK"}
+    world.check()
