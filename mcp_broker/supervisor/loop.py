@@ -22,11 +22,12 @@ import signal
 import time
 from typing import TYPE_CHECKING, Final
 
+from mcp_broker import proctable
 from mcp_broker.auth.credentials import Authority
 from mcp_broker.core import children
 from mcp_broker.core.restart import Policy
 from mcp_broker.errors import SupervisionError
-from mcp_broker.supervisor import events, proctable, reclaim
+from mcp_broker.supervisor import events, reclaim
 from mcp_broker.supervisor.broker import BrokerChild
 from mcp_broker.supervisor.launch.local import LocalLauncher
 from mcp_broker.supervisor.lock import Lock

@@ -20,9 +20,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from mcp_broker import limits
+from mcp_broker import limits, proctable
 from mcp_broker.errors import SupervisionError
-from mcp_broker.supervisor import proctable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -12,13 +12,12 @@ import ctypes
 import json
 import os
 import select
-import signal
 import stat
 import time
 from typing import TYPE_CHECKING, Final
 
+from mcp_broker import proctable
 from mcp_broker.errors import SupervisionError
-from mcp_broker.supervisor import proctable
 
 if TYPE_CHECKING:
     from collections.abc import Container, Mapping
@@ -26,8 +25,7 @@ if TYPE_CHECKING:
 
     from mcp_broker.supervisor.process import Process
 
-#: in the environment of every child: which worker it is, and of which state directory
-WORKER_VARIABLE: Final = "MCPB_WORKER"
+#: in the environment of every child: of which state directory it is
 INSTANCE_VARIABLE: Final = "MCPB_INSTANCE"
 
 _PR_SET_CHILD_SUBREAPER: Final = 36
@@ -46,19 +44,6 @@ def become_subreaper() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise SupervisionError(f"PR_SET_CHILD_SUBREAPER: {os.strerror(ctypes.get_errno())}")
-
-
-def kill_exactly(pid: int, starttime: int) -> None:
-    """SIGKILL the process that had this pid and start time, and no later one of the same pid."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        pidfd = os.pidfd_open(pid)
-        try:
-            # checked after the descriptor is ours: from here on it cannot become another process
-            entry = proctable.read(pid)
-            if entry is not None and entry.starttime == starttime:
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        finally:
-            os.close(pidfd)
 
 
 def sweep(alive: Mapping[int, str], bystanders: Container[int]) -> int:
@@ -90,10 +75,10 @@ def sweep(alive: Mapping[int, str], bystanders: Container[int]) -> int:
                 with contextlib.suppress(ChildProcessError):
                     os.waitpid(entry.pid, os.WNOHANG)
             continue
-        if proctable.environment(entry.pid).get(WORKER_VARIABLE.encode()) in names:
+        if proctable.environment(entry.pid).get(proctable.WORKER_VARIABLE.encode()) in names:
             continue
         found += 1
-        kill_exactly(entry.pid, entry.starttime)
+        proctable.kill_exactly(entry.pid, entry.starttime)
         queue += below.get(entry.pid, ())
     return found
 
@@ -138,7 +123,7 @@ def remove_leftovers(run_dir: Path, instance: str) -> int:
     for pid, starttime in targets.items():
         with contextlib.suppress(ProcessLookupError):
             pidfds.append(os.pidfd_open(pid))
-        kill_exactly(pid, starttime)
+        proctable.kill_exactly(pid, starttime)
     deadline = time.monotonic() + _GONE_S
     for pidfd in pidfds:
         select.select([pidfd], [], [], max(0.0, deadline - time.monotonic()))

@@ -11,10 +11,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from mcp_broker import proctable
 from mcp_broker.auth.keys import CurvePair
 from mcp_broker.core import children
 from mcp_broker.errors import SupervisionError
-from mcp_broker.supervisor import proctable, reclaim
+from mcp_broker.supervisor import reclaim
 from mcp_broker.supervisor.certificates import IMPORT_FAILED, Circumstances, Interrupted, certify
 from mcp_broker.supervisor.launch import WorkerOrder
 from mcp_broker.wire import codec, node
@@ -160,6 +161,8 @@ class Slot:
             life.marks.interrupt_seq = order.seq
             life.interrupted = Interrupted(order.seq, order.stage, order.why)
             life.process.signal(signal.SIGUSR1)
+            # the worker ends what its call started, as far as it can be seen to be the call's; the rest is a stray
+            self._ground.strayed()
             return
         started = life.marks.started_seq
         # not started: CANCEL reaches it in time; and one call at a time means that an earlier one has ended.

@@ -16,7 +16,7 @@ from mcp_broker import limits
 from mcp_broker.errors import CallError, MalformedFrame, PayloadTooLarge
 from mcp_broker.wire import codec, messages, payload
 from mcp_broker.wire.structs import Slim
-from mcp_broker.worker import results
+from mcp_broker.worker import offspring, results
 from mcp_broker.worker.context import ToolCaller, ToolContext
 from mcp_broker.worker.interrupts import CallInterrupted, Interrupts
 from mcp_broker.worker.session import Pending, fault
@@ -113,12 +113,19 @@ class Execution:
     Args:
         tools: by name.
         interrupts: told what runs.
+        is_alone: one call runs at a time, so that what was started meanwhile is that call's.
         options: `options` of the pool.
         scratch: the worker's private folder.
     """
 
     def __init__(
-        self, tools: Catalogue, interrupts: Interrupts, options: dict[str, Any], scratch: Path
+        self,
+        tools: Catalogue,
+        interrupts: Interrupts,
+        options: dict[str, Any],
+        scratch: Path,
+        *,
+        is_alone: bool = True,
     ) -> None:
         self._plans = {
             name: Plan(tool, tool.arguments.check, results.has_text_keys(tool.result.core_schema))
@@ -127,6 +134,7 @@ class Execution:
         self._interrupts = interrupts
         self._options = options
         self._scratch = scratch
+        self._is_alone = is_alone
         self.meter = Meter()
 
     def prepare(self, pending: Pending, started_ns: int) -> tuple[Run, dict[str, Any]] | messages.Outcome:
@@ -256,7 +264,9 @@ class Execution:
         return messages.Outcome(run.pending.dispatch.call_id, messages.OK, payload.pack(None), usage)
 
     def cancelled(self, run: Run) -> messages.Outcome:
-        """Make the outcome of an interrupted call."""
+        """Make the outcome of an interrupted call, after the end of the processes that it started."""
+        if self._is_alone:
+            offspring.kill_since(run.started_ns)
         usage = self.meter.usage(run.started_ns, time.monotonic_ns())
         return fault(run.pending.dispatch.call_id, "CANCELLED", "the call was interrupted", usage=usage)
 

@@ -94,12 +94,14 @@ def serve(boot: WorkerBoot) -> None:
         boot.concurrency,
         f"mcp-broker/{importlib.metadata.version('mcp-broker')} python/{sys.version_info[0]}.{sys.version_info[1]}",
     )
-    execution = Execution(tools, interrupts, boot.options, Path(boot.scratch))
+    has_tasks = any(tool.is_async for tool in tools.values())
+    is_alone = boot.concurrency == 1 or not has_tasks
+    execution = Execution(tools, interrupts, boot.options, Path(boot.scratch), is_alone=is_alone)
     link = Link(boot, wake_read)
     # what was imported stays: no collection need look at it again
     gc.collect()
     gc.freeze()
-    if any(tool.is_async for tool in tools.values()):
+    if has_tasks:
         from mcp_broker.worker.tasks import ConcurrentLoop
 
         ConcurrentLoop(session, link, execution, interrupts).run(boot.concurrency)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mcp_broker.supervisor import proctable
+from mcp_broker import proctable
 from tests.supervisor.conftest import Start, is_running, of_instance, wait_for
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]

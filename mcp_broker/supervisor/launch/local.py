@@ -6,8 +6,9 @@ import os
 import sys
 from typing import TYPE_CHECKING, Final
 
+from mcp_broker.proctable import WORKER_VARIABLE
 from mcp_broker.supervisor.process import Exit, Process
-from mcp_broker.supervisor.reclaim import INSTANCE_VARIABLE, WORKER_VARIABLE
+from mcp_broker.supervisor.reclaim import INSTANCE_VARIABLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+#: in the environment of every child of a supervisor, and of what that starts: which worker it is
+WORKER_VARIABLE: Final = "MCPB_WORKER"
 
 _TICKS_A_SECOND: Final = os.sysconf("SC_CLK_TCK")
 _PAGE_KIB: Final = os.sysconf("SC_PAGE_SIZE") // 1024
@@ -73,6 +79,25 @@ def environment(pid: int) -> dict[bytes, bytes]:
         return {}
     pairs = (entry.partition(b"=") for entry in block.split(b"\0") if entry)
     return {name: value for name, _, value in pairs}
+
+
+def kill_exactly(pid: int, starttime: int) -> None:
+    """SIGKILL the process that had this pid and start time, and no later one of the same pid."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        pidfd = os.pidfd_open(pid)
+        try:
+            # checked after the descriptor is ours: from here on it cannot become another process
+            entry = read(pid)
+            if entry is not None and entry.starttime == starttime:
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        finally:
+            os.close(pidfd)
+
+
+def ticks_at(monotonic_ns: int) -> int:
+    """Return what an :class:`Entry` of a process started at this instant says as its ``starttime``."""
+    since_boot_ns = monotonic_ns + time.clock_gettime_ns(time.CLOCK_BOOTTIME) - time.monotonic_ns()
+    return since_boot_ns * _TICKS_A_SECOND // 1_000_000_000
 
 
 def boot_id() -> str:
