@@ -76,6 +76,9 @@ WORKER_QUEUE_TARGET_S: Final = 0.002
 STREAM_WINDOW_MAX: Final = 16
 #: Parts ahead of the last one that a caller may allow; more would only move its backlog into the worker.
 STREAM_AHEAD_MAX: Final = 64
+#: Payloads of parts that a session keeps until its client's credit covers them, all its streams together: a whole
+#: window of parts of 1 MiB. Past it a stream cannot survive a lost connection.
+STREAM_KEPT_BYTES_MAX: Final = 16 * 1024 * 1024
 #: "Did you mean" compares a name with all others, about 1 ms: so many in so much time, for all clients.
 HINTS_MAX: Final = 8
 HINTS_S: Final = 0.1

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import mcp_broker.limits as bounds
 from mcp_broker.core import outbox
+from mcp_broker.core.parts import KeptParts
 from mcp_broker.core.receipts import Receipt, Share
 from mcp_broker.wire import codec, messages
 from mcp_broker.wire.messages import Outcome
@@ -176,6 +177,7 @@ class ClientSession:
         shares: workers' messages that its unacknowledged outcomes belong to, oldest first.
         unacked: outcomes sent and not yet acknowledged, message by message, oldest first.
         unacked_count, unacked_bytes: how many they are, and how large.
+        kept: parts of streams that the client has not confirmed.
         at_risk: calls that the client may send again since it resumed, though we had them: without an outcome, or with
             one that it had not acknowledged. Ids are never used twice, so the set may stay until the next resume.
         sent: how many outcomes were ever numbered for this session; the newest of ``unacked`` has this number.
@@ -191,6 +193,7 @@ class ClientSession:
         "delivered",
         "dirty",
         "grant",
+        "kept",
         "live",
         "lost_at",
         "outbox",
@@ -233,6 +236,7 @@ class ClientSession:
         self.unacked_count = self.unacked_bytes = 0
         self.sent = 0
         self.lost_at = 0.0
+        self.kept = KeptParts()
         self.at_risk: frozenset[bytes] = frozenset()
 
     def send(self, entry: Any) -> None:  # noqa: ANN401 (a message, an item or a Big)
@@ -307,6 +311,9 @@ class ClientSession:
             sent = unacked.popleft()
             self.unacked_count -= len(sent.entries)
             self.unacked_bytes -= sent.size
+            if self.kept.by_call:
+                for entry in sent.entries:
+                    self.kept.forget(_item_of(entry).call_id)
         shares = self.shares
         while shares and shares[0].number <= count:
             share = shares.popleft()
@@ -321,6 +328,7 @@ class ClientSession:
         for share in self.shares:
             share.receipt.left -= share.count
         self.shares.clear()
+        self.kept.clear()
 
     def resume(self, routing_id: bytes, ack: int) -> None:
         """Go on at another place: what was sent and not acknowledged is sent again, with the same numbers."""
@@ -329,14 +337,20 @@ class ClientSession:
         self.sent -= len(again)
         self.unacked.clear()
         self.unacked_count = self.unacked_bytes = 0
-        # parts of streams are not kept: the client sees a gap and ends that stream itself
-        waiting = [entry for entry in self.outbox if not isinstance(entry, messages.Message)]
+        # parts that wait here are among those kept
+        again += [entry for entry in self.outbox if type(_item_of(entry)) is Outcome]
         self.outbox = []
         self.routing_id = routing_id
-        unheard = (_item_of(entry).call_id for entry in (*again, *waiting))
-        self.at_risk = frozenset((*self.live, *unheard))
-        for entry in (*again, *waiting):
+        self.at_risk = frozenset((*self.live, *(_item_of(entry).call_id for entry in again)))
+        parts = self.kept.by_call
+        for entry in again:
+            # an outcome comes after all parts of its call
+            for part in parts.get(_item_of(entry).call_id, ()):
+                self.send(part)
             self.send(entry)
+        for call_id in parts.keys() & self.live.keys():
+            for part in parts[call_id]:
+                self.send(part)
 
     @property
     def is_hopeless(self) -> bool:

@@ -186,6 +186,8 @@ class Dispatcher:
                 session, count = call.session, 0
             count += 1
             if outcome.code == "OK" and (outcome.body is not None or body is not None):
+                if outcome.parts != call.parts:
+                    outcome = _counted(call, outcome)  # noqa: PLW2901
                 finish(call, outcome, body)
             else:
                 finish(call, *self.checked(worker, outcome, body))
@@ -224,7 +226,9 @@ class Dispatcher:
             text = f"worker {worker.worker_id} sent part {part.index} as number {call.parts} of at most {call.limit}"
             return call, fault(call.call_id, "INTERNAL", text)
         call.parts += 1
-        call.session.send(part if body is None else outbox.Big(part, body))
+        entry = part if body is None else outbox.Big(part, body)
+        call.session.kept.keep(entry)
+        call.session.send(entry)
         if call.parts == call.limit:
             self._raise_limit(call, worker)
         return None
@@ -236,6 +240,7 @@ class Dispatcher:
         parts cannot fill the worker's outbox.
         """
         call.wanted = max(call.wanted, min(credit.limit, call.parts + limits.STREAM_AHEAD_MAX))
+        call.session.kept.cover(call.call_id, call.wanted - limits.STREAM_WINDOW_MAX)
         step = limits.STREAM_WINDOW_MAX // 2
         if call.worker is not None and (call.parts == call.limit or call.wanted - call.limit >= step):
             self._raise_limit(call, call.worker)
@@ -331,6 +336,17 @@ class Dispatcher:
         for call in list(pool.backlog.values()):
             pool.unqueue(call)
             self._ledger.finish(call, unavailable(call.call_id, pool, reason))
+
+
+def _counted(call: Call, outcome: messages.Outcome) -> messages.Outcome:
+    """Return what a stream's end comes to whose worker counts its parts differently."""
+    if outcome.parts:
+        text = f"the tool sent {outcome.parts} parts, of which {call.parts} reached the broker"
+        return fault(call.call_id, "BROKER_LOST", text, {"parts": call.parts, "sent": outcome.parts})
+    # a worker of before that field: they came in order, and nothing says that one is missing
+    return messages.Outcome(
+        outcome.call_id, outcome.code, outcome.body, outcome.usage, outcome.fault, call.parts
+    )
 
 
 def unavailable(call_id: bytes, pool: Pool, reason: str) -> messages.Outcome:

@@ -66,6 +66,10 @@ class Reconciliation:
         told = {one.call_id: one for one in held}
         again = [call for call in worker.held.values() if call.call_id not in told]
         self._dispatcher.take_back(worker, again, now)
+        for call in [call for call in worker.held.values() if call.tool.is_streaming]:
+            if call.state is not _ENDED:
+                # its parts went by the old connection, and the worker stops it
+                self._routing.end(call, _cut(call), "cancel", now)
         orphans = {call_id: one for call_id, one in told.items() if call_id not in worker.held}
         for call_id, one in orphans.items():
             self.orphans[call_id] = Orphan(worker, one.seq, one.principal)
@@ -115,6 +119,10 @@ class Reconciliation:
                 # ids are no secret between a principal and itself only
                 text = "a call with this id is already under way"
                 self._ledger.finish(call, fault(call_id, "INVALID_ARGUMENT", text))
+                return True
+            if call.tool.is_streaming:
+                # an earlier broker had its parts; what the worker still does is let go with its orphan
+                self._ledger.finish(call, _cut(call))
                 return True
             if orphan.outcome is None and not orphan.seq:
                 # finished: its outcome is on its way
@@ -198,3 +206,8 @@ class Reconciliation:
                 orphan.receipt.left -= 1
             if orphan.seq:
                 self._routing.crew.stop_call(worker, call_id, orphan.seq, "cancel", now)
+
+
+def _cut(call: Call) -> messages.Outcome:
+    text = "the connection to its worker was lost in the middle of the stream"
+    return fault(call.call_id, "BROKER_LOST", text, {"tool": call.tool.name})

@@ -98,6 +98,8 @@ class Outcome(Item, frozen=True):
     body: Inline | None = None
     usage: Usage | None = None
     fault: Fault | None = None
+    #: with "OK": how many parts went before it
+    parts: Count = 0
 
 
 class Part(Item, frozen=True):

@@ -261,7 +261,8 @@ class Execution:
     def ended(self, run: Run) -> messages.Outcome:
         """Make the outcome of a stream that came to its end."""
         usage = self.meter.usage(run.started_ns, time.monotonic_ns())
-        return messages.Outcome(run.pending.dispatch.call_id, messages.OK, payload.pack(None), usage)
+        call_id = run.pending.dispatch.call_id
+        return messages.Outcome(call_id, messages.OK, payload.pack(None), usage, None, run.index)
 
     def cancelled(self, run: Run) -> messages.Outcome:
         """Make the outcome of an interrupted call, after the end of the processes that it started."""

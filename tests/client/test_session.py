@@ -336,15 +336,61 @@ def test_stream_with_a_gap_or_beyond_its_credit_is_cancelled(indexes: tuple[int,
     assert sent(session) == [messages.Cancel(7, (call.call_id,))]
 
 
-def test_stream_does_not_outlive_its_connection() -> None:
+def stream_end(first: int, call: PendingCall, parts: int) -> messages.Outcomes:
+    return messages.Outcomes(7, first, (messages.Outcome(call.call_id, "OK", NIL, parts=parts),))
+
+
+def test_stream_outlives_its_connection_and_drops_the_parts_that_it_has_had() -> None:
     session = opened()
     call = session.submit("t", 5.0, EMPTY, 0.0, streamed=True)
     sent(session)
-    session.receive(parts(call, 0), None, 0.0)
+    session.receive(parts(call, 0, 1, 2), None, 0.0)
     session.disconnected("cut")
     reopen(session, 1.0, resumed=True)
-    assert ends(session) == [(call, "BROKER_LOST")]
-    assert sent(session, 1.0) == [messages.Cancel(7, (call.call_id,))]
+    # before the call was said again
+    session.receive(parts(call, 1, 2, 3), None, 1.0)
+    session.receive(stream_end(1, call, 4), None, 1.0)
+    assert [part for _, part in session.book.arrived] == [0, 1, 2, 3]
+    assert ends(session) == [(call, "OK")]
+
+
+def test_resumed_stream_says_its_limit_again_before_its_call() -> None:
+    session = opened()
+    call = session.submit("t", 5.0, EMPTY, 0.0, streamed=True)
+    sent(session)
+    session.receive(parts(call, 0, 1, 2), None, 0.0)
+    session.took(call)
+    session.took(call)
+    credit = messages.Credit(7, (messages.StreamCredit(call.call_id, 6),))
+    assert sent(session) == [credit]
+    session.disconnected("cut")
+    session.took(call)
+    reopen(session, 1.0, resumed=True)
+    again = sent(session, 1.0)
+    assert (again[0], type(again[1])) == (credit, messages.Calls)
+
+
+def test_credit_of_parts_taken_while_the_call_is_said_again_is_not_lost() -> None:
+    session = opened()
+    call = session.submit("t", 5.0, EMPTY, 0.0, streamed=True)
+    sent(session)
+    session.receive(parts(call, 0, 1, 2, 3), None, 0.0)
+    session.disconnected("cut")
+    reopen(session, 1.0, resumed=True)
+    for _ in range(4):
+        session.took(call)
+    assert messages.Credit(7, (messages.StreamCredit(call.call_id, 8),)) in sent(session, 1.0)
+
+
+def test_success_of_a_stream_with_parts_missing_is_an_error() -> None:
+    session = opened()
+    call = session.submit("t", 5.0, EMPTY, 0.0, streamed=True)
+    plain = session.submit("t", 5.0, EMPTY, 0.0)
+    sent(session)
+    session.receive(parts(call, 0, 1), None, 0.0)
+    session.receive(stream_end(1, call, 3), None, 0.0)
+    session.receive(stream_end(2, plain, 1), None, 0.0)
+    assert ends(session) == [(call, "BROKER_LOST"), (plain, "BROKER_LOST")]
 
 
 def test_plain_call_of_a_streaming_tool_collects_its_parts() -> None:

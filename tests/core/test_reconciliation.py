@@ -200,3 +200,27 @@ def test_connection_that_ends_costs_no_call() -> None:
         world.answer("echo-1", call_id)
     assert set(world.outcomes(session).values()) == {"OK"}
     world.check()
+
+
+def test_stream_does_not_outlive_its_workers_connection() -> None:
+    world = World()
+    session = world.hello()
+    world.ready(streaming=True)
+    call_id = world.call()
+    world.heard_by_worker("echo-1")
+    world.worker_says("echo-1", messages.Partial(EPOCH, (messages.Part(call_id, 0, b"\x01"),)))
+    tools = (definition("echo.echo", streaming=True),)
+    held = (messages.Held(call_id, 1, "tester"),)
+    world.worker_says("echo-1", messages.Register(0, "MCPB", (1,), tools, seq=1, held=held))
+    assert world.outcomes(session) == {call_id: "BROKER_LOST"}
+    assert messages.Cancel(EPOCH, (call_id,)) in world.heard_by_worker("echo-1")
+
+
+def test_stream_that_an_earlier_broker_carried_ends_for_whoever_asks() -> None:
+    world = successor("echo-1")
+    session = world.hello()
+    tools = (definition("echo.echo", streaming=True),)
+    held = (messages.Held(ID, 5, "tester"),)
+    world.worker_says("echo-1", messages.Register(0, "MCPB", (1,), tools, seq=5, held=held))
+    again(world)
+    assert world.outcomes(session) == {ID: "BROKER_LOST"}

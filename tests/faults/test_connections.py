@@ -47,6 +47,17 @@ def test_call_outlives_a_cut_connection_and_runs_once(running: Running, tmp_path
     assert marks.read_text() == "ran\n"
 
 
+def test_stream_goes_on_over_cut_connections_without_a_gap(running: Running) -> None:
+    with through(running) as proxy, running.client(running.profile_through(proxy.endpoint)) as client:
+        got = []
+        for number in client.stream("t.count", {"n": 600}, timeout_s=60):
+            got.append(number)
+            if number % 100 == 50:
+                proxy.cut()
+        assert got == list(range(600))
+        assert proxy.accepted >= 6
+
+
 def test_client_notices_a_half_open_connection_and_goes_on(running: Running) -> None:
     with through(running) as proxy, running.client(running.profile_through(proxy.endpoint)) as client:
         assert client.call("t.echo", {"value": 1}) == 1

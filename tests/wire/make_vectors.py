@@ -181,6 +181,15 @@ VECTORS: Final = (
             ),
         ),
     ),
+    Vector(
+        "outcomes_stream",
+        "from_worker",
+        m.Outcomes(
+            EPOCH,
+            65,
+            (m.Outcome(FIRST, m.OK, payload.pack(None), m.Usage(1_790_000_000_003, 9, 8, 2**21), None, 2),),
+        ),
+    ),
     Vector("outcomes_body", "to_client", m.Outcomes(EPOCH, 66, (m.Outcome(FIRST, m.OK),))),
     Vector("ack", "from_client", m.Ack(EPOCH, 64)),
     Vector("ack_worker", "to_worker", m.Ack(EPOCH, 2**53)),

@@ -131,7 +131,7 @@ class CallBook:
         pending.taken += 1
         window = self.stream_window
         limit = pending.taken + window
-        if pending.stage is _SENT and limit - (pending.limit or window) >= max(1, window // 2):
+        if pending.sends and limit - (pending.limit or window) >= max(1, window // 2):
             pending.limit = limit
             self.credits[pending.call_id] = limit
 
@@ -192,22 +192,27 @@ class CallBook:
                 elif not pending.sends:
                     self._move(pending, _ENDED)
 
-    def resume(self) -> None:
-        """The session goes on over a new connection: say again what the old one may have lost."""
+    def resume(self, *, elsewhere: bool = False) -> None:
+        """Say again, over a new connection, what the old one may have lost.
+
+        Args:
+            elsewhere: to another broker, which knows what became of calls, but has no parts of streams.
+        """
         self.cancels, self.credits = [], {}
         again = []
         for pending in list(self.calls.values()):
-            if pending.stage is _SENT and (pending.streamed or pending.next_index):
-                # parts are not kept: nobody could tell whether the last ones were lost
-                self.abandon(pending, "BROKER_LOST", "the connection was lost in the middle of the stream")
-            elif pending.stage is _ABANDONED:
+            if pending.stage is _ABANDONED:
                 self.cancels.append(pending.call_id)
+                # the broker may never have had it, and is then silent about it
+                self._move(pending, _ENDED)
+            elif pending.stage is _SENT and elsewhere and (pending.streamed or pending.next_index):
+                self._fail(pending, "BROKER_LOST", "the broker was replaced in the middle of the stream")
             elif pending.stage is _SENT:
                 self._move(pending, _QUEUED)
                 again.append(pending)
-            if pending.stage is _ABANDONED:
-                # the broker may never have had it, and is then silent about it
-                self._move(pending, _ENDED)
+                if pending.limit:
+                    # the broker sends again the parts that this does not cover
+                    self.credits[pending.call_id] = pending.limit
         self.queue.extendleft(reversed(again))
 
     # -- from the broker ----------------------------------------------------------------------------------
@@ -229,14 +234,22 @@ class CallBook:
             pending.stage = _ENDED
             if stage is not _QUEUED:
                 self.in_flight -= 1
-            if stage is not _ABANDONED:
+            if stage is _ABANDONED:
+                continue
+            if outcome.parts and outcome.parts > pending.next_index:
+                text = f"{outcome.parts - pending.next_index} parts of the stream were lost on the way"
+                self._say(pending, "BROKER_LOST", text)
+            else:
                 ended.append(read_outcome(pending, outcome, body))
 
     def parts(self, parts: Iterable[Part], body: bytes | memoryview | None) -> None:
         """Take parts of streams; a gap ends its call."""
         for part in parts:
             pending = self.calls.get(part.call_id)
-            if pending is None or pending.stage is not _SENT or part.index < pending.next_index:
+            if pending is None or not pending.sends or pending.stage is _ABANDONED:
+                continue
+            if part.index < pending.next_index:
+                # it came again after a resume
                 continue
             if part.index > pending.next_index:
                 self.abandon(pending, "BROKER_LOST", "parts of the stream were lost on the way")

@@ -317,7 +317,7 @@ class ClientSession:
         else:
             if message.lineage and message.lineage == self.lineage:
                 # another broker under the same supervisor: it finds out what became of our calls
-                self.book.resume()
+                self.book.resume(elsewhere=True)
             else:
                 self.book.end_sent("the broker is another one now; whether the call ran is unknown")
             self.session_id = message.session_id
