@@ -116,6 +116,17 @@ DEATHS_MAX: Final = 256
 ENDED_CALLS_MAX: Final = 4096
 STDERR_TAIL_BYTES: Final = 4096
 
+#: About what a kept record takes besides its payloads.
+RECORD_BYTES: Final = 512
+#: Outcomes of calls with an idempotency key: long enough for any caller's retries.
+IDEMPOTENCY_TTL_S: Final = 600.0
+IDEMPOTENCY_KEYS_MAX: Final = 65_536
+IDEMPOTENCY_BYTES_MAX: Final = 64 * 1024 * 1024
+#: Poisoned calls: a day, for somebody to look at them.
+DEAD_LETTER_TTL_S: Final = 86_400.0
+DEAD_LETTERS_MAX: Final = 1024
+DEAD_LETTERS_BYTES_MAX: Final = 32 * 1024 * 1024
+
 # -- credentials ------------------------------------------------------------------------------------
 
 TOKEN_TTL_S: Final = 30 * 86_400

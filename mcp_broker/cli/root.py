@@ -29,6 +29,7 @@ SECTIONS: Final[dict[str, dict[str, str]]] = {
         "status": "Say how broker and pools are; 0 when all are ready.",
         "ps": "List the worker processes.",
         "why": "Say why a worker died or how a call ended.",
+        "dead-letters": "Show, retry or drop poisoned calls.",
     },
     "Set up": {
         "credentials": "Issue and list client profiles.",
@@ -46,6 +47,7 @@ MODULES: Final[dict[str, str]] = {
     "status": "status",
     "ps": "status",
     "why": "why",
+    "dead-letters": "dead_letters",
     "credentials": "credentials",
     "completion": "completion",
 }
@@ -81,7 +83,7 @@ class Commands(Suggesting):
         if cmd_name not in MODULES:
             return None
         module = importlib.import_module(f"mcp_broker.cli.{MODULES[cmd_name]}")
-        command = getattr(module, cmd_name)
+        command = getattr(module, cmd_name.replace("-", "_"))
         assert isinstance(command, click.Command)  # noqa: S101 (our own table)
         return command
 

@@ -110,9 +110,9 @@ class Acceptance:
             live[call_id] = call
             room -= 1
             batch.append(call)
-            if request.extra is not None and request.extra.again:
+            if request.extra is not None:
                 # alone in its batch, since it was examined
-                batch, slot = self._take_again(call, pool, now), None
+                batch, slot = self._take_special(call, request.extra, pool, now), None
         self._take(batch, pool, now)
 
     def _take(self, batch: list[Call], pool: Pool | None, now: float) -> list[Call]:
@@ -126,12 +126,17 @@ class Acceptance:
                     self._answer(call)
         return []
 
-    def _take_again(self, call: Call, pool: Pool | None, now: float) -> list[Call]:
-        """Accept a call that may have run before; return an empty list for the next ones."""
+    def _take_special(
+        self, call: Call, extra: messages.CallExtra, pool: Pool | None, now: float
+    ) -> list[Call]:
+        """Accept a call that asks for more than to be run; return an empty list for the next ones."""
         if pool is None:
             return self._take([call], pool, now)
         self._ledger.accept([call])
-        if not self._routing.reconciliation.claims(call):
+        key = extra.idempotency_key
+        if key is not None and self._routing.idempotency.claims(call, key, now):
+            return []
+        if not extra.again or not self._routing.reconciliation.claims(call):
             self._dispatcher.submit([call], pool, now)
         return []
 

@@ -18,7 +18,7 @@ Source: docs/protocol.md, "Life of a call".
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Final
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from mcp_broker.core.outbox import Body
     from mcp_broker.core.registry import Tool
     from mcp_broker.core.workers import Worker
+    from mcp_broker.wire.node import Certificate
 
 
 class CallState(IntEnum):
@@ -74,7 +75,8 @@ class Call(Slim):
         slot: where the ledger finds it at that instant.
         seq: its number at :attr:`worker`; 0 while queued.
         attempts: dispatches so far.
-        killers: workers that died while they ran it.
+        killers: the certificates of workers that died while they ran it.
+        record: its idempotency key's, if it has one.
         limit: parts with an index below it may come, as the worker knows.
         wanted: the same, as the caller has said.
         parts: parts of a streamed result forwarded so far.
@@ -92,7 +94,8 @@ class Call(Slim):
     worker: Worker | None = None
     seq: int = 0
     attempts: int = 0
-    killers: int = 0
+    killers: tuple[Certificate, ...] = ()
+    record: Any = None
     parts: int = 0
     limit: int = limits.STREAM_WINDOW_MAX
     wanted: int = limits.STREAM_WINDOW_MAX
@@ -179,6 +182,8 @@ class Ledger:
         self.succeeded = 0
         #: code -> ends
         self.failed: dict[str, int] = {}
+        #: told of the end of each call that has a record; set by who keeps the records
+        self.keyed: Callable[[Call, messages.Outcome, Body | None], None] = lambda *_: None
         #: the latest failures, for `why`
         self.ended: deque[Ended] = deque(maxlen=limits.ENDED_CALLS_MAX)
 
@@ -219,6 +224,8 @@ class Ledger:
             self.ended.append(Ended(call, outcome))
         call.arguments = call.body = None
         call.session.deliver(outcome, body)
+        if call.record is not None:
+            self.keyed(call, outcome, body)
 
     def deadline(self) -> float | None:
         """Return the next instant at which a call may be due."""

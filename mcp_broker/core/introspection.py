@@ -1,6 +1,6 @@
 """The broker's own tools: what it knows of itself, answered like any other call.
 
-They read the machines and change nothing. Shapes: docs/protocol.md, "The broker's own tools".
+They read the machines, and change nothing but the list of poisoned calls. Shapes: docs/protocol.md, "The broker's own tools".
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from mcp_broker import limits
 from mcp_broker.core.calls import Call, fault
+from mcp_broker.core.dead_letters import described
 from mcp_broker.core.workers import WorkerState
 from mcp_broker.wire import codec, messages, payload
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 _TEXT: Final = {"type": "string"}
 
 
-def _definition(tool: str, description: str, /, **parameters: dict[str, str]) -> messages.ToolDefinition:
+def _definition(tool: str, description: str, /, **parameters: dict[str, Any]) -> messages.ToolDefinition:
     schema = {"type": "object", "properties": parameters, "additionalProperties": False}
     return messages.ToolDefinition(
         name=tool,
@@ -41,6 +42,12 @@ DEFINITIONS: Final = (
     ),
     _definition("system.status", "Describe the broker, its pools, workers and recent deaths."),
     _definition("system.why", "Tell how a worker ended or what became of a call.", id=_TEXT),
+    _definition(
+        "system.dead_letters",
+        "List the poisoned calls, show one, or drop one.",
+        action={"type": "string", "enum": ["list", "show", "drop"]},
+        id=_TEXT,
+    ),
 )
 
 #: what one answer lists of wrong arguments
@@ -72,6 +79,16 @@ def answer(routing: Routing, call: Call, arguments: dict[str, Any]) -> tuple[mes
         for key in known
         if (key in arguments or key in _REQUIRED.get(name, ())) and not isinstance(arguments.get(key), str)
     ]
+    faults += [
+        {
+            "path": f"/{key}",
+            "expected": " or ".join(known[key]["enum"]),
+            "received": repr(value)[:80],
+            "message": f"one of {', '.join(known[key]['enum'])}",
+        }
+        for key, value in arguments.items()
+        if key in known and value not in known[key].get("enum", (value,))
+    ]
     if faults:
         listed = "; ".join(
             f"{fault_['path']}: {fault_['message']}, got {fault_['received']}" for fault_ in faults
@@ -82,6 +99,11 @@ def answer(routing: Routing, call: Call, arguments: dict[str, Any]) -> tuple[mes
         result = _tools(routing, call, arguments)
     elif name == "system.status":
         result = status(routing)
+    elif name == "system.dead_letters":
+        found = _dead_letters(routing, arguments)
+        if isinstance(found, str):
+            return fault(call.call_id, "NOT_FOUND", found, {"id": arguments.get("id", "")}), None
+        result = found
     else:
         result = why(routing, arguments["id"])
     packed = payload.pack(result)
@@ -119,6 +141,20 @@ def _described(routing: Routing, tool: Tool) -> dict[str, Any]:
     plain["pool"] = tool.pool.name if tool.pool is not None else "system"
     plain["state"] = "ready" if tool.pool is None else _pool_state(routing, tool.pool)
     return plain
+
+
+def _dead_letters(routing: Routing, wanted: dict[str, Any]) -> dict[str, Any] | str:
+    """Do what is asked of the poisoned calls; returns a sentence when no single one is meant."""
+    letters, action = routing.dispatcher.dead_letters, wanted.get("action", "list")
+    found = letters.find(wanted.get("id", ""))
+    if action == "list":
+        return {"dead_letters": [described(letter, routing.now, whole=False) for letter in found]}
+    if len(found) != 1 or not wanted.get("id"):
+        many = f"{len(found)} poisoned calls begin so" if found and wanted.get("id") else "there is none"
+        return f"no single poisoned call is meant by {wanted.get('id', '')!r}: {many}; list shows their ids"
+    if action == "drop":
+        letters.drop(found[0])
+    return {"dead_letter": described(found[0], routing.now, whole=True)}
 
 
 def _schema(text: str) -> Any:  # noqa: ANN401 (JSON)
@@ -193,6 +229,7 @@ def status(routing: Routing) -> dict[str, Any]:
             "failed": dict(ledger.failed),
             "refused": routing.clientele.acceptance.refusals,
             "late": routing.dispatcher.late,
+            "poisoned": len(routing.dispatcher.dead_letters),
         },
         "pools": [_pool(routing, pool) for _, pool in sorted(routing.dispatcher.pools.items())],
         "deaths": [codec.as_plain(certificate) for certificate in list(routing.crew.deaths)[:20]],

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mcp_broker.core.clients import ClientSession
+    from mcp_broker.core.dead_letters import DeadLetters
     from mcp_broker.core.outbox import Body
     from mcp_broker.wire.node import Certificate, PoolReport
 
@@ -90,8 +91,9 @@ class Pool:
 class Dispatcher:
     """Moves calls between pools, workers and the ledger."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, dead_letters: DeadLetters) -> None:
         self._ledger = ledger
+        self.dead_letters = dead_letters
         self.pools: dict[str, Pool] = {}
         #: outcomes that nobody waited for: of calls that had ended, or were never given
         self.late = 0
@@ -298,8 +300,9 @@ class Dispatcher:
                 call.attempts -= 1
                 again.append(call)
                 continue
-            call.killers += 1
-            if call.killers >= limits.POISON_DEATHS:
+            call.killers = (*call.killers, certificate)
+            if len(call.killers) >= limits.POISON_DEATHS:
+                self.dead_letters.add(call, now)
                 self._ledger.finish(call, self._lost(call, worker, cause, certificate, "POISONED"))
             elif call.tool.definition.idempotent and call.attempts < limits.ATTEMPTS_MAX and not call.parts:
                 again.append(call)
@@ -313,9 +316,7 @@ class Dispatcher:
     ) -> messages.Outcome:
         idempotent = call.tool.definition.idempotent
         if code == "POISONED":
-            sentence = (
-                f"the call killed {call.killers} workers and will not be run again; the last one: {cause}"
-            )
+            sentence = f"the call killed {len(call.killers)} workers and will not be run again; the last one: {cause}"
         else:
             ran = (
                 "it was not run again, because the tool is not declared idempotent"

@@ -20,6 +20,8 @@ from mcp_broker.core import introspection
 from mcp_broker.core.calls import Call, CallState, Ledger, fault
 from mcp_broker.core.clientele import Clientele
 from mcp_broker.core.crew import Crew
+from mcp_broker.core.dead_letters import DeadLetters
+from mcp_broker.core.idempotency import Idempotency
 from mcp_broker.core.pools import Dispatcher
 from mcp_broker.core.reconciliation import Reconciliation
 from mcp_broker.core.registry import Registry
@@ -40,17 +42,21 @@ class Routing:
 
     def __init__(self, epoch: int, now: float, ids: Callable[[int], bytes]) -> None:
         self.epoch = epoch
+        #: the instant of the latest turn
+        self.now = now
         self._ids = ids
         self.ledger = Ledger(now)
         self.registry = Registry()
         self.registry.add_own(introspection.DEFINITIONS)
-        self.dispatcher = Dispatcher(self.ledger)
         self.timers = Timers()
+        self.dispatcher = Dispatcher(self.ledger, DeadLetters(self.timers))
         #: what the supervisor is to be told, in order
         self.to_node: list[node.NodeMessage] = []
         self.lineage = ""
         self.reconciliation = Reconciliation(self)
         self.dispatcher.orphaned = self.reconciliation.outcome
+        self.idempotency = Idempotency(self)
+        self.ledger.keyed = self.idempotency.finished
         self.clientele = Clientele(self)
         self.crew = Crew(self)
         self.draining = False
@@ -100,6 +106,7 @@ class Routing:
 
     def expire(self, now: float) -> None:
         """Do what is due: deadlines, timers, heartbeats, the end of a drain."""
+        self.now = now
         for call in self.ledger.due(now):
             if call.state is not CallState.ENDED:
                 text = f"{call.tool.name} had no outcome within its time"

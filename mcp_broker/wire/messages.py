@@ -55,6 +55,8 @@ class CallExtra(Record, kw_only=True, frozen=True):
     traceparent: ShortText | None = None
     #: sent before, over a connection or to a broker that is gone, and no outcome came: it may have run
     again: bool = False
+    #: calls of one principal and tool with the same key are one execution
+    idempotency_key: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
 
 
 class Call(Item, frozen=True):

@@ -43,6 +43,13 @@ def mark(path: str, seconds: float = 0.0) -> int:
     time.sleep(seconds)
     return os.getpid()
 
+@tool(name="t.poison", idempotent=True)
+def poison(antidote: str) -> str:
+    """Kill the worker, unless a file is there."""
+    if not Path(antidote).exists():
+        os.kill(os.getpid(), 9)
+    return "harmless"
+
 @tool(name="t.pid")
 def pid() -> int:
     """Return the worker's pid."""

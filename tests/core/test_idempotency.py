@@ -1,0 +1,202 @@
+"""Idempotency keys: one execution a key, and its outcome for whoever comes later."""
+
+from __future__ import annotations
+
+import pytest
+
+import mcp_broker.limits as bounds
+from mcp_broker.wire import messages, payload
+from tests.core.support import EPOCH, FakeGrant, World
+
+
+def keyed(
+    world: World,
+    number: int,
+    key: str = "k",
+    name: str = "c1",
+    arguments: object = None,
+    timeout_ms: int = 30_000,
+) -> bytes:
+    call_id = b"k" * 15 + bytes([number])
+    extra = messages.CallExtra(idempotency_key=key)
+    packed = payload.pack({} if arguments is None else arguments)
+    request = messages.Call(call_id, "echo.echo", timeout_ms, packed, extra)
+    world.client_says(name, messages.Calls(EPOCH, 0, (request,)))
+    return call_id
+
+
+def test_calls_with_one_key_are_one_execution() -> None:
+    world = World()
+    session = world.hello()
+    world.ready()
+    first, second = keyed(world, 1), keyed(world, 2)
+    assert world.dispatched("echo-1") == [first]
+    world.answer("echo-1", first)
+    assert world.outcomes(session) == {first: "OK", second: "OK"}
+    world.check()
+
+
+def test_outcome_is_replayed_for_its_time_and_then_the_tool_runs_again() -> None:
+    world = World()
+    session = world.hello()
+    world.ready()
+    first = keyed(world, 1)
+    world.answer("echo-1", first, "TOOL_FAILED")
+    world.dispatched("echo-1")
+    second = keyed(world, 2)
+    assert world.outcomes(session) == {first: "TOOL_FAILED", second: "TOOL_FAILED"}
+    assert world.dispatched("echo-1") == []
+    world.later(bounds.IDEMPOTENCY_TTL_S + 1)
+    world.heard_by(session)
+    third = keyed(world, 3)
+    assert world.dispatched("echo-1") == [third]
+
+
+def test_same_key_with_other_arguments_is_refused() -> None:
+    world = World()
+    session = world.hello()
+    world.ready()
+    keyed(world, 1, arguments={"a": 1})
+    second = keyed(world, 2, arguments={"a": 2})
+    assert world.outcomes(session) == {second: "INVALID_ARGUMENT"}
+
+
+def test_keys_belong_to_a_principal_and_a_tool() -> None:
+    world = World()
+    world.hello("c1", FakeGrant(principal="ada"))
+    world.hello("c2", FakeGrant(principal="bob"))
+    world.ready()
+    mine, theirs = keyed(world, 1), keyed(world, 2, name="c2")
+    other = keyed(world, 3, key="another")
+    assert world.dispatched("echo-1") == [mine, theirs, other]
+
+
+@pytest.mark.parametrize("code", ["CANCELLED", "DEADLINE_EXCEEDED"])
+def test_first_follower_runs_when_the_first_caller_gave_up(code: str) -> None:
+    world = World()
+    session = world.hello()
+    world.ready()
+    first = keyed(world, 1, timeout_ms=1000)
+    second, third = keyed(world, 2), keyed(world, 3)
+    world.dispatched("echo-1")
+    if code == "CANCELLED":
+        world.client_says("c1", messages.Cancel(EPOCH, (first,)))
+    else:
+        world.later(1.1)
+    assert world.dispatched("echo-1") == [second]
+    world.answer("echo-1", second)
+    assert world.outcomes(session) == {first: code, second: "OK", third: "OK"}
+    world.check()
+
+
+def test_follower_that_gives_up_costs_the_others_nothing() -> None:
+    world = World()
+    session = world.hello()
+    world.ready()
+    first, second, third = (keyed(world, number) for number in (1, 2, 3))
+    world.client_says("c1", messages.Cancel(EPOCH, (second,)))
+    world.answer("echo-1", first)
+    assert world.outcomes(session) == {first: "OK", second: "CANCELLED", third: "OK"}
+
+
+@pytest.mark.parametrize("idempotent", [True, False])
+def test_tool_that_may_have_done_its_work_is_not_run_again_for_the_key(idempotent: bool) -> None:
+    world = World()
+    session = world.hello()
+    world.ready("echo-1", idempotent=idempotent)
+    first = keyed(world, 1)
+    world.died("echo-1", started_seq=1)
+    world.later(1)
+    world.ready("echo-2", idempotent=idempotent)
+    if idempotent:
+        assert world.dispatched("echo-2") == [first], "the broker itself runs it again"
+        return
+    second = keyed(world, 2)
+    assert world.outcomes(session) == {first: "WORKER_LOST", second: "WORKER_LOST"}
+    assert world.dispatched("echo-2") == []
+
+
+def test_session_that_ends_hands_the_key_to_its_followers_elsewhere() -> None:
+    world = World()
+    world.hello("c1")
+    other = world.hello("c2")
+    world.ready()
+    keyed(world, 1)
+    second = keyed(world, 2, name="c2")
+    world.dispatched("echo-1")
+    world.client_says("c1", messages.Goodbye(EPOCH))
+    assert world.dispatched("echo-1") == [second]
+    world.answer("echo-1", second)
+    assert world.outcomes(other) == {second: "OK"}
+
+
+def test_streaming_tool_takes_no_key() -> None:
+    world = World()
+    session = world.hello()
+    world.ready(streaming=True)
+    assert world.outcomes(session) == {}
+    call_id = keyed(world, 1)
+    assert world.outcomes(session) == {call_id: "INVALID_ARGUMENT"}
+
+
+def test_remembered_outcomes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "IDEMPOTENCY_BYTES_MAX", 3 * bounds.RECORD_BYTES)
+    monkeypatch.setattr(bounds, "IDEMPOTENCY_KEYS_MAX", 3)
+    world = World()
+    session = world.hello()
+    world.ready()
+    for number in range(5):
+        world.answer("echo-1", keyed(world, number, key=f"key {number}"))
+    assert len(world.machine.idempotency.records) == 2, "each takes a little more than a bare record"
+    world.outcomes(session)
+    open_calls = [keyed(world, number, key=f"open {number}") for number in range(10, 12)]
+    assert world.outcomes(session) == {open_calls[1]: "OVERLOADED"}
+
+
+def test_poisoned_call_is_kept_for_somebody_to_look_at() -> None:
+    world = World()
+    session = world.hello()
+    call_id = b""
+    for life in (1, 2):
+        world.ready(f"echo-{life}", idempotent=True)
+        call_id = call_id or world.call()
+        world.died(f"echo-{life}", started_seq=1)
+        world.later(1)
+    assert world.outcomes(session) == {call_id: "POISONED"}
+
+    def ask(number: int, **arguments: str) -> messages.Outcome:
+        request = messages.Call(bytes([number]) * 16, "system.dead_letters", 1000, payload.pack(arguments))
+        world.client_says("c1", messages.Calls(EPOCH, 0, (request,)))
+        ((message, _),) = world.heard_by(session)
+        assert isinstance(message, messages.Outcomes)
+        return message.outcomes[0]
+
+    (listed,) = payload.unpack_map(ask(1).body or b"")["dead_letters"]
+    assert (listed["call_id"], listed["tool"], listed["workers"]) == (
+        call_id.hex(), "echo.echo", ["echo-1", "echo-2"],
+    )  # fmt: skip
+    shown = payload.unpack_map(ask(2, action="show", id=call_id.hex()).body or b"")["dead_letter"]
+    assert shown["arguments"] == payload.pack({})
+    assert [one["worker_id"] for one in shown["certificates"]] == ["echo-1", "echo-2"]
+    assert ask(3, action="show", id="ffff").code == "NOT_FOUND"
+    assert ask(4, action="burn", id=call_id.hex()).code == "INVALID_ARGUMENT"
+    assert ask(5, action="drop", id=call_id.hex()[:31]).code == "OK"
+    assert payload.unpack_map(ask(6).body or b"") == {"dead_letters": []}
+
+
+def test_dead_letters_are_bounded_by_count_and_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "DEAD_LETTERS_MAX", 2)
+    world = World()
+    world.hello()
+    for life in range(1, 7, 2):
+        world.ready(f"echo-{life}", idempotent=True)
+        world.call()
+        world.died(f"echo-{life}", started_seq=1)
+        world.later(0.1)
+        world.ready(f"echo-{life + 1}", idempotent=True)
+        world.died(f"echo-{life + 1}", started_seq=1)
+        world.later(0.1)
+    letters = world.machine.dispatcher.dead_letters
+    assert len(letters) == 2
+    world.later(bounds.DEAD_LETTER_TTL_S + 1)
+    assert len(letters) == 0
