@@ -34,7 +34,7 @@ def letters(running: Running, *words: str, code: int = 0) -> Any:
         *words,
         "--json",
         "--profile",
-        running.profile,
+        str(running.profile),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == code, done.stderr
