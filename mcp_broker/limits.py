@@ -122,6 +122,10 @@ RECORD_BYTES: Final = 512
 IDEMPOTENCY_TTL_S: Final = 600.0
 IDEMPOTENCY_KEYS_MAX: Final = 65_536
 IDEMPOTENCY_BYTES_MAX: Final = 64 * 1024 * 1024
+#: Outcomes of detached calls that wait to be fetched.
+DETACHED_TTL_S: Final = 3600.0
+DETACHED_MAX: Final = 4096
+DETACHED_BYTES_MAX: Final = 64 * 1024 * 1024
 #: Poisoned calls: a day, for somebody to look at them.
 DEAD_LETTER_TTL_S: Final = 86_400.0
 DEAD_LETTERS_MAX: Final = 1024

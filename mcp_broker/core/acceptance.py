@@ -133,6 +133,10 @@ class Acceptance:
         if pool is None:
             return self._take([call], pool, now)
         self._ledger.accept([call])
+        if extra.detach and call.tool.is_streaming:
+            text = "a streaming tool cannot be detached: its parts are not kept"
+            self._ledger.finish(call, fault(call.call_id, "INVALID_ARGUMENT", text, {"tool": call.tool.name}))
+            return []
         key = extra.idempotency_key
         if key is not None and self._routing.idempotency.claims(call, key, now):
             return []
@@ -150,6 +154,9 @@ class Acceptance:
     ) -> Tool | None:
         """Find a call's tool, or refuse it; the slow path, once a tool and session."""
         call_id = request.call_id
+        if request.extra is not None and request.extra.attach:
+            self._attach(session, call_id, now)
+            return None
         is_known = call_id in self._ledger.calls
         if call_id in session.at_risk and not is_known:
             # sent again after a resume: its outcome is on its way
@@ -165,10 +172,7 @@ class Acceptance:
             text = "a call with this id is already under way"
             outcome = fault(call_id, "INVALID_ARGUMENT", text, {"call_id": call_id.hex()})
         elif session.room() <= 0:
-            outcome = fault(
-                call_id, "OVERLOADED", f"the session's window of {limits.CLIENT_WINDOW_MAX} unfinished calls is full",
-                {"limit": limits.CLIENT_WINDOW_MAX, "retry_after_s": 0.1},
-            )  # fmt: skip
+            outcome = _window_full(call_id)
         elif (request.arguments is None) is (body is None):
             where = "twice" if body is not None else "neither in the call nor in a second frame"
             outcome = fault(call_id, "INVALID_ARGUMENT", f"the arguments came {where}", {})
@@ -176,6 +180,15 @@ class Acceptance:
             return tool
         self._refuse(session, outcome, now)
         return None
+
+    def _attach(self, session: ClientSession, call_id: bytes, now: float) -> None:
+        """Give a session a detached call, unless it has it already."""
+        if call_id in session.live:
+            return
+        refusal = _window_full(call_id) if session.room() <= 0 else None
+        refusal = refusal or self._routing.detached.attach(session, call_id)
+        if refusal is not None:
+            self._refuse(session, refusal, now)
 
     def _refuse(self, session: ClientSession, outcome: messages.Outcome, now: float) -> None:
         self.refusals += 1
@@ -256,6 +269,11 @@ class Acceptance:
             self._ledger.finish(call, fault(call.call_id, "INVALID_ARGUMENT", str(malformed)))
             return
         self._ledger.finish(call, *introspection.answer(self._routing, call, arguments))
+
+
+def _window_full(call_id: bytes) -> messages.Outcome:
+    text = f"the session's window of {limits.CLIENT_WINDOW_MAX} unfinished calls is full"
+    return fault(call_id, "OVERLOADED", text, {"limit": limits.CLIENT_WINDOW_MAX, "retry_after_s": 0.1})
 
 
 def _busy(call_id: bytes, pool: Pool) -> messages.Outcome:

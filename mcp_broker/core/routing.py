@@ -21,6 +21,7 @@ from mcp_broker.core.calls import Call, CallState, Ledger, fault
 from mcp_broker.core.clientele import Clientele
 from mcp_broker.core.crew import Crew
 from mcp_broker.core.dead_letters import DeadLetters
+from mcp_broker.core.detached import Detached
 from mcp_broker.core.idempotency import Idempotency
 from mcp_broker.core.pools import Dispatcher
 from mcp_broker.core.reconciliation import Reconciliation
@@ -56,6 +57,7 @@ class Routing:
         self.reconciliation = Reconciliation(self)
         self.dispatcher.orphaned = self.reconciliation.outcome
         self.idempotency = Idempotency(self)
+        self.detached = Detached(self)
         self.ledger.keyed = self.idempotency.finished
         self.clientele = Clientele(self)
         self.crew = Crew(self)

@@ -275,9 +275,7 @@ class Supervisor:
         if self._is_table_complete:
             self._broker.send(node.Admit((admitted,)))
 
-    def died(
-        self, certificate: node.Certificate, *, is_news: bool, started_calls: tuple[bytes, ...] = ()
-    ) -> None:
+    def died(self, certificate: node.Certificate, started_calls: tuple[bytes, ...], *, is_news: bool) -> None:
         """Tell the broker first: a caller waits for it."""
         self._broker.send(node.Died(certificate, started_calls))
         self._deaths.add(certificate, started_calls)
@@ -380,9 +378,7 @@ class Supervisor:
                 continue
             self._pool_states[pool.name] = now
             if now == "ready":
-                self._on_event(
-                    events.PoolReady(pool.name, pool.ready, tuple(tool.name for tool in pool.tools))
-                )
+                self._on_event(events.PoolReady(pool.name, pool.ready, pool.tool_names))
             elif any(slot.child.state is children.State.FATAL for slot in pool.slots):
                 self._on_event(events.PoolFailed(pool.name, pool.reason))
 
@@ -396,11 +392,8 @@ class Supervisor:
         return [slot for pool in self._pools.values() for slot in pool.slots]
 
     def _alive(self) -> dict[int, str]:
-        alive = {
-            slot.life.process.pid: slot.life.worker_id
-            for slot in self._slots()
-            if slot.life is not None and slot.life.process is not None
-        }
+        lives = (slot.life for slot in self._slots() if slot.life is not None)
+        alive = {life.process.pid: life.worker_id for life in lives if life.process is not None}
         if self._broker.process is not None:
             alive[self._broker.pid] = self._broker.process.name
         return alive

@@ -32,6 +32,11 @@ class Pool:
         self.slots = [Slot(ground, name, table, self._restarts, start_s) for _ in range(table.min)]
         self.tools: tuple[ToolDefinition, ...] = ()
 
+    @property
+    def tool_names(self) -> tuple[str, ...]:
+        """What its workers serve."""
+        return tuple(tool.name for tool in self.tools)
+
     def start(self) -> None:
         """Want every slot up; slots that were given up start afresh."""
         for slot in self.slots:

@@ -51,9 +51,7 @@ class Ground(Protocol):
     def admitted(self, admitted: node.Admitted) -> None:
         """Let the broker admit this key, before its process exists."""
 
-    def died(
-        self, certificate: node.Certificate, *, is_news: bool, started_calls: tuple[bytes, ...] = ()
-    ) -> None:
+    def died(self, certificate: node.Certificate, started_calls: tuple[bytes, ...], *, is_news: bool) -> None:
         """Pass a death on."""
 
     def strayed(self) -> None:
@@ -246,6 +244,7 @@ class Slot:
                 kind="boot_failure",
                 wall_at=time.time(),
             ),
+            (),
             is_news=True,
         )
         self.tell(children.SpawnFailed(reason, jitter=random.random()))  # noqa: S311 (spreads restarts)
@@ -267,7 +266,7 @@ class Slot:
         certificate = certify(life.process, self._pool, self._table.module, end, known)
         # the caller of the call that died waits for this: the rest comes after it
         is_news = certificate.kind != "operator"
-        self._ground.died(certificate, is_news=is_news, started_calls=life.marks.started_calls())
+        self._ground.died(certificate, life.marks.started_calls(), is_news=is_news)
         self.life = None
         life.end()
         reclaim.forget(self._ground.run_dir, life.worker_id)

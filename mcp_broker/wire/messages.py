@@ -57,6 +57,10 @@ class CallExtra(Record, kw_only=True, frozen=True):
     again: bool = False
     #: calls of one principal and tool with the same key are one execution
     idempotency_key: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
+    #: it goes on when its session ends
+    detach: bool = False
+    #: no new call: the detached call with this id, or its outcome, is to be this session's
+    attach: bool = False
 
 
 class Call(Item, frozen=True):

@@ -126,6 +126,7 @@ class World:
         """Hold the machine to its invariants."""
         machine = self.machine
         live = {call_id for session in machine.clientele.sessions.values() for call_id in session.live}
+        live |= set(machine.detached.live)
         assert live == set(machine.ledger.calls), "every live call belongs to a session that lives"
         queued = {call_id for pool in machine.dispatcher.pools.values() for call_id in pool.backlog}
         held = {

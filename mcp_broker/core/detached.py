@@ -1,0 +1,122 @@
+"""Detached calls: they go on when their client goes away, and whoever has their id may take them up again.
+
+A call that asked for it (``extra.detach``) is not cancelled with its session. Its outcome waits here, for a time and
+within bounds, until a session of the same principal *attaches* to the call by its id. In memory: a broker that is
+restarted knows them only while a client or a worker does. Source: docs/protocol.md, "Detached calls".
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+from mcp_broker import limits
+from mcp_broker.core.calls import Call, fault
+from mcp_broker.core.clients import ClientSession
+from mcp_broker.wire.structs import Slim
+
+if TYPE_CHECKING:
+    from mcp_broker.core.outbox import Body
+    from mcp_broker.core.receipts import Receipt
+    from mcp_broker.core.routing import Routing
+    from mcp_broker.wire import messages
+
+
+class Waiting(Slim):
+    """The outcome of a detached call that nobody has fetched."""
+
+    principal: str
+    outcome: messages.Outcome
+    body: Body | None
+    size: int
+
+
+class _Adrift(ClientSession):
+    """Stands in for the session of detached calls."""
+
+    __slots__ = ("_detached",)
+
+    def __init__(self, detached: Detached, session: ClientSession) -> None:
+        super().__init__(b"", b"", session.user_id, session.grant, session.caller_raw, [])
+        self._detached = detached
+        self.live = detached.live
+
+    def send(self, entry: Any) -> None:  # noqa: ANN401
+        """Nobody listens."""
+
+    def expect(self, receipt: Receipt, count: int) -> None:
+        """An outcome that is kept here has arrived, as far as its worker is concerned."""
+
+    def deliver(self, outcome: messages.Outcome, body: Body | None) -> None:
+        """Keep the outcome."""
+        self.live.pop(outcome.call_id, None)
+        self._detached.keep(self.grant.caller.principal, outcome, body)
+
+
+class Detached:
+    """All calls without a client, and outcomes that wait for one."""
+
+    def __init__(self, routing: Routing) -> None:
+        self._routing = routing
+        self._ledger = routing.ledger
+        #: detached calls without an outcome, by id
+        self.live: dict[bytes, Call] = {}
+        #: call id -> outcome, the oldest first
+        self.outcomes: OrderedDict[bytes, Waiting] = OrderedDict()
+        self._bytes = 0
+
+    def leave(self, session: ClientSession) -> None:
+        """Take over the calls of a session that ends, as far as they asked for it."""
+        mine = [call for call in session.live.values() if call.extra is not None and call.extra.detach]
+        if not mine:
+            return
+        adrift = _Adrift(self, session)
+        for call in mine:
+            del session.live[call.call_id]
+            self.live[call.call_id] = call
+            call.session = adrift
+
+    def keep(self, principal: str, outcome: messages.Outcome, body: Body | None) -> None:
+        """Let an outcome wait to be fetched; past the bounds, the oldest is dropped."""
+        size = limits.RECORD_BYTES + len(body if body is not None else outcome.body or b"")
+        waiting = self.outcomes[outcome.call_id] = Waiting(principal, outcome, body, size)
+        self._bytes += size
+        self._routing.timers.add(
+            self._routing.now + limits.DETACHED_TTL_S, self._expire, (outcome.call_id, waiting)
+        )
+        while self._bytes > limits.DETACHED_BYTES_MAX or len(self.outcomes) > limits.DETACHED_MAX:
+            self._bytes -= self.outcomes.popitem(last=False)[1].size
+
+    def attach(self, session: ClientSession, call_id: bytes) -> messages.Outcome | None:
+        """Give a detached call, or its outcome, to a session of the same principal.
+
+        Returns:
+            None, or the refusal.
+        """
+        principal = session.grant.caller.principal
+        call = self._ledger.calls.get(call_id)
+        if call is not None and call.extra is not None and call.extra.detach:
+            # also from a session whose end nobody has noticed yet
+            if call.session.grant.caller.principal == principal:
+                call.session.live.pop(call_id, None)
+                call.session = session
+                session.live[call_id] = call
+                return None
+        else:
+            waiting = self.outcomes.get(call_id)
+            if waiting is not None and waiting.principal == principal:
+                del self.outcomes[call_id]
+                self._bytes -= waiting.size
+                session.deliver(waiting.outcome, waiting.body)
+                return None
+        text = (
+            f"there is no detached call {call_id.hex()}: it never was detached, it was fetched, or it ended over "
+            f"{limits.DETACHED_TTL_S / 60:g} minutes ago"
+        )
+        return fault(call_id, "NOT_FOUND", text, {"call_id": call_id.hex()})
+
+    def _expire(self, subject: tuple[bytes, Waiting], _now: float) -> None:
+        call_id, waiting = subject
+        if self.outcomes.get(call_id) is waiting:
+            del self.outcomes[call_id]
+            self._bytes -= waiting.size

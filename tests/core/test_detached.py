@@ -1,0 +1,129 @@
+"""Calls that outlive their client, and clients that take them up again."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import mcp_broker.limits as bounds
+from mcp_broker.wire import messages, payload
+from tests.core.support import EPOCH, FakeGrant, World
+
+if TYPE_CHECKING:
+    import pytest
+
+ID = b"d" * 16
+
+
+def says(world: World, name: str = "c1", *, detach: bool = False, attach: bool = False) -> None:
+    extra = messages.CallExtra(detach=detach, attach=attach)
+    request = messages.Call(ID, "system.attach" if attach else "echo.echo", 30_000, payload.pack({}), extra)
+    world.client_says(name, messages.Calls(EPOCH, 0, (request,)))
+
+
+def test_detached_call_goes_on_without_its_client_and_waits_to_be_fetched() -> None:
+    world = World()
+    world.hello("c1")
+    world.ready()
+    says(world, detach=True)
+    world.client_says("c1", messages.Goodbye(EPOCH))
+    world.check()
+    assert world.interrupts() == []
+    world.answer("echo-1", ID)
+    later = world.hello("c2")
+    says(world, "c2", attach=True)
+    assert world.outcomes(later) == {ID: "OK"}
+    says(world, "c2", attach=True)
+    assert world.outcomes(later) == {ID: "NOT_FOUND"}, "it is given out once"
+    world.check()
+
+
+def test_call_that_still_runs_is_taken_over_by_whoever_attaches() -> None:
+    world = World()
+    world.hello("c1")
+    world.ready()
+    says(world, detach=True)
+    world.machine.clientele.unreachable(b"c1", world.now)
+    world.later(bounds.RESUME_GRACE_S + 0.1)
+    second = world.hello("c2")
+    says(world, "c2", attach=True)
+    world.check()
+    world.answer("echo-1", ID)
+    assert world.outcomes(second) == {ID: "OK"}
+    world.check()
+
+
+def test_call_of_a_session_whose_end_nobody_noticed_yet_can_be_taken_over() -> None:
+    world = World()
+    first = world.hello("c1")
+    second = world.hello("c2")
+    world.ready()
+    says(world, detach=True)
+    says(world, "c2", attach=True)
+    world.answer("echo-1", ID)
+    assert world.outcomes(second) == {ID: "OK"}
+    assert world.outcomes(first) == {}
+
+
+def test_nobody_else_may_attach() -> None:
+    world = World()
+    world.hello("c1", FakeGrant(principal="ada"))
+    thief = world.hello("c2", FakeGrant(principal="bob"))
+    world.ready()
+    says(world, detach=True)
+    world.client_says("c1", messages.Goodbye(EPOCH))
+    says(world, "c2", attach=True)
+    assert world.outcomes(thief) == {ID: "NOT_FOUND"}
+    world.answer("echo-1", ID)
+    says(world, "c2", attach=True)
+    assert world.outcomes(thief) == {ID: "NOT_FOUND"}
+
+
+def test_detached_call_still_ends_at_its_deadline() -> None:
+    world = World()
+    world.hello("c1")
+    world.ready()
+    says(world, detach=True)
+    world.client_says("c1", messages.Goodbye(EPOCH))
+    world.later(31)
+    assert world.interrupts()
+    again = world.hello("c2")
+    says(world, "c2", attach=True)
+    assert world.outcomes(again) == {ID: "DEADLINE_EXCEEDED"}
+
+
+def test_call_that_is_not_detached_cannot_be_taken() -> None:
+    world = World()
+    world.hello("c1")
+    second = world.hello("c2")
+    world.ready()
+    says(world)
+    says(world, "c2", attach=True)
+    assert world.outcomes(second) == {ID: "NOT_FOUND"}
+
+
+def test_streaming_tool_cannot_be_detached() -> None:
+    world = World()
+    session = world.hello("c1")
+    world.ready(streaming=True)
+    says(world, detach=True)
+    assert world.outcomes(session) == {ID: "INVALID_ARGUMENT"}
+
+
+def test_outcomes_that_nobody_fetches_are_dropped_in_time_and_within_bounds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bounds, "DETACHED_MAX", 2)
+    world = World()
+    world.ready()
+    for number in range(3):
+        world.hello(f"c{number}")
+        extra = messages.CallExtra(detach=True)
+        call_id = bytes([number]) * 16
+        request = messages.Call(call_id, "echo.echo", 30_000, payload.pack({}), extra)
+        world.client_says(f"c{number}", messages.Calls(EPOCH, 0, (request,)))
+        world.client_says(f"c{number}", messages.Goodbye(EPOCH))
+        world.answer("echo-1", call_id)
+    detached = world.machine.detached
+    assert list(detached.outcomes) == [b"\1" * 16, b"\2" * 16]
+    world.later(bounds.DETACHED_TTL_S + 1)
+    assert not detached.outcomes
