@@ -79,6 +79,9 @@ STREAM_AHEAD_MAX: Final = 64
 #: Payloads of parts that a session keeps until its client's credit covers them, all its streams together: a whole
 #: window of parts of 1 MiB. Past it a stream cannot survive a lost connection.
 STREAM_KEPT_BYTES_MAX: Final = 16 * 1024 * 1024
+#: A tool's reports of progress go out this far apart at most, for one call: a person sees no more, and a tight loop
+#: that reports each step cannot flood anybody.
+PROGRESS_S: Final = 0.05
 #: "Did you mean" compares a name with all others, about 1 ms: so many in so much time, for all clients.
 HINTS_MAX: Final = 8
 HINTS_S: Final = 0.1

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from mcp_broker.cli import connection, output, schema, settings
+from mcp_broker.cli import connection, output, progress, schema, settings
 
 
 def _complete(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
@@ -40,6 +40,7 @@ def call(tool: str, arguments: tuple[str, ...], stream: bool, timeout_s: float |
     """Call TOOL and print its result as JSON (bytes as base64).
 
     KEY=VALUE is read by the tool's schema: text stays text, a repeated key makes a list. Ctrl-C cancels the call.
+    Where standard error is a terminal, a bar shows the tool's progress.
     """
     chosen = settings.current()
     given = _read_arguments(arguments)
@@ -96,25 +97,27 @@ def _parameters(client: connection.ClientLike, tool: str) -> schema.Schema:
 def _result(
     client: connection.ClientLike, tool: str, arguments: dict[str, Any], timeout_s: float | None
 ) -> object:
-    future = client.submit(tool, arguments, timeout_s=timeout_s)
-    try:
-        return future.result()
-    except KeyboardInterrupt:
-        future.cancel()
-        raise
+    with progress.bar(tool) as on_progress:
+        future = client.submit(tool, arguments, timeout_s=timeout_s, on_progress=on_progress)
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            future.cancel()
+            raise
 
 
 def _parts(
     client: connection.ClientLike, tool: str, arguments: dict[str, Any], timeout_s: float | None
 ) -> Iterator[object]:
-    parts = client.stream(tool, arguments, timeout_s=timeout_s)
-    try:
-        yield from parts
-    finally:
-        # ends the call at its worker too when we leave early (Ctrl-C, a closed pipe)
-        close = getattr(parts, "close", None)
-        if close is not None:
-            close()
+    with progress.bar(tool, among_lines=True) as on_progress:
+        parts = client.stream(tool, arguments, timeout_s=timeout_s, on_progress=on_progress)
+        try:
+            yield from parts
+        finally:
+            # ends the call at its worker too when we leave early (Ctrl-C, a closed pipe)
+            close = getattr(parts, "close", None)
+            if close is not None:
+                close()
 
 
 def _print(value: object, *, raw: bool, as_json: bool) -> None:

@@ -13,6 +13,7 @@ from mcp_broker.errors import BrokerError, NotReachable
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
+    from mcp_broker.cli.progress import OnProgress
     from mcp_broker.cli.settings import Settings
 
 Map = dict[str, Any]
@@ -25,8 +26,12 @@ class ClientLike(Protocol):
     """What commands use of a client (mcp_broker.Client, or a test's double)."""
 
     def call(self, tool: str, arguments: Map, /) -> Any: ...  # noqa: ANN401, D102 (any payload)
-    def submit(self, tool: str, arguments: Map, /, *, timeout_s: float | None) -> Future[Any]: ...  # noqa: D102
-    def stream(self, tool: str, arguments: Map, /, *, timeout_s: float | None) -> Iterator[Any]: ...  # noqa: D102
+    def submit(  # noqa: D102
+        self, tool: str, arguments: Map, /, *, timeout_s: float | None, on_progress: OnProgress | None
+    ) -> Future[Any]: ...
+    def stream(  # noqa: D102
+        self, tool: str, arguments: Map, /, *, timeout_s: float | None, on_progress: OnProgress | None
+    ) -> Iterator[Any]: ...
     def tools(  # noqa: D102
         self, name: str | None = None, capability: str | None = None, tag: str | None = None
     ) -> list[Map]: ...

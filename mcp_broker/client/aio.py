@@ -14,15 +14,16 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from mcp_broker import errors, limits
-from mcp_broker.client import connection
+from mcp_broker.client import connection, progress
 from mcp_broker.client.awaitables import AsyncCallFuture, AsyncPartStream
 from mcp_broker.client.link import Link
-from mcp_broker.client.session import State
+from mcp_broker.client.session import State, Wishes
 from mcp_broker.client.sync import MAP_AHEAD, asked, pack, seconds
 from mcp_broker.client.targets import OVER, window_full
 
 if TYPE_CHECKING:
     from mcp_broker.auth.profile import Profile
+    from mcp_broker.client.progress import OnProgress
     from mcp_broker.client.session import PendingCall
     from mcp_broker.transport import Connection
 
@@ -105,18 +106,36 @@ class AsyncClient:
     # -- calls ------------------------------------------------------------------------------------------------
 
     async def call(
-        self, tool: str, arguments: Mapping[str, Any] | None = None, *, timeout_s: float | None = None
+        self,
+        tool: str,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        timeout_s: float | None = None,
+        idle_timeout_s: float | None = None,
+        on_progress: OnProgress | None = None,
     ) -> Any:  # noqa: ANN401 (any payload)
         """Call a tool and await its result; cancelling the awaiting task cancels the call.
+
+        Arguments as in :meth:`mcp_broker.Client.call`; ``on_progress`` is called in the loop.
 
         Raises:
             CallError: it ended without a result.
             TypeError, ValueError: the arguments hold something that cannot be sent.
         """
-        return await (await self.submit(tool, arguments, timeout_s=timeout_s))
+        return await (
+            await self.submit(
+                tool, arguments, timeout_s=timeout_s, idle_timeout_s=idle_timeout_s, on_progress=on_progress
+            )
+        )
 
     async def submit(
-        self, tool: str, arguments: Mapping[str, Any] | None = None, *, timeout_s: float | None = None
+        self,
+        tool: str,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        timeout_s: float | None = None,
+        idle_timeout_s: float | None = None,
+        on_progress: OnProgress | None = None,
     ) -> AsyncCallFuture:
         """Call a tool; await a place in the window, and return a future of the result.
 
@@ -124,7 +143,10 @@ class AsyncClient:
             Overloaded: the window stayed full for ``timeout_s``.
         """
         future = AsyncCallFuture(self, self._loop)
-        await self._submit(tool, arguments, seconds(timeout_s), future, streamed=False)
+        wishes = (
+            None if on_progress is None and idle_timeout_s is None else Wishes(idle_timeout_s, on_progress)
+        )
+        await self._submit(tool, arguments, seconds(timeout_s), future, streamed=False, wishes=wishes)
         return future
 
     async def map(
@@ -149,11 +171,20 @@ class AsyncClient:
                     future.exception()  # taken, so that asyncio does not call it forgotten
 
     async def stream(
-        self, tool: str, arguments: Mapping[str, Any] | None = None, *, timeout_s: float | None = None
+        self,
+        tool: str,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        timeout_s: float | None = None,
+        idle_timeout_s: float | None = None,
+        on_progress: OnProgress | None = None,
     ) -> AsyncGenerator[Any, None]:
         """Yield the parts of a streaming tool's result as they come; leaving the loop early cancels the call."""
         stream = AsyncPartStream(self)
-        await self._submit(tool, arguments, seconds(timeout_s), stream, streamed=True)
+        wishes = (
+            None if on_progress is None and idle_timeout_s is None else Wishes(idle_timeout_s, on_progress)
+        )
+        await self._submit(tool, arguments, seconds(timeout_s), stream, streamed=True, wishes=wishes)
         try:
             async for part in stream:
                 yield part
@@ -203,6 +234,7 @@ class AsyncClient:
         waiter: AsyncCallFuture | AsyncPartStream,
         *,
         streamed: bool,
+        wishes: Wishes | None,
     ) -> None:
         if self._generation != connection.generation:
             raise errors.BrokerError("this client belongs to the process that connected it; connect one here")
@@ -210,7 +242,9 @@ class AsyncClient:
         session = self._session
         if not session.has_room and session.state not in OVER:
             await self._room(timeout_s)
-        waiter.pending = session.submit(tool, timeout_s, packed, monotonic(), waiter, streamed=streamed)
+        waiter.pending = session.submit(
+            tool, timeout_s, packed, monotonic(), waiter, streamed=streamed, wishes=wishes
+        )
         if not session.book.in_flight:
             self._turn()
         else:
@@ -305,6 +339,9 @@ class AsyncClient:
             arrived, book.arrived = book.arrived, []
             for pending, part in arrived:
                 pending.waiter.feed(part)
+        if book.progressed:
+            for tell in progress.reports(book):
+                tell()
         if book.ended:
             ended, book.ended = book.ended, []
             for end in ended:

@@ -14,8 +14,6 @@ Rules
 
 from __future__ import annotations
 
-import os
-import select
 import threading
 import warnings
 from collections import deque
@@ -24,13 +22,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from mcp_broker import errors, limits
 from mcp_broker.client import connection
+from mcp_broker.client.serving import Serving
 from mcp_broker.client.targets import OVER, Room, Target, Unattended, window_full
 
 if TYPE_CHECKING:
-    from mcp_broker.client.future import CallFuture
     from mcp_broker.client.link import Link
-    from mcp_broker.client.session import PendingCall
-    from mcp_broker.transport import Connection
+    from mcp_broker.client.session import PendingCall, Wishes
 
 #: how long calls may wait for a thread before the helper takes them on (after one to two ticks); ticks grow while
 #: other threads serve, since each one takes the GIL from them
@@ -41,27 +38,17 @@ QUIET_TICKS: Final = 25
 HELPER_IDLE_S: Final = 1.0
 
 
-class Leadership:
+class Leadership(Serving):
     """Serves one link for the threads of one process."""
 
     def __init__(self, link: Link) -> None:
-        self.link = link
-        self.session = link.session
+        super().__init__(link)
         self._generation = connection.generation
-        self._lock = threading.Lock()
         #: what the leading thread waits for, if one leads, and which thread it is
         self._leader: Target | None = None
         self._leading_thread = 0
         #: threads that could lead, longest waiting first
         self._seats: deque[threading.Event] = deque()
-        self._rooms: list[Room] = []
-        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._poller = select.poll()
-        self._poller.register(self._wake_fd, select.POLLIN)
-        self._polled: Connection | None = None
-        #: the leader waits for the fd, or is about to
-        self._polling = False
-        self._kicked = False
         #: counts what leaders do, so that the helper sees whether anybody serves
         self._turns = 0
         self._helper: threading.Thread | None = None
@@ -69,11 +56,6 @@ class Leadership:
         self._asleep = False
         self._urgent = False
         self._unattended = Unattended(link)
-        #: futures that are done, and whose strangers are still to be told
-        self._untold: deque[CallFuture] = deque()
-        #: calls whose stream was dropped; a destructor may not take the lock
-        self._orphans: deque[PendingCall] = deque()
-        self._closed = False
 
     def check_process(self) -> None:
         """Refuse to work in a forked child.
@@ -98,6 +80,7 @@ class Leadership:
         *,
         streamed: bool = False,
         waits: bool = False,
+        wishes: Wishes | None = None,
     ) -> None:
         """Take a call, after waiting for a place in the window, and set ``waiter.pending``.
 
@@ -117,7 +100,9 @@ class Leadership:
             if len(book.calls) >= session.granted.window and session.state not in OVER:
                 self._await_room(now + timeout_s)
                 now = monotonic()
-            waiter.pending = session.submit(tool, timeout_s, packed, now, waiter, streamed=streamed)
+            waiter.pending = session.submit(
+                tool, timeout_s, packed, now, waiter, streamed=streamed, wishes=wishes
+            )
             if waits:
                 return
             if not book.in_flight or len(book.queue) >= limits.BATCH_MAX:
@@ -142,10 +127,6 @@ class Leadership:
             self.session.took(pending)
             if self.session.book.credits:
                 self._push()
-
-    def orphan(self, pending: PendingCall) -> None:
-        """Nobody can take this call's parts any more. Safe in a destructor: takes no lock."""
-        self._orphans.append(pending)
 
     def attend(self) -> None:
         """Somebody waits in a way that serves nothing: the helper leads from now on."""
@@ -270,99 +251,6 @@ class Leadership:
             self._polling = False
             if self._closed and outer is None:
                 self._drop_wake_fd()
-
-    def _poll(self, target: Target, wait_s: float) -> None:
-        current = self.link.connection
-        if current is not self._polled:
-            if self._polled is not None:
-                self._poller.unregister(self._polled.fd)
-            if current is not None:
-                self._poller.register(current.fd, select.POLLIN)
-            self._polled = current
-        # who makes the target ready looks at _polling afterwards, so look again now
-        self._polling = True
-        if not target.ready:
-            self._lock.release()
-            try:
-                # rounded up, or the last fraction of a millisecond would be spent spinning
-                self._poller.poll(wait_s * 1000 + 1)
-            finally:
-                self._lock.acquire()
-        self._polling = False
-        if self._kicked:
-            self._kicked = False
-            os.eventfd_read(self._wake_fd)
-
-    def _serve(self, now: float) -> bool:
-        """Serve once, and tell whom it concerns; True if there may be more at once."""
-        while self._orphans:
-            self.session.cancel(self._orphans.popleft())
-        more = self.link.serve(now)
-        book = self.session.book
-        if book.ended or book.arrived or self._untold:
-            self._settle()
-        elif self._rooms:
-            self._tell_rooms()
-        return more
-
-    def _push(self) -> None:
-        """Serve without waiting, on behalf of whoever leads."""
-        before = self.link.connection
-        now = monotonic()
-        while not self._closed and self._serve(now):
-            pass
-        if self._polling and self.link.connection is not before:
-            self._kick()
-
-    def _settle(self) -> None:
-        """Tell futures and streams; those that have strangers waiting with the lock released."""
-        book = self.session.book
-        ended, book.ended = book.ended, []
-        arrived, book.arrived = book.arrived, []
-        for pending, part in arrived:
-            pending.waiter.feed(part)
-        for end in ended:
-            # future and call hold each other: taken apart here, they cost the collector nothing
-            waiter, end.pending.waiter = end.pending.waiter, None
-            if waiter.settle(end.value, end.error, end.usage):
-                self._untold.append(waiter)
-        if self._rooms:
-            self._tell_rooms()
-        if self._polling:
-            # the leader's own call may be among them
-            self._kick()
-        if self._untold:
-            self._tell_strangers()
-
-    def _tell_strangers(self) -> None:
-        # one list for all threads: a callback may wait for a future that stands behind its own
-        self._lock.release()
-        try:
-            while self._untold:
-                try:
-                    future = self._untold.popleft()
-                except IndexError:
-                    break
-                future.tell_strangers()
-        finally:
-            self._lock.acquire()
-
-    def _tell_rooms(self) -> None:
-        for room in self._rooms:
-            if room.ready and room.seats:
-                for seat in room.seats:
-                    seat.set()
-
-    def _kick(self) -> None:
-        """Let the leader look again."""
-        if not self._kicked and self._wake_fd >= 0:
-            self._kicked = True
-            os.eventfd_write(self._wake_fd, 1)
-
-    def _drop_wake_fd(self) -> None:
-        if self._wake_fd >= 0:
-            fd, self._wake_fd = self._wake_fd, -1
-            os.close(fd)
 
     # -- the helper -----------------------------------------------------------------------------------------------
 

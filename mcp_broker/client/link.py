@@ -124,7 +124,7 @@ class Link:
                 self.malformed += 1
                 continue
             session.receive(message, body, now)
-            if book.ended or book.arrived:
+            if book.ended or book.arrived or book.progressed:
                 return True
             if session.state is not State.OPEN:
                 return False

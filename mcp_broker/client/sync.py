@@ -12,7 +12,7 @@ from mcp_broker import limits
 from mcp_broker.client.future import CallFuture
 from mcp_broker.client.leadership import Leadership
 from mcp_broker.client.link import Link
-from mcp_broker.client.session import State
+from mcp_broker.client.session import State, Wishes
 from mcp_broker.client.stream import PartStream
 from mcp_broker.client.targets import Connected
 from mcp_broker.wire import payload
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from mcp_broker.auth.profile import Profile
+    from mcp_broker.client.progress import OnProgress
 
 #: calls that map() keeps going: a full batch, and the next one while its outcomes come back
 MAP_AHEAD: Final = 128
@@ -75,25 +76,44 @@ class Client:
         return self._link.session.name
 
     def call(
-        self, tool: str, arguments: Mapping[str, Any] | None = None, *, timeout_s: float | None = None
+        self,
+        tool: str,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        timeout_s: float | None = None,
+        idle_timeout_s: float | None = None,
+        on_progress: OnProgress | None = None,
     ) -> Any:  # noqa: ANN401 (any payload)
         """Call a tool and wait for its result; a streaming tool's parts come as a list.
 
         Args:
             timeout_s: how long the call may take, in seconds; 30 if None.
+            idle_timeout_s: how long its worker may send neither a part nor progress, in seconds; None: for as long
+                as the call may take.
+            on_progress: called with (fraction or None, text) when the tool tells of its progress, in whichever thread
+                serves this client then; it should be quick, since other calls wait meanwhile.
 
         Raises:
             CallError: it ended without a result; the class and ``code`` say how.
             TypeError, ValueError: the arguments hold something that cannot be sent.
         """
+        wishes = (
+            None if on_progress is None and idle_timeout_s is None else Wishes(idle_timeout_s, on_progress)
+        )
         future = CallFuture(self._threads)
-        self._threads.submit(tool, seconds(timeout_s), pack(arguments), future, waits=True)
+        self._threads.submit(tool, seconds(timeout_s), pack(arguments), future, waits=True, wishes=wishes)
         return future.result()
 
     def submit(
-        self, tool: str, arguments: Mapping[str, Any] | None = None, *, timeout_s: float | None = None
+        self,
+        tool: str,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        timeout_s: float | None = None,
+        idle_timeout_s: float | None = None,
+        on_progress: OnProgress | None = None,
     ) -> CallFuture:
-        """Call a tool and return at once; wait only for a place in the session's window.
+        """Call a tool as :meth:`call` does, and return at once; wait only for a place in the session's window.
 
         Returns:
             A :class:`concurrent.futures.Future` that knows its ``call_id`` and, once done, its ``usage``.
@@ -102,8 +122,11 @@ class Client:
             Overloaded: the window stayed full for ``timeout_s``.
             TypeError, ValueError: the arguments hold something that cannot be sent.
         """
+        wishes = (
+            None if on_progress is None and idle_timeout_s is None else Wishes(idle_timeout_s, on_progress)
+        )
         future = CallFuture(self._threads)
-        self._threads.submit(tool, seconds(timeout_s), pack(arguments), future)
+        self._threads.submit(tool, seconds(timeout_s), pack(arguments), future, wishes=wishes)
         return future
 
     def map(
@@ -127,15 +150,26 @@ class Client:
                 future.cancel()
 
     def stream(
-        self, tool: str, arguments: Mapping[str, Any] | None = None, *, timeout_s: float | None = None
+        self,
+        tool: str,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        timeout_s: float | None = None,
+        idle_timeout_s: float | None = None,
+        on_progress: OnProgress | None = None,
     ) -> PartStream:
         """Call a streaming tool and iterate over the parts of its result as they come.
 
         The tool is at most 16 parts ahead. Leaving the ``with`` block of the iterator, or closing it, cancels the
         call if it has not ended; so does dropping it.
         """
+        wishes = (
+            None if on_progress is None and idle_timeout_s is None else Wishes(idle_timeout_s, on_progress)
+        )
         stream = PartStream(self._threads)
-        self._threads.submit(tool, seconds(timeout_s), pack(arguments), stream.inbox, streamed=True)
+        self._threads.submit(
+            tool, seconds(timeout_s), pack(arguments), stream.inbox, streamed=True, wishes=wishes
+        )
         return stream
 
     def tools(

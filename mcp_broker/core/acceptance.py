@@ -133,6 +133,8 @@ class Acceptance:
         if pool is None:
             return self._take([call], pool, now)
         self._ledger.accept([call])
+        if extra.idle_timeout_ms is not None:
+            self._ledger.watch(call, extra.idle_timeout_ms, now)
         if extra.detach and call.tool.is_streaming:
             text = "a streaming tool cannot be detached: its parts are not kept"
             self._ledger.finish(call, fault(call.call_id, "INVALID_ARGUMENT", text, {"tool": call.tool.name}))

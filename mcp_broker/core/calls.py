@@ -80,6 +80,7 @@ class Call(Slim):
         limit: parts with an index below it may come, as the worker knows.
         wanted: the same, as the caller has said.
         parts: parts of a streamed result forwarded so far.
+        idle: its time-out of silence, if it has one.
     """
 
     call_id: bytes
@@ -99,6 +100,7 @@ class Call(Slim):
     parts: int = 0
     limit: int = limits.STREAM_WINDOW_MAX
     wanted: int = limits.STREAM_WINDOW_MAX
+    idle: Idle | None = None
 
     def step(self, event: CallEvent) -> None:
         """Move by the table.
@@ -122,6 +124,19 @@ class Call(Slim):
         if self.arguments is not None:
             return len(self.arguments)
         return len(self.body) if self.body is not None else 0
+
+
+class Idle(Slim):
+    """How long a call's worker may say nothing of it.
+
+    Attributes:
+        touched_at: when the call was given to its worker, or that last sent a part or progress.
+        slot: where the ledger finds the call when it may be due.
+    """
+
+    timeout_s: float
+    touched_at: float
+    slot: Slot[Call]
 
 
 def fault(
@@ -178,6 +193,8 @@ class Ledger:
         #: all and only calls whose state is not ENDED
         self.calls: dict[bytes, Call] = {}
         self._wheel: Wheel[Call] = Wheel(now)
+        #: the calls with a time-out of silence, by when they may be due
+        self._silent: Wheel[Call] = Wheel(now)
         self.accepted = 0
         self.succeeded = 0
         #: code -> ends
@@ -217,6 +234,10 @@ class Ledger:
         slot.pop(call_id, None)
         if not slot:
             self._wheel.drop(slot)
+        if call.idle is not None:
+            call.idle.slot.pop(call_id, None)
+            if not call.idle.slot:
+                self._silent.drop(call.idle.slot)
         if outcome.code == "OK":
             self.succeeded += 1
         else:
@@ -229,8 +250,35 @@ class Ledger:
 
     def deadline(self) -> float | None:
         """Return the next instant at which a call may be due."""
-        return self._wheel.deadline()
+        at, silent_at = self._wheel.deadline(), self._silent.deadline()
+        return at if silent_at is None else min(at or silent_at, silent_at)
 
     def due(self, now: float) -> Iterator[Call]:
         """Yield the calls whose deadline has passed; the caller finishes each."""
         return self._wheel.due(now)
+
+    def watch(self, call: Call, timeout_ms: int, now: float) -> None:
+        """Give a call a time-out of silence, before it is accepted."""
+        timeout_s = timeout_ms * 0.001
+        call.idle = Idle(timeout_s, now, self._silent.slot(now + timeout_s))
+        call.idle.slot[call.call_id] = call
+
+    def silent(self, now: float) -> Iterator[Call]:
+        """Yield the calls whose workers were silent for too long; the caller finishes each.
+
+        Nothing is moved when a call is touched, only when it may be due.
+        """
+        if self._silent.deadline() is None:
+            return
+        for call in self._silent.due(now):
+            idle = call.idle
+            if idle is None:
+                continue
+            # a call that waits for a worker has none that could be silent
+            since = idle.touched_at if call.state is _IN_FLIGHT else now
+            at = since + idle.timeout_s
+            if at <= now:
+                yield call
+                continue
+            idle.slot = self._silent.slot(at)
+            idle.slot[call.call_id] = call

@@ -121,6 +121,7 @@ class Clientele:
             self.sessions[session.session_id] = session
             welcome_first = []
         session.agent = message.agent
+        session.takes = frozenset(message.capabilities)
         self.open[routing_id] = session
         session.send(
             messages.Welcome(
@@ -134,7 +135,7 @@ class Clientele:
                     heartbeat_ms=int(limits.HEARTBEAT_S * 1000),
                     token_ms=max(0, int((grant.expires_at - now) * 1000)),
                 ),
-                ("streaming",),
+                ("streaming", "progress"),
                 self._routing.lineage,
             )
         )

@@ -178,6 +178,8 @@ class ClientSession:
         unacked: outcomes sent and not yet acknowledged, message by message, oldest first.
         unacked_count, unacked_bytes: how many they are, and how large.
         kept: parts of streams that the client has not confirmed.
+        news: call id -> how far it has come, where the client has yet to hear that.
+        takes: what the client can do besides, by its own word.
         at_risk: calls that the client may send again since it resumed, though we had them: without an outcome, or with
             one that it had not acknowledged. Ids are never used twice, so the set may stay until the next resume.
         sent: how many outcomes were ever numbered for this session; the newest of ``unacked`` has this number.
@@ -196,12 +198,14 @@ class ClientSession:
         "kept",
         "live",
         "lost_at",
+        "news",
         "outbox",
         "routing_id",
         "sent",
         "session_id",
         "shares",
         "state",
+        "takes",
         "unacked",
         "unacked_bytes",
         "unacked_count",
@@ -237,6 +241,8 @@ class ClientSession:
         self.sent = 0
         self.lost_at = 0.0
         self.kept = KeptParts()
+        self.news: dict[bytes, messages.Progress] = {}
+        self.takes: frozenset[str] = frozenset()
         self.at_risk: frozenset[bytes] = frozenset()
 
     def send(self, entry: Any) -> None:  # noqa: ANN401 (a message, an item or a Big)
@@ -246,9 +252,19 @@ class ClientSession:
             self.dirty = True
             self._dirty_list.append(self)
 
+    def tell(self, progress: messages.Progress) -> None:
+        """Tell how far a call has come, in place of what was to be told before, if this client hears it."""
+        if "progress" in self.takes:
+            self.news[progress.call_id] = progress
+            if not self.dirty:
+                self.dirty = True
+                self._dirty_list.append(self)
+
     def deliver(self, outcome: Outcome, body: outbox.Body | None) -> None:
         """Queue the outcome of one of this session's calls, unless nobody is left to hear it."""
         self.live.pop(outcome.call_id, None)
+        if self.news:
+            self.news.pop(outcome.call_id, None)
         if self.state is _C:
             return
         self.delivered += 1
@@ -285,6 +301,10 @@ class ClientSession:
                 packed.extend((codec.encode(messages.Partial(epoch, tuple(part))), None) for part in parts)
             else:
                 packed.append((codec.encode(first), None))
+        if self.news:
+            news, self.news = list(self.news.values()), {}
+            runs = (news[at : at + bounds.BATCH_MAX] for at in range(0, len(news), bounds.BATCH_MAX))
+            packed.extend((codec.encode(messages.Progresses(epoch, tuple(run))), None) for run in runs)
         return packed
 
     def _pack(self, epoch: int, run: list[Outcome], packed: list[outbox.Packed]) -> None:
@@ -329,6 +349,7 @@ class ClientSession:
             share.receipt.left -= share.count
         self.shares.clear()
         self.kept.clear()
+        self.news.clear()
 
     def resume(self, routing_id: bytes, ack: int) -> None:
         """Go on at another place: what was sent and not acknowledged is sent again, with the same numbers."""

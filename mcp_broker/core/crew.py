@@ -93,10 +93,13 @@ class Crew:
             self._dispatcher.pump(worker.pool, now)
         elif isinstance(message, messages.Partial):
             for part in message.parts:
-                broken = self._dispatcher.part(worker, part, body)
+                broken = self._dispatcher.part(worker, part, body, now)
                 if broken is not None:
                     # the tool is stopped too: nobody takes what else it says
                     self._routing.end(*broken, "cancel", now)
+        elif isinstance(message, messages.Progresses):
+            for progress in message.progress:
+                self._dispatcher.progress(worker, progress, now)
         elif isinstance(message, messages.Goodbye):
             self._disconnected(worker)
 
@@ -138,6 +141,7 @@ class Crew:
                 granted=messages.GrantedLimits(
                     window=limits.WORKER_DEPTH_MAX, heartbeat_ms=int(limits.HEARTBEAT_S * 1000)
                 ),
+                capabilities=("progress",),
                 lineage=self._routing.lineage,
             )
         )

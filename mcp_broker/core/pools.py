@@ -145,6 +145,8 @@ class Dispatcher:
             call.attempts += 1
             call.worker = worker
             held[call.call_id] = call
+            if call.idle is not None:
+                call.idle.touched_at = now
             left_ms = int((call.deadline - now) * 1000)
             tool, body = call.tool, call.body
             dispatch = messages.Dispatch(
@@ -213,7 +215,7 @@ class Dispatcher:
         return fault(outcome.call_id, "INTERNAL", text), None
 
     def part(
-        self, worker: Worker, part: messages.Part, body: Body | None
+        self, worker: Worker, part: messages.Part, body: Body | None, now: float
     ) -> tuple[Call, messages.Outcome] | None:
         """Forward a part of a stream, if it is the next one of a call that this worker holds, and within its credit.
 
@@ -228,12 +230,23 @@ class Dispatcher:
             text = f"worker {worker.worker_id} sent part {part.index} as number {call.parts} of at most {call.limit}"
             return call, fault(call.call_id, "INTERNAL", text)
         call.parts += 1
+        if call.idle is not None:
+            call.idle.touched_at = now
         entry = part if body is None else outbox.Big(part, body)
         call.session.kept.keep(entry)
         call.session.send(entry)
         if call.parts == call.limit:
             self._raise_limit(call, worker)
         return None
+
+    def progress(self, worker: Worker, progress: messages.Progress, now: float) -> None:
+        """Tell a caller how far its call has come; it takes the newest only."""
+        call = worker.held.get(progress.call_id)
+        if call is None or call.state is CallState.ENDED:
+            return
+        if call.idle is not None:
+            call.idle.touched_at = now
+        call.session.tell(progress)
 
     def credit(self, call: Call, credit: messages.StreamCredit) -> None:
         """Take a caller's room for parts.

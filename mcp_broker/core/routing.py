@@ -115,10 +115,20 @@ class Routing:
                 state = "waiting for a worker" if call.state is CallState.QUEUED else "running"
                 self.end(
                     call,
-                    fault(call.call_id, "DEADLINE_EXCEEDED", f"{text}; it was {state}", {"was": state}),
+                    fault(
+                        call.call_id,
+                        "DEADLINE_EXCEEDED",
+                        f"{text}; it was {state}",
+                        {"which": "timeout", "was": state},
+                    ),
                     "deadline",
                     now,
                 )
+        for call in self.ledger.silent(now):
+            idle_s = call.idle.timeout_s if call.idle is not None else 0.0
+            text = f"{call.tool.name} sent no part and no progress for {idle_s:g} s"
+            details = {"which": "idle", "idle_timeout_s": idle_s}
+            self.end(call, fault(call.call_id, "DEADLINE_EXCEEDED", text, details), "deadline", now)
         self.timers.run(now)
         if now >= self._heartbeat_at:
             self._heartbeat_at = now + limits.HEARTBEAT_S

@@ -142,6 +142,7 @@ EVENT_OF_KIND: Final[dict[type, WorkerEvent]] = {
     messages.Ready: WorkerEvent.READY,
     messages.Outcomes: WorkerEvent.OUTCOMES,
     messages.Partial: WorkerEvent.PARTIAL,
+    messages.Progresses: WorkerEvent.PARTIAL,
     messages.Heartbeat: WorkerEvent.HEARTBEAT,
     messages.Goodbye: WorkerEvent.GOODBYE,
 }

@@ -61,6 +61,8 @@ class CallExtra(Record, kw_only=True, frozen=True):
     detach: bool = False
     #: no new call: the detached call with this id, or its outcome, is to be this session's
     attach: bool = False
+    #: the call ends when its worker says nothing of it for so long; None: only its timeout counts
+    idle_timeout_ms: TimeoutMs | None = None
 
 
 class Call(Item, frozen=True):
@@ -114,6 +116,15 @@ class Part(Item, frozen=True):
     call_id: CallIdField
     index: Count
     body: Inline | None
+
+
+class Progress(Item, frozen=True):
+    """How far a call has come, for people; only the newest of a call counts."""
+
+    call_id: CallIdField
+    #: what is done of the whole; None where nobody knows
+    fraction: Annotated[float, Meta(ge=0, le=1)] | None
+    message: ShortText = ""
 
 
 class StreamCredit(Item, frozen=True):
@@ -316,6 +327,13 @@ class Partial(Message, tag="PARTIAL", frozen=True):
     parts: Annotated[tuple[Part, ...], Meta(min_length=1, max_length=limits.BATCH_MAX)]
 
 
+class Progresses(Message, tag="PROGRESS", frozen=True):
+    """Worker to broker, broker to client: how far calls have come."""
+
+    epoch: Epoch
+    progress: Annotated[tuple[Progress, ...], Meta(min_length=1, max_length=limits.BATCH_MAX)]
+
+
 class Credit(Message, tag="CREDIT", frozen=True):
     """Client to broker, broker to worker: more room for parts."""
 
@@ -364,13 +382,13 @@ class Error(Message, tag="ERROR", frozen=True):
 
 #: One table a socket and direction: what may come in there, and nothing else.
 FromClient = Hello | Renew | Goodbye | Calls | Cancel | Ack | Credit | Heartbeat
-ToClient = Welcome | Renewed | Goodbye | Outcomes | Partial | Heartbeat | Error
-FromWorker = Register | Ready | Goodbye | Outcomes | Partial | Heartbeat
+ToClient = Welcome | Renewed | Goodbye | Outcomes | Partial | Progresses | Heartbeat | Error
+FromWorker = Register | Ready | Goodbye | Outcomes | Partial | Progresses | Heartbeat
 ToWorker = Welcome | Goodbye | Dispatches | Cancel | Ack | Credit | Drain | Heartbeat | Error
 
 AnyMessage = (
     Hello | Renew | Goodbye | Calls | Cancel | Ack | Credit | Heartbeat | Welcome | Renewed | Outcomes
-    | Partial | Error | Register | Ready | Dispatches | Drain
+    | Partial | Progresses | Error | Register | Ready | Dispatches | Drain
 )  # fmt: skip
 
 EMPTY_DETAILS: Final = b"\x80"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mcp_broker import limits
 from mcp_broker.errors import Cancelled, DeadlineExceeded
 
 
@@ -26,6 +28,11 @@ class ToolCaller:
 #: a direct call, without a broker, has no caller
 NOBODY = ToolCaller(principal="", clearance=0, scopes=())
 
+#: takes a fraction and a text
+Report = Callable[[float | None, str], object]
+#: a progress text is cut to so many characters
+_TEXT_CHARS = 256
+
 
 @dataclass(slots=True)
 class ToolContext:
@@ -39,6 +46,7 @@ class ToolContext:
         options: `options` of the pool, from the configuration.
         scratch: a private writable folder of this worker; it goes with the worker.
         traceparent: the caller's W3C trace context, to hand on.
+        report: where :meth:`progress` goes; a test may collect it here.
     """
 
     call_id: str = ""
@@ -50,6 +58,8 @@ class ToolContext:
     traceparent: str | None = None
     #: the caller wants no outcome any more
     cancelled: bool = False
+    report: Report | None = field(default=None, repr=False)
+    _report_at: float = field(default=0.0, init=False, repr=False, compare=False)
 
     @property
     def logger(self) -> logging.Logger:
@@ -61,6 +71,31 @@ class ToolContext:
         if self.deadline is None:
             return None
         return max(0.0, self.deadline - time.monotonic())
+
+    def progress(self, fraction: float | None = None, message: str = "") -> None:
+        """Tell the caller how far this call has come, and that it is not stuck (its idle time-out begins anew).
+
+        At most every 50 ms one goes out; what comes sooner is dropped, so that it may be called in every turn of a
+        loop. Call it from the thread that the tool was called in; from others it reaches the caller only where the
+        tool is asynchronous.
+
+        Args:
+            fraction: what is done of the whole, 0 to 1; None: nobody knows.
+            message: for people, one line of up to 256 characters.
+
+        Raises:
+            ValueError: no such fraction can be (the tool author's fault).
+        """
+        if fraction is not None and not 0 <= fraction <= 1:
+            raise ValueError(f"progress is a fraction from 0 to 1, not {fraction!r}")
+        report = self.report
+        if report is None:
+            return
+        now = time.monotonic()
+        if now < self._report_at:
+            return
+        self._report_at = now + limits.PROGRESS_S
+        report(None if fraction is None else float(fraction), str(message)[:_TEXT_CHARS])
 
     def check_cancelled(self) -> None:
         """Stop here if nobody waits for the outcome: for loops in threads, which no signal reaches.

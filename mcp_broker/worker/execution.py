@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import resource
 import time
 import traceback
@@ -136,6 +137,8 @@ class Execution:
         self._scratch = scratch
         self._is_alone = is_alone
         self.meter = Meter()
+        #: takes what tools say of their progress; the shell's
+        self.report: Callable[[Pending, float | None, str], object] | None = None
 
     def prepare(self, pending: Pending, started_ns: int) -> tuple[Run, dict[str, Any]] | messages.Outcome:
         """Mark a call started and check it; an outcome is the answer of a call that need not run.
@@ -147,7 +150,8 @@ class Execution:
         self._interrupts.started(dispatch.seq, dispatch.call_id)
         if started_ns * 1e-9 >= pending.deadline:
             text = "the time of the call was over before it could start"
-            return fault(dispatch.call_id, "DEADLINE_EXCEEDED", text, {"started": False})
+            details = {"which": "timeout", "started": False}
+            return fault(dispatch.call_id, "DEADLINE_EXCEEDED", text, details)
         plan = self._plans.get(dispatch.tool)
         if plan is None:
             return fault(dispatch.call_id, "NOT_FOUND", f"this worker has no tool {dispatch.tool!r}")
@@ -297,6 +301,7 @@ class Execution:
             options=self._options,
             scratch=self._scratch,
             traceparent=dispatch.extra.traceparent if dispatch.extra is not None else None,
+            report=functools.partial(self.report, pending) if self.report is not None else None,
         )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -60,6 +60,21 @@ class Interrupts:
     def forget(self) -> None:
         """Drop what signals asked for on an earlier connection."""
         self.asked = self.raised = 0
+
+    @contextlib.contextmanager
+    def shielded(self) -> Iterator[None]:
+        """Run our own code in the middle of a tool's: what interrupts the call meanwhile raises at the end.
+
+        Raises:
+            CallInterrupted: the call was interrupted.
+        """
+        seq, self.armed = self.armed, 0
+        try:
+            yield
+        finally:
+            self.armed = seq
+        if seq and (self.asked == seq or self.stopping):
+            self._raise()
 
     def _on_interrupt(self, _signal: int, _frame: FrameType | None) -> None:
         seq = self._marks.interrupt_seq

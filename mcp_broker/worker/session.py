@@ -110,6 +110,8 @@ class Session:
         self.heard_at = 0.0
         self.window = limits.STREAM_WINDOW_MAX
         self.worker_id = ""
+        #: the broker takes PROGRESS
+        self._tells_progress = False
         self._epoch = 0
         self._numbered = 0
         self._outbox: list[messages.Outcome] = []
@@ -215,6 +217,7 @@ class Session:
         self._epoch = message.epoch
         self.worker_id = message.name
         self.window = message.granted.stream_window
+        self._tells_progress = "progress" in message.capabilities
         self.outgoing.append((codec.encode(messages.Ready(self._epoch, self.pace.announce())), None))
         for kept in self.kept:
             kept.last = self._send(kept.outcomes, kept.body)
@@ -291,6 +294,12 @@ class Session:
         packed = codec.encode(messages.Partial(self._epoch, (part,)))
         self.outgoing.append((packed, None if inline else body))
         return True
+
+    def progress(self, pending: Pending, fraction: float | None, message: str) -> None:
+        """Say how far a call has come, if anybody listens."""
+        if pending.life == self.life and self._tells_progress:
+            item = messages.Progress(pending.dispatch.call_id, fraction, message)
+            self.outgoing.append((codec.encode(messages.Progresses(self._epoch, (item,))), None))
 
     def may_send(self, pending: Pending, index: int) -> bool:
         """Tell whether the caller takes the part with this index."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import threading
 import time
 from typing import TYPE_CHECKING, Final
 
@@ -15,6 +16,7 @@ from mcp_broker.worker.session import Session, State
 if TYPE_CHECKING:
     from mcp_broker.worker.execution import Execution
     from mcp_broker.worker.interrupts import Interrupts
+    from mcp_broker.worker.session import Pending
 
 #: waits between attempts to reach the broker, seconds: doubling, each drawn from the half below
 _BACKOFF_S: Final = (0.05, 1.0)
@@ -39,6 +41,8 @@ class Shell:
         self.interrupts = interrupts
         self._backoff_s = _BACKOFF_S[0]
         self._retry_at = 0.0
+        self._thread = threading.get_ident()
+        execution.report = self.report
 
     def connect(self) -> float:
         """Open the link if its time has come; return how long to wait at most, seconds."""
@@ -98,6 +102,19 @@ class Shell:
             for envelope, body in outgoing:
                 send(envelope, body)
             outgoing.clear()
+
+    def report(self, pending: Pending, fraction: float | None, message: str) -> None:
+        """Send a running call's progress at once, in the middle of its tool's code."""
+        if threading.get_ident() != self._thread:
+            self.report_from_afar(pending, fraction, message)
+            return
+        # a connection that is gone is noticed by the next turn, which ends the call
+        with self.interrupts.shielded(), contextlib.suppress(LinkLost):
+            self.session.progress(pending, fraction, message)
+            self.send()
+
+    def report_from_afar(self, pending: Pending, fraction: float | None, message: str) -> None:
+        """Take progress from a thread that may not touch the link: this one's is inside the tool, so it is lost."""
 
     def has_ended(self) -> bool:
         """Tell whether the worker is to exit now."""

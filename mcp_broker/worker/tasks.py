@@ -30,6 +30,12 @@ class ConcurrentLoop(Shell):
         self._stirred = asyncio.Event()
         #: set, and replaced, after each turn that heard the broker
         self._heard = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def report_from_afar(self, pending: Pending, fraction: float | None, message: str) -> None:
+        """Have the loop's thread report it."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self.report, pending, fraction, message)
 
     def run(self, concurrency: int) -> None:
         """Serve until the broker drains the worker or SIGTERM comes.
@@ -41,7 +47,7 @@ class ConcurrentLoop(Shell):
         self.end()
 
     async def _serve(self, concurrency: int) -> None:
-        loop = asyncio.get_running_loop()
+        loop = self._loop = asyncio.get_running_loop()
 
         def interrupt(seq: int) -> None:
             loop.call_soon_threadsafe(self._interrupt, seq)

@@ -64,7 +64,12 @@ class FakeClient:
         self.calls.append((tool, arguments, timeout_s))
         return self.answer(tool, arguments)
 
-    def submit(self, tool: str, arguments: dict[str, Any], /, *, timeout_s: float | None) -> Future[Any]:
+    def submit(
+        self, tool: str, arguments: dict[str, Any], /, *, timeout_s: float | None, on_progress: Any = None
+    ) -> Future[Any]:
+        if on_progress is not None:
+            on_progress(None, "begins")
+            on_progress(0.5, "half way")
         if self.future is not None:
             self.calls.append((tool, arguments, timeout_s))
             return self.future
@@ -75,7 +80,9 @@ class FakeClient:
             future.set_exception(error)
         return future
 
-    def stream(self, tool: str, arguments: dict[str, Any], /, *, timeout_s: float | None) -> Iterator[Any]:
+    def stream(
+        self, tool: str, arguments: dict[str, Any], /, *, timeout_s: float | None, on_progress: Any = None
+    ) -> Iterator[Any]:
         yield from self.call(tool, arguments, timeout_s)
 
     def tools(

@@ -87,6 +87,36 @@ def test_stream_prints_a_document_a_line(run: Run, client: FakeClient) -> None:
     assert [json.loads(line) for line in done.out.splitlines()] == [{"n": 1}, {"n": 2}]
 
 
+def test_progress_is_a_bar_where_standard_error_is_a_terminal(
+    run: Run, client: FakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[tuple[object, float, str]] = []
+
+    class Bar:
+        def __init__(self, *_: object, **__: object) -> None:
+            pass
+
+        def add_task(self, title: str, **_: object) -> str:
+            return title
+
+        def start(self) -> None:
+            shown.append(("start", 0.0, ""))
+
+        def stop(self) -> None:
+            shown.append(("stop", 0.0, ""))
+
+        def update(self, task: str, *, total: object, completed: float, message: str) -> None:
+            shown.append((total, completed, message))
+
+    monkeypatch.setattr("rich.progress.Progress", Bar)
+    client.answer = lambda _tool, _arguments: 3
+    assert run("call", "add", "{}") == (0, "3\n", "")
+    assert shown == [], "nobody looks"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert run("call", "add", "{}") == (0, "3\n", "")
+    assert shown == [("start", 0.0, ""), (None, 0.0, "begins"), (1.0, 0.5, "half way"), ("stop", 0.0, "")]
+
+
 def test_stream_that_fails_ends_with_the_error(run: Run, client: FakeClient) -> None:
     def parts() -> Any:
         yield 1

@@ -11,8 +11,16 @@ import pytest
 
 from mcp_broker import AsyncClient, errors
 from mcp_broker.wire import messages
-from tests.client.support.broker import USAGE, ScriptedBroker
+from tests.client.support.broker import USAGE, ScriptedBroker, ok
 from tests.support.proxy import TcpProxy
+
+
+def telling(broker: ScriptedBroker, session_id: bytes, call: messages.Call, _packed: bytes) -> None:
+    """Report progress, then succeed."""
+    for item in (messages.Progress(call.call_id, 0.5, "half"), messages.Progress(call.call_id, None)):
+        broker.send(broker.sessions[session_id].routing_id, messages.Progresses(broker.epoch, (item,)))
+    broker.outcome(session_id, ok(call.call_id, "done"))
+
 
 Body = Callable[[AsyncClient], Awaitable[None]]
 
@@ -35,6 +43,17 @@ def run(broker: ScriptedBroker, body: Body) -> None:
             await body(client)
 
     asyncio.run(main(), debug=False)
+
+
+def test_progress_is_told_in_the_loop_before_the_result(broker: ScriptedBroker) -> None:
+    broker.script["telling"] = telling
+
+    async def body(client: AsyncClient) -> None:
+        heard: list[float | None] = []
+        assert await client.call("telling", on_progress=lambda fraction, _: heard.append(fraction)) == "done"
+        assert heard[-1] is None
+
+    run(broker, body)
 
 
 def test_call_submit_map_stream_and_tools_work_as_in_the_blocking_client(broker: ScriptedBroker) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mcp_broker import errors, limits
-from mcp_broker.client.session import ClientSession, PendingCall, State
+from mcp_broker.client.session import ClientSession, PendingCall, State, Wishes
 from mcp_broker.client.session.machine import BACKOFF_MAX_S
 from mcp_broker.wire import messages, payload
 
@@ -391,6 +391,31 @@ def test_success_of_a_stream_with_parts_missing_is_an_error() -> None:
     session.receive(stream_end(1, call, 3), None, 0.0)
     session.receive(stream_end(2, plain, 1), None, 0.0)
     assert ends(session) == [(call, "BROKER_LOST"), (plain, "BROKER_LOST")]
+
+
+def test_progress_reaches_only_who_asked_and_only_the_newest() -> None:
+    session = opened()
+    asked = session.submit("t", 5.0, EMPTY, 0.0, wishes=Wishes(on_progress="whom"))
+    other = session.submit("t", 5.0, EMPTY, 0.0)
+    sent(session)
+    news = (
+        messages.Progress(asked.call_id, 0.1, "a"),
+        messages.Progress(other.call_id, 0.1, "b"),
+        messages.Progress(asked.call_id, None, "c"),
+        messages.Progress(b"u" * 16, 0.1, "unknown"),
+    )
+    session.receive(messages.Progresses(7, news), None, 0.0)
+    assert list(session.book.progressed.values()) == [(asked, None, "c")]
+
+
+def test_idle_timeout_travels_with_the_call_and_must_be_one() -> None:
+    session = opened()
+    session.submit("t", 5.0, EMPTY, 0.0, wishes=Wishes(idle_timeout_s=0.25))
+    session.submit("t", 5.0, EMPTY, 0.0, wishes=Wishes(on_progress=print))
+    [message] = sent(session)
+    assert [call.extra for call in message.calls] == [messages.CallExtra(idle_timeout_ms=250), None]
+    with pytest.raises(errors.InvalidArgument, match="idle_timeout_s is 0"):
+        session.submit("t", 5.0, EMPTY, 0.0, wishes=Wishes(idle_timeout_s=0))
 
 
 def test_plain_call_of_a_streaming_tool_collects_its_parts() -> None:

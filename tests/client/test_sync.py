@@ -19,7 +19,7 @@ from mcp_broker.auth.keys import CurvePair
 from mcp_broker.auth.profile import save_profile
 from mcp_broker.client.future import CallFuture
 from mcp_broker.wire import messages, payload
-from tests.client.support.broker import USAGE, ScriptedBroker, until
+from tests.client.support.broker import USAGE, ScriptedBroker, ok, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,6 +44,44 @@ def test_call_raises_the_typed_error_with_call_and_tool(client: Client) -> None:
     assert len(failed.value.call_id or b"") == 16
     assert failed.value.details == {"tool": "fail"}
     assert not failed.value.retryable
+
+
+def telling(broker: ScriptedBroker, session_id: bytes, call: messages.Call, _packed: bytes) -> None:
+    """Report progress, then succeed."""
+    for item in (messages.Progress(call.call_id, 0.5, "half"), messages.Progress(call.call_id, None)):
+        broker.send(broker.sessions[session_id].routing_id, messages.Progresses(broker.epoch, (item,)))
+    broker.outcome(session_id, ok(call.call_id, "done"))
+
+
+def test_progress_is_told_before_the_result(client: Client, broker: ScriptedBroker) -> None:
+    broker.script["telling"] = telling
+    heard: list[tuple[float | None, str]] = []
+    assert client.call("telling", on_progress=lambda *news: heard.append(news)) == "done"
+    assert heard[-1] == (None, "")
+    assert len(heard) <= 2
+
+
+def test_callback_that_raises_costs_nobody_a_result(
+    client: Client, broker: ScriptedBroker, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(_fraction: float | None, _message: str) -> None:
+        raise ValueError("mine")
+
+    broker.script["telling"] = telling
+    assert client.submit("telling", on_progress=broken).result(5) == "done"
+    until(lambda: "an on_progress callback raised" in caplog.text)
+    assert client.call("echo", {"a": 1}) == {"a": 1}
+
+
+def test_callback_may_call_a_tool(client: Client, broker: ScriptedBroker) -> None:
+    broker.script["telling"] = telling
+    heard: list[Any] = []
+
+    def ask(_fraction: float | None, _message: str) -> None:
+        heard.append(client.call("echo", {"a": 1}))
+
+    assert client.call("telling", on_progress=ask) == "done"
+    assert heard[0] == {"a": 1}
 
 
 def test_future_is_a_standard_future_with_usage(client: Client) -> None:

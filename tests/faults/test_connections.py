@@ -47,6 +47,22 @@ def test_call_outlives_a_cut_connection_and_runs_once(running: Running, tmp_path
     assert marks.read_text() == "ran\n"
 
 
+def test_progress_is_told_and_puts_the_idle_timeout_off(running: Running) -> None:
+    heard: list[tuple[float | None, str]] = []
+    with running.client() as client:
+        with pytest.raises(DeadlineExceeded) as exceeded:
+            client.call(
+                "t.steps",
+                {"n": 6, "pause_s": 0.1},
+                idle_timeout_s=0.4,
+                on_progress=lambda *new: heard.append(new),
+            )
+        assert exceeded.value.details["which"] == "idle"
+        assert heard[-1] == (1.0, "step 6")
+        assert len(heard) >= 4
+        assert client.call("t.echo", {"value": 1}, timeout_s=10) == 1
+
+
 def test_stream_goes_on_over_cut_connections_without_a_gap(running: Running) -> None:
     with through(running) as proxy, running.client(running.profile_through(proxy.endpoint)) as client:
         got = []

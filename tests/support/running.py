@@ -55,6 +55,15 @@ def pid() -> int:
     """Return the worker's pid."""
     return os.getpid()
 
+@tool(name="t.steps")
+def steps(context: ToolContext, n: int, pause_s: float) -> str:
+    """Report progress n times, then fall silent for a second."""
+    for step in range(n):
+        context.progress((step + 1) / n, f"step {step + 1}")
+        time.sleep(pause_s)
+    time.sleep(1)
+    return "done"
+
 @tool(name="t.count")
 def count(n: int) -> "Iterator[int]":
     """Stream numbers."""

@@ -43,6 +43,8 @@ def type_text(kind: inspect.Type) -> str:  # noqa: PLR0911 (one return a type)
         case inspect.IntType():
             return f"uint{_span(kind.ge, kind.le)}"
         case inspect.FloatType():
+            if kind.ge is not None:
+                return f"float {kind.ge:g}..{kind.le:g}"
             return f"float > {kind.gt:g}, ≤ {_number(kind.le or 0)}"
         case inspect.BoolType():
             return "bool"

@@ -87,7 +87,7 @@ VECTORS: Final = (
             EPOCH,
             2,
             (
-                m.Call(FIRST, "echo.echo", 1, payload.pack({})),
+                m.Call(FIRST, "echo.echo", 1, payload.pack({}), m.CallExtra(idle_timeout_ms=1)),
                 m.Call(
                     SECOND,
                     "echo.echo",
@@ -195,6 +195,11 @@ VECTORS: Final = (
     Vector("ack_worker", "to_worker", m.Ack(EPOCH, 2**53)),
     Vector("partial", "to_client", m.Partial(EPOCH, (m.Part(FIRST, 0, payload.pack(["row", 1])),))),
     Vector("partial_body", "from_worker", m.Partial(EPOCH, (m.Part(FIRST, 1, None),))),
+    Vector(
+        "progress",
+        "to_client",
+        m.Progresses(EPOCH, (m.Progress(FIRST, 0.25, "row 1 of 4"), m.Progress(SECOND, None))),
+    ),
     Vector("credit", "from_client", m.Credit(EPOCH, (m.StreamCredit(FIRST, 24), m.StreamCredit(SECOND, 17)))),
     Vector("cancel", "from_client", m.Cancel(EPOCH, (FIRST, SECOND))),
     Vector("heartbeat", "to_client", m.Heartbeat(EPOCH)),
@@ -334,6 +339,9 @@ INVALID: Final[tuple[tuple[str, str, str, bytes, bytes, int], ...]] = (
         b"",
         0,
     ),
+    ("progress_over_one", "from_worker", BAD, _pack("PROGRESS", EPOCH, [[FIRST, 1.5, ""]]), b"", 0),
+    ("progress_not_a_number", "from_worker", BAD, _pack("PROGRESS", EPOCH, [[FIRST, float("nan"), ""]]), b"", 0),
+    ("idle_timeout_zero", "from_client", BAD, _pack("CALLS", EPOCH, 0, [[FIRST, "a.b", 1, b"\x80", {"idle_timeout_ms": 0}]]), b"", 0),
     ("depth_too_large", "from_worker", BAD, _pack("READY", EPOCH, limits.WORKER_DEPTH_MAX + 1), b"", 0),
     # -- tool definitions
     ("tool_name_upper_case", "from_worker", BAD, _tool(name="Text.count"), b"", 0),

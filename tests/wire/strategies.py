@@ -31,7 +31,9 @@ def _of(kind: inspect.Type) -> st.SearchStrategy[Any]:  # noqa: PLR0911 (one ret
         case inspect.IntType():
             return st.integers(kind.ge, kind.le)
         case inspect.FloatType():
-            return st.floats(kind.gt, kind.le, exclude_min=True)
+            return st.floats(
+                kind.gt if kind.ge is None else kind.ge, kind.le, exclude_min=kind.gt is not None
+            )
         case inspect.BytesType():
             most = min(kind.max_length or LONG, max(LONG, kind.min_length or 0))
             return st.binary(min_size=kind.min_length or 0, max_size=most)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+from mcp_broker import limits
 from mcp_broker.errors import ConfigError, InvalidArgument, Overloaded
 from mcp_broker.wire import codec, messages, payload
 from mcp_broker.wire.marks import MARKS_BYTES, Marks
@@ -101,6 +102,49 @@ def test_context_holds_what_the_dispatch_says() -> None:
     assert (context.call_id, context.tool, context.traceparent) == (b"c".hex() * 16, "look", "00-1")
     assert (context.caller.principal, context.caller.clearance, context.caller.scopes) == ("ada", 3, ("x.*",))
     assert (context.options, context.scratch) == ({"a": 1}, Path("scratch"))
+
+
+def test_progress_is_reported_at_most_every_so_often() -> None:
+    heard: list[tuple[float | None, str]] = []
+
+    @tool
+    def work(context: ToolContext) -> None:
+        for step in range(1000):
+            context.progress(step / 1000, f"{step}" * 100)
+
+    bench = Bench(work)
+    bench.execution.report = lambda _pending, *news: heard.append(news)
+    began = time.monotonic()
+    assert bench.call().code == "OK"
+    assert 1 <= len(heard) <= 2 + (time.monotonic() - began) / limits.PROGRESS_S
+    assert heard[0] == (0.0, "0" * 100)
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.1, math.nan])
+def test_progress_that_is_no_fraction_is_the_authors_fault(fraction: float) -> None:
+    with pytest.raises(ValueError, match="0 to 1"):
+        ToolContext().progress(fraction)
+
+
+def test_interrupt_while_progress_is_sent_is_raised_behind_it() -> None:
+    ended: list[str] = []
+
+    @tool
+    def work(context: ToolContext) -> None:
+        context.progress(0.5)
+        ended.append("too far")
+
+    bench = Bench(work)
+
+    def send(pending: Pending, *_news: object) -> None:
+        with bench.interrupts.shielded():
+            # as the handler does while no tool code is armed
+            bench.interrupts.asked = pending.dispatch.seq
+            ended.append("sent")
+
+    bench.execution.report = send
+    assert bench.call().code == "CANCELLED"
+    assert ended == ["sent"]
 
 
 def test_call_whose_time_is_over_does_not_run() -> None:

@@ -61,6 +61,25 @@ def test_registers_first_and_is_ready_after_welcome() -> None:
     assert session.state is State.SERVING
 
 
+@pytest.mark.parametrize("capabilities", [(), ("progress",)])
+def test_progress_is_sent_to_a_broker_that_takes_it(capabilities: tuple[str, ...]) -> None:
+    session = Session((), 1, "test")
+    session.opened(0.0)
+    granted = messages.GrantedLimits(window=256, heartbeat_ms=250)
+    session.receive(
+        *frames(messages.Welcome(EPOCH, (1, 0), b"s" * 16, False, "w-1", granted, capabilities)), 0.0
+    )
+    session.receive(*dispatch(1), 0.0)
+    pending = session.start()
+    said(session)
+    session.progress(pending, 0.5, "half")
+    item = messages.Progress(pending.dispatch.call_id, 0.5, "half")
+    assert said(session) == ([messages.Progresses(EPOCH, (item,))] if capabilities else [])
+    session.lost()
+    session.progress(pending, 1.0, "late")
+    assert said(session) == []
+
+
 def test_refusal_is_kept_for_the_operator() -> None:
     session = Session((), 1, "test")
     session.opened(0.0)

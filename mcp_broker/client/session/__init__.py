@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from mcp_broker.client.session.calls import CallBook, Packed
 from mcp_broker.client.session.machine import ClientSession
-from mcp_broker.client.session.pending import Ended, PendingCall, Stage
+from mcp_broker.client.session.pending import Ended, PendingCall, Stage, Wishes
 from mcp_broker.client.session.table import TABLE, Cell, Event, State
 
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "PendingCall",
     "Stage",
     "State",
+    "Wishes",
 ]

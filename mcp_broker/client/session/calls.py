@@ -21,9 +21,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final, TypeVar
 
 from mcp_broker import errors, ids, limits
-from mcp_broker.client.session.pending import Ended, PendingCall, Stage, read_outcome
+from mcp_broker.client.session.pending import Ended, PendingCall, Stage, Wishes, no_such_time, read_outcome
 from mcp_broker.wire import messages, payload
-from mcp_broker.wire.messages import Call, Message, Outcome, Part
+from mcp_broker.wire.messages import Call, Message, Outcome, Part, Progress
+from mcp_broker.wire.structs import replaced
 
 #: a message and its body frame
 Packed = tuple[Message, bytes | None]
@@ -45,6 +46,7 @@ class CallBook:
         prefix: 8 random bytes, the first part of every call id.
 
     Attributes:
+        progressed: call id -> its newest progress since the shell last took this map, as (call, fraction, text).
         arrived: streamed parts since the shell last took this list, as (call, part).
         calls: all and only calls whose stage is not ENDED, in order of submission.
         cancels: calls that the broker is to cancel.
@@ -67,6 +69,7 @@ class CallBook:
         self.credits: dict[bytes, int] = {}
         self.ended: list[Ended] = []
         self.arrived: list[tuple[PendingCall, Any]] = []
+        self.progressed: dict[bytes, tuple[PendingCall, float | None, str]] = {}
         self.due = math.inf
         self.late = 0
         self.stream_window: int = limits.STREAM_WINDOW_MAX
@@ -82,6 +85,7 @@ class CallBook:
         waiter: Any,  # noqa: ANN401 (opaque)
         *,
         streamed: bool,
+        wishes: Wishes | None = None,
     ) -> PendingCall:
         """Take a call.
 
@@ -96,18 +100,21 @@ class CallBook:
                 {"limit_bytes": limits.BODY_BYTES_MAX, "bytes": size},
             )
         if not 0 < timeout_s <= limits.CALL_TIMEOUT_S_MAX:
-            raise errors.InvalidArgument(f"timeout_s is {timeout_s}; it must be above 0 and at most a day")
+            raise no_such_time("timeout_s", timeout_s)
         if not 0 < len(tool) <= limits.TOOL_NAME_CHARS_MAX:
             raise errors.InvalidArgument(f"a tool's name has 1 to {limits.TOOL_NAME_CHARS_MAX} characters")
         self._counter += 1
         call_id = ids.call_id(self._prefix, self._counter)
         timeout_ms = math.ceil(timeout_s * 1000)
+        extra = None if wishes is None else wishes.extra()
         deadline = now + timeout_ms * 0.001
         if size <= limits.INLINE_BYTES_MAX:
-            call, body = Call(call_id, tool, timeout_ms, arguments), None
+            call, body = Call(call_id, tool, timeout_ms, arguments, extra), None
         else:
-            call, body = Call(call_id, tool, timeout_ms, None), arguments
+            call, body = Call(call_id, tool, timeout_ms, None, extra), arguments
         pending = PendingCall(call, call_id, body, now, deadline, waiter, streamed)
+        if wishes is not None:
+            pending.on_progress = wishes.on_progress
         self.calls[call_id] = pending
         self.queue.append(pending)
         self.due = min(self.due, deadline)
@@ -271,6 +278,13 @@ class CallBook:
             pending.collected.append(value)
             self.took(pending)
 
+    def progress(self, progress: Iterable[Progress]) -> None:
+        """Take how far calls have come, where anybody asked."""
+        for one in progress:
+            pending = self.calls.get(one.call_id)
+            if pending is not None and pending.on_progress is not None and pending.stage is not _ABANDONED:
+                self.progressed[one.call_id] = pending, one.fraction, one.message
+
     # -- ends of our own ----------------------------------------------------------------------------------
 
     def end_sent(self, why: str) -> None:
@@ -299,7 +313,7 @@ class CallBook:
                 due = min(due, at)
             elif pending.sends or why_unsent is None:
                 text = f"{pending.call.tool} had no outcome within its time, and the broker said nothing"
-                self._fail(pending, "DEADLINE_EXCEEDED", text)
+                self._fail(pending, "DEADLINE_EXCEEDED", text, {"which": "timeout"})
             else:
                 text = f"the call could not be handed to a broker within its time: {why_unsent}"
                 self._fail(pending, "BROKER_LOST", text, retryable=True)
@@ -344,7 +358,7 @@ def _later(pending: PendingCall, now: float) -> Call:
     left_ms = max(1, math.ceil((pending.deadline - now) * 1000))
     extra = call.extra
     if pending.sends:
-        extra = messages.CallExtra(traceparent=None if extra is None else extra.traceparent, again=True)
+        extra = replaced(extra or messages.CallExtra(), again=True)
     return Call(call.call_id, call.tool, left_ms, call.arguments, extra)
 
 

@@ -29,7 +29,7 @@ from typing import Any, Final
 
 from mcp_broker import errors, limits
 from mcp_broker.client.session.calls import CallBook, Packed
-from mcp_broker.client.session.pending import PendingCall, read_details
+from mcp_broker.client.session.pending import PendingCall, Wishes, read_details
 from mcp_broker.client.session.table import TABLE, Event, State
 from mcp_broker.wire import messages
 
@@ -140,6 +140,7 @@ class ClientSession:
         waiter: Any = None,  # noqa: ANN401 (opaque)
         *,
         streamed: bool = False,
+        wishes: Wishes | None = None,
     ) -> PendingCall:
         """Take a call; as :meth:`CallBook.submit`.
 
@@ -148,11 +149,11 @@ class ClientSession:
         """
         if self.state is not _OPEN:
             pending: PendingCall = self._row[Event.SUBMIT](
-                self, tool, timeout_s, arguments, now, waiter, streamed
+                self, tool, timeout_s, arguments, now, waiter, streamed, wishes
             )
             return pending
         # the cell of OPEN, without asking the table for every call
-        return self.book.submit(tool, timeout_s, arguments, now, waiter, streamed=streamed)
+        return self.book.submit(tool, timeout_s, arguments, now, waiter, streamed=streamed, wishes=wishes)
 
     def cancel(self, pending: PendingCall) -> bool:
         """End a call as CANCELLED now and tell the broker; False if it had ended before."""
@@ -248,7 +249,7 @@ class ClientSession:
                 majors=(messages.MAJOR,),
                 token=self.token,
                 session_id=self.session_id,
-                capabilities=("streaming",),
+                capabilities=("streaming", "progress"),
                 agent=self.agent,
                 ack=self.received,
             )
@@ -285,8 +286,8 @@ class ClientSession:
         self._enter(State.CLOSED)
 
     def _submit(self, *call: Any) -> PendingCall:
-        tool, timeout_s, arguments, now, waiter, streamed = call
-        return self.book.submit(tool, timeout_s, arguments, now, waiter, streamed=streamed)
+        tool, timeout_s, arguments, now, waiter, streamed, wishes = call
+        return self.book.submit(tool, timeout_s, arguments, now, waiter, streamed=streamed, wishes=wishes)
 
     def _cancel(self, pending: PendingCall) -> bool:
         return self.book.abandon(pending, "CANCELLED", "cancelled by its caller")
@@ -339,6 +340,9 @@ class ClientSession:
 
     def _partial(self, message: messages.Partial, body: bytes | memoryview | None) -> None:
         self.book.parts(message.parts, body)
+
+    def _progress(self, message: messages.Progresses, _: bytes | memoryview | None) -> None:
+        self.book.progress(message.progress)
 
     def _heartbeat(self, _: messages.Heartbeat, __: bytes | memoryview | None) -> None:
         self._control = [messages.Ack(self.epoch, self.received)]

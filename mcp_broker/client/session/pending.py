@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from mcp_broker import errors
+from mcp_broker import errors, limits
 from mcp_broker.wire import payload
+from mcp_broker.wire.messages import CallExtra
 from mcp_broker.wire.structs import Slim
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ class PendingCall(Slim):
         streamed: somebody takes its parts one by one.
         taken: parts that its caller has taken.
         waiter: whom the shell tells; opaque here.
+        on_progress: whom the shell tells how far it has come; opaque here, None: nobody.
     """
 
     call: Call
@@ -50,6 +53,36 @@ class PendingCall(Slim):
     limit: int = 0
     taken: int = 0
     collected: list[Any] | None = None
+    on_progress: Any = None
+
+
+class Wishes(Slim):
+    """What only some calls ask for.
+
+    Attributes:
+        idle_timeout_s: how long the worker may say nothing of the call; None: as long as it likes.
+        on_progress: as in :class:`PendingCall`.
+    """
+
+    idle_timeout_s: float | None = None
+    on_progress: Any = None
+
+    def extra(self) -> CallExtra | None:
+        """Return what the broker is to hear of it.
+
+        Raises:
+            InvalidArgument: no such time-out can be (the caller's fault).
+        """
+        if self.idle_timeout_s is None:
+            return None
+        if not 0 < self.idle_timeout_s <= limits.CALL_TIMEOUT_S_MAX:
+            raise no_such_time("idle_timeout_s", self.idle_timeout_s)
+        return CallExtra(idle_timeout_ms=math.ceil(self.idle_timeout_s * 1000))
+
+
+def no_such_time(name: str, timeout_s: float) -> errors.InvalidArgument:
+    """Make the error of a time-out that cannot be."""
+    return errors.InvalidArgument(f"{name} is {timeout_s}; it must be above 0 and at most a day")
 
 
 class Ended(Slim):

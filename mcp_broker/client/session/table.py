@@ -58,6 +58,7 @@ class Cell(Enum):
     WELCOME = "_welcome"
     OUTCOMES = "_outcomes"
     PARTIAL = "_partial"
+    PROGRESS = "_progress"
     HEARTBEAT = "_heartbeat"
     GOODBYE = "_goodbye"
     REFUSED_HELLO = "_refused_hello"
@@ -72,14 +73,23 @@ EVENTS: Final[tuple[Event | type[messages.Message], ...]] = (
     *(Event.DIAL, Event.CONNECTED, Event.DISCONNECTED, Event.BACK_OFF, Event.REFUSE),
     *(Event.SUBMIT, Event.CANCEL, Event.TAKE, Event.EXPIRE, Event.CLOSE),
     *(messages.Welcome, messages.Outcomes, messages.Partial, messages.Heartbeat),
-    *(messages.Goodbye, messages.Error, messages.Renewed),
+    *(messages.Goodbye, messages.Error, messages.Renewed, messages.Progresses),
 )
 
 _CALLS: Final = (Cell.SUBMIT, Cell.CANCEL, Cell.TAKE, Cell.EXPIRE, Cell.CLOSE)
 #: before WELCOME counts only the answer to HELLO; a broker that has no HELLO yet has nothing to say
-_SILENT: Final = (_I, _I, _I, _I, _I, _I, _I)
-_HEARD: Final = (Cell.WELCOME, _I, _I, _I, Cell.GOODBYE, Cell.REFUSED_HELLO, _I)
-_SERVED: Final = (_I, Cell.OUTCOMES, Cell.PARTIAL, Cell.HEARTBEAT, Cell.GOODBYE, Cell.ERROR, _I)
+_SILENT: Final = (_I, _I, _I, _I, _I, _I, _I, _I)
+_HEARD: Final = (Cell.WELCOME, _I, _I, _I, Cell.GOODBYE, Cell.REFUSED_HELLO, _I, _I)
+_SERVED: Final = (
+    _I,
+    Cell.OUTCOMES,
+    Cell.PARTIAL,
+    Cell.HEARTBEAT,
+    Cell.GOODBYE,
+    Cell.ERROR,
+    _I,
+    Cell.PROGRESS,
+)
 
 _LINES: Final[dict[State, tuple[Cell, ...]]] = {
     State.DISCONNECTED: (Cell.DIAL, _B, _I, Cell.BACK_OFF, Cell.REFUSE, *_CALLS, *_SILENT),
