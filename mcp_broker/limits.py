@@ -123,6 +123,7 @@ STDERR_TAIL_BYTES: Final = 4096
 RECORD_BYTES: Final = 512
 #: Outcomes of calls with an idempotency key: long enough for any caller's retries.
 IDEMPOTENCY_TTL_S: Final = 600.0
+IDEMPOTENCY_KEY_CHARS_MAX: Final = 256
 IDEMPOTENCY_KEYS_MAX: Final = 65_536
 IDEMPOTENCY_BYTES_MAX: Final = 64 * 1024 * 1024
 #: Outcomes of detached calls that wait to be fetched.

@@ -11,19 +11,19 @@ import os
 from collections import deque
 from collections.abc import AsyncGenerator, Generator, Iterable, Mapping
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self, Unpack
 
 from mcp_broker import errors, limits
 from mcp_broker.client import connection, progress
 from mcp_broker.client.awaitables import AsyncCallFuture, AsyncPartStream
 from mcp_broker.client.link import Link
+from mcp_broker.client.options import CallOptions, wished
 from mcp_broker.client.session import State, Wishes
-from mcp_broker.client.sync import MAP_AHEAD, asked, pack, seconds
+from mcp_broker.client.sync import ATTACH, MAP_AHEAD, asked, pack, seconds
 from mcp_broker.client.targets import OVER, window_full
 
 if TYPE_CHECKING:
     from mcp_broker.auth.profile import Profile
-    from mcp_broker.client.progress import OnProgress
     from mcp_broker.client.session import PendingCall
     from mcp_broker.transport import Connection
 
@@ -111,8 +111,7 @@ class AsyncClient:
         arguments: Mapping[str, Any] | None = None,
         *,
         timeout_s: float | None = None,
-        idle_timeout_s: float | None = None,
-        on_progress: OnProgress | None = None,
+        **options: Unpack[CallOptions],
     ) -> Any:  # noqa: ANN401 (any payload)
         """Call a tool and await its result; cancelling the awaiting task cancels the call.
 
@@ -122,11 +121,7 @@ class AsyncClient:
             CallError: it ended without a result.
             TypeError, ValueError: the arguments hold something that cannot be sent.
         """
-        return await (
-            await self.submit(
-                tool, arguments, timeout_s=timeout_s, idle_timeout_s=idle_timeout_s, on_progress=on_progress
-            )
-        )
+        return await (await self.submit(tool, arguments, timeout_s=timeout_s, **options))
 
     async def submit(
         self,
@@ -134,8 +129,7 @@ class AsyncClient:
         arguments: Mapping[str, Any] | None = None,
         *,
         timeout_s: float | None = None,
-        idle_timeout_s: float | None = None,
-        on_progress: OnProgress | None = None,
+        **options: Unpack[CallOptions],
     ) -> AsyncCallFuture:
         """Call a tool; await a place in the window, and return a future of the result.
 
@@ -143,10 +137,9 @@ class AsyncClient:
             Overloaded: the window stayed full for ``timeout_s``.
         """
         future = AsyncCallFuture(self, self._loop)
-        wishes = (
-            None if on_progress is None and idle_timeout_s is None else Wishes(idle_timeout_s, on_progress)
+        await self._submit(
+            tool, arguments, seconds(timeout_s), future, streamed=False, wishes=wished(options)
         )
-        await self._submit(tool, arguments, seconds(timeout_s), future, streamed=False, wishes=wishes)
         return future
 
     async def map(
@@ -176,15 +169,11 @@ class AsyncClient:
         arguments: Mapping[str, Any] | None = None,
         *,
         timeout_s: float | None = None,
-        idle_timeout_s: float | None = None,
-        on_progress: OnProgress | None = None,
+        **options: Unpack[CallOptions],
     ) -> AsyncGenerator[Any, None]:
         """Yield the parts of a streaming tool's result as they come; leaving the loop early cancels the call."""
         stream = AsyncPartStream(self)
-        wishes = (
-            None if on_progress is None and idle_timeout_s is None else Wishes(idle_timeout_s, on_progress)
-        )
-        await self._submit(tool, arguments, seconds(timeout_s), stream, streamed=True, wishes=wishes)
+        await self._submit(tool, arguments, seconds(timeout_s), stream, streamed=True, wishes=wished(options))
         try:
             async for part in stream:
                 yield part
@@ -198,6 +187,13 @@ class AsyncClient:
         answer = await self.call("system.tools", asked(name=name, capability=capability, tag=tag))
         tools: list[dict[str, Any]] = answer["tools"]
         return tools
+
+    async def attach(self, call_id: bytes, *, timeout_s: float | None = None) -> AsyncCallFuture:
+        """Take up a detached call; as :meth:`mcp_broker.Client.attach`."""
+        future = AsyncCallFuture(self, self._loop)
+        wishes = Wishes(attach_to=call_id)
+        await self._submit(ATTACH, None, seconds(timeout_s), future, streamed=False, wishes=wishes)
+        return future
 
     def cancel(self, call: AsyncCallFuture | bytes) -> bool:
         """Cancel a call, by its future or id; False if it has ended."""

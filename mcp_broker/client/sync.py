@@ -6,12 +6,13 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self, Unpack
 
 from mcp_broker import limits
 from mcp_broker.client.future import CallFuture
 from mcp_broker.client.leadership import Leadership
 from mcp_broker.client.link import Link
+from mcp_broker.client.options import CallOptions, wished
 from mcp_broker.client.session import State, Wishes
 from mcp_broker.client.stream import PartStream
 from mcp_broker.client.targets import Connected
@@ -21,11 +22,12 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from mcp_broker.auth.profile import Profile
-    from mcp_broker.client.progress import OnProgress
 
 #: calls that map() keeps going: a full batch, and the next one while its outcomes come back
 MAP_AHEAD: Final = 128
 NO_ARGUMENTS: Final = payload.pack({})
+#: stands where the tool's name does; the broker knows which call is meant
+ATTACH: Final = "system.attach"
 
 
 class Client:
@@ -81,27 +83,22 @@ class Client:
         arguments: Mapping[str, Any] | None = None,
         *,
         timeout_s: float | None = None,
-        idle_timeout_s: float | None = None,
-        on_progress: OnProgress | None = None,
+        **options: Unpack[CallOptions],
     ) -> Any:  # noqa: ANN401 (any payload)
         """Call a tool and wait for its result; a streaming tool's parts come as a list.
 
         Args:
             timeout_s: how long the call may take, in seconds; 30 if None.
-            idle_timeout_s: how long its worker may send neither a part nor progress, in seconds; None: for as long
-                as the call may take.
-            on_progress: called with (fraction or None, text) when the tool tells of its progress, in whichever thread
-                serves this client then; it should be quick, since other calls wait meanwhile.
+            options: see :class:`~mcp_broker.client.options.CallOptions`.
 
         Raises:
             CallError: it ended without a result; the class and ``code`` say how.
             TypeError, ValueError: the arguments hold something that cannot be sent.
         """
-        wishes = (
-            None if on_progress is None and idle_timeout_s is None else Wishes(idle_timeout_s, on_progress)
-        )
         future = CallFuture(self._threads)
-        self._threads.submit(tool, seconds(timeout_s), pack(arguments), future, waits=True, wishes=wishes)
+        self._threads.submit(
+            tool, seconds(timeout_s), pack(arguments), future, waits=True, wishes=wished(options)
+        )
         return future.result()
 
     def submit(
@@ -110,8 +107,7 @@ class Client:
         arguments: Mapping[str, Any] | None = None,
         *,
         timeout_s: float | None = None,
-        idle_timeout_s: float | None = None,
-        on_progress: OnProgress | None = None,
+        **options: Unpack[CallOptions],
     ) -> CallFuture:
         """Call a tool as :meth:`call` does, and return at once; wait only for a place in the session's window.
 
@@ -122,11 +118,8 @@ class Client:
             Overloaded: the window stayed full for ``timeout_s``.
             TypeError, ValueError: the arguments hold something that cannot be sent.
         """
-        wishes = (
-            None if on_progress is None and idle_timeout_s is None else Wishes(idle_timeout_s, on_progress)
-        )
         future = CallFuture(self._threads)
-        self._threads.submit(tool, seconds(timeout_s), pack(arguments), future, wishes=wishes)
+        self._threads.submit(tool, seconds(timeout_s), pack(arguments), future, wishes=wished(options))
         return future
 
     def map(
@@ -155,20 +148,16 @@ class Client:
         arguments: Mapping[str, Any] | None = None,
         *,
         timeout_s: float | None = None,
-        idle_timeout_s: float | None = None,
-        on_progress: OnProgress | None = None,
+        **options: Unpack[CallOptions],
     ) -> PartStream:
         """Call a streaming tool and iterate over the parts of its result as they come.
 
         The tool is at most 16 parts ahead. Leaving the ``with`` block of the iterator, or closing it, cancels the
         call if it has not ended; so does dropping it.
         """
-        wishes = (
-            None if on_progress is None and idle_timeout_s is None else Wishes(idle_timeout_s, on_progress)
-        )
         stream = PartStream(self._threads)
         self._threads.submit(
-            tool, seconds(timeout_s), pack(arguments), stream.inbox, streamed=True, wishes=wishes
+            tool, seconds(timeout_s), pack(arguments), stream.inbox, streamed=True, wishes=wished(options)
         )
         return stream
 
@@ -179,6 +168,22 @@ class Client:
         answer = self.call("system.tools", asked(name=name, capability=capability, tag=tag))
         tools: list[dict[str, Any]] = answer["tools"]
         return tools
+
+    def attach(self, call_id: bytes, *, timeout_s: float | None = None) -> CallFuture:
+        """Take up a call that was detached, by this client or an earlier one of the same principal.
+
+        Args:
+            call_id: the future's ``call_id``, 16 bytes.
+            timeout_s: how long to wait for its outcome, in seconds; 30 if None. The call has its own time.
+
+        Returns:
+            The call's future; it ends as NotFound if there is no such call, or no more.
+        """
+        future = CallFuture(self._threads)
+        self._threads.submit(
+            ATTACH, seconds(timeout_s), NO_ARGUMENTS, future, wishes=Wishes(attach_to=call_id)
+        )
+        return future
 
     def cancel(self, call: CallFuture | PartStream | bytes) -> bool:
         """Cancel a call, by its future, stream or id; False if it has ended."""

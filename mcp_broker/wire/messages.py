@@ -32,6 +32,7 @@ Details = Annotated[bytes, Meta(max_length=limits.DETAILS_BYTES_MAX)]
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 Epoch = Annotated[int, Meta(ge=0, le=2**53)]
 TimeoutMs = Annotated[int, Meta(ge=1, le=int(limits.CALL_TIMEOUT_S_MAX * 1000))]
+IdempotencyKey = Annotated[str, Meta(min_length=1, max_length=limits.IDEMPOTENCY_KEY_CHARS_MAX)]
 Labels = Annotated[tuple[ShortText, ...], Meta(max_length=limits.CAPABILITIES_MAX)]
 Schema = Annotated[str, Meta(max_length=limits.SCHEMA_BYTES_MAX)]
 Depth = Annotated[int, Meta(ge=0, le=limits.WORKER_DEPTH_MAX)]
@@ -56,7 +57,7 @@ class CallExtra(Record, kw_only=True, frozen=True):
     #: sent before, over a connection or to a broker that is gone, and no outcome came: it may have run
     again: bool = False
     #: calls of one principal and tool with the same key are one execution
-    idempotency_key: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
+    idempotency_key: IdempotencyKey | None = None
     #: it goes on when its session ends
     detach: bool = False
     #: no new call: the detached call with this id, or its outcome, is to be this session's

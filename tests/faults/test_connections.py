@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from mcp_broker import AsyncClient
-from mcp_broker.errors import Cancelled, DeadlineExceeded, WorkerLost
+from mcp_broker.errors import Cancelled, DeadlineExceeded, InvalidArgument, NotFound, WorkerLost
 from tests.support.proxy import TcpProxy
 from tests.support.running import Running
 from tests.support.waiting import wait_for
@@ -119,6 +120,46 @@ def test_long_call_goes_on_while_its_broker_is_replaced(running: Running, tmp_pa
     assert marks.read_text() == "ran\n"
 
 
+def test_detached_call_outlives_its_client_and_is_taken_up_by_another(
+    running: Running, tmp_path: Path
+) -> None:
+    marks = tmp_path / "marks"
+    with running.client() as client:
+        arguments = {"path": str(marks), "seconds": 0.5}
+        call_id = client.submit("t.mark", arguments, timeout_s=30, detach=True).call_id
+        wait_for(lambda: marks.exists() and marks.read_text(), what="the tool having started")
+    with running.client() as client:
+        assert isinstance(client.attach(call_id).result(10), int)
+        with pytest.raises(NotFound):
+            client.attach(call_id).result(10)
+    assert marks.read_text() == "ran\n"
+
+
+async def _attach(running: Running, call_id: bytes) -> Any:
+    async with AsyncClient.connect(str(running.profile)) as client:
+        return await (await client.attach(call_id))
+
+
+def test_calls_with_one_idempotency_key_are_run_once_whoever_makes_them(
+    running: Running, tmp_path: Path
+) -> None:
+    marks = tmp_path / "marks"
+    arguments = {"path": str(marks), "seconds": 0.2}
+    with running.client() as one, running.client() as other:
+        futures = [
+            client.submit("t.mark", arguments, timeout_s=30, idempotency_key="order 7", detach=client is one)
+            for client in (one, other, one)
+        ]
+        results = {future.result(10) for future in futures}
+        results.add(other.call("t.mark", arguments, idempotency_key="order 7"))
+        assert len(results) == 1
+        with pytest.raises(InvalidArgument, match="other arguments"):
+            other.call("t.mark", {"path": str(marks)}, idempotency_key="order 7")
+        with pytest.raises(NotFound):
+            asyncio.run(_attach(running, futures[0].call_id))
+    assert marks.read_text() == "ran\n"
+
+
 def test_calls_of_a_killed_client_process_are_cancelled_within_a_second(
     running: Running, tmp_path: Path
 ) -> None:
@@ -193,7 +234,6 @@ async def _async_story(running: Running) -> None:
 
 
 def test_asyncio_client_does_the_same(running: Running) -> None:
-    import asyncio
 
     asyncio.run(_async_story(running))
 

@@ -106,7 +106,12 @@ class CallBook:
         self._counter += 1
         call_id = ids.call_id(self._prefix, self._counter)
         timeout_ms = math.ceil(timeout_s * 1000)
-        extra = None if wishes is None else wishes.extra()
+        extra = None
+        if wishes is not None:
+            extra = wishes.extra()
+            call_id = ids.CallId(wishes.attach_to) if wishes.attach_to else call_id
+            if call_id in self.calls:
+                raise errors.InvalidArgument("this client waits for that call already")
         deadline = now + timeout_ms * 0.001
         if size <= limits.INLINE_BYTES_MAX:
             call, body = Call(call_id, tool, timeout_ms, arguments, extra), None

@@ -6,7 +6,7 @@ import math
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from mcp_broker import errors, limits
+from mcp_broker import errors, ids, limits
 from mcp_broker.wire import payload
 from mcp_broker.wire.messages import CallExtra
 from mcp_broker.wire.structs import Slim
@@ -62,22 +62,41 @@ class Wishes(Slim):
     Attributes:
         idle_timeout_s: how long the worker may say nothing of the call; None: as long as it likes.
         on_progress: as in :class:`PendingCall`.
+        idempotency_key: calls with the same key are one execution.
+        detach: the call goes on without its client.
+        attach_to: no new call: the detached one with this id.
     """
 
     idle_timeout_s: float | None = None
     on_progress: Any = None
+    idempotency_key: str | None = None
+    detach: bool = False
+    attach_to: bytes | None = None
 
     def extra(self) -> CallExtra | None:
         """Return what the broker is to hear of it.
 
         Raises:
-            InvalidArgument: no such time-out can be (the caller's fault).
+            InvalidArgument: there can be no such time-out, key or id (the caller's fault).
         """
-        if self.idle_timeout_s is None:
+        idle_ms = None
+        if self.idle_timeout_s is not None:
+            if not 0 < self.idle_timeout_s <= limits.CALL_TIMEOUT_S_MAX:
+                raise no_such_time("idle_timeout_s", self.idle_timeout_s)
+            idle_ms = math.ceil(self.idle_timeout_s * 1000)
+        key = self.idempotency_key
+        if key is not None and not 0 < len(key) <= limits.IDEMPOTENCY_KEY_CHARS_MAX:
+            raise errors.InvalidArgument(
+                f"an idempotency_key has 1 to {limits.IDEMPOTENCY_KEY_CHARS_MAX} characters"
+            )
+        attach = self.attach_to is not None
+        if attach and len(self.attach_to or b"") != ids.CALL_ID_BYTES:
+            raise errors.InvalidArgument(f"a call id has {ids.CALL_ID_BYTES} bytes")
+        if idle_ms is None and key is None and not self.detach and not attach:
             return None
-        if not 0 < self.idle_timeout_s <= limits.CALL_TIMEOUT_S_MAX:
-            raise no_such_time("idle_timeout_s", self.idle_timeout_s)
-        return CallExtra(idle_timeout_ms=math.ceil(self.idle_timeout_s * 1000))
+        return CallExtra(
+            idle_timeout_ms=idle_ms, idempotency_key=key, detach=bool(self.detach), attach=attach
+        )
 
 
 def no_such_time(name: str, timeout_s: float) -> errors.InvalidArgument:

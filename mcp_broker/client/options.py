@@ -1,0 +1,33 @@
+"""What a caller may ask for besides a tool's arguments and time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypedDict
+
+from mcp_broker.client.session import Wishes
+
+if TYPE_CHECKING:
+    from mcp_broker.client.progress import OnProgress
+
+
+class CallOptions(TypedDict, total=False):
+    """Options of a call; each may be left out, or None."""
+
+    #: how long its worker may send neither a part nor progress, in seconds; left out: for as long as the call may take
+    idle_timeout_s: float | None
+    #: called with (fraction or None, text) when the tool tells of its progress, in whichever thread serves the client
+    #: then, or in the loop; it should be quick, since other calls wait meanwhile
+    on_progress: OnProgress | None
+    #: calls of one principal and tool with the same key are one execution, and its outcome is remembered for a while
+    idempotency_key: str | None
+    #: the call goes on when this client goes away; ``attach`` with its id takes it up again
+    detach: bool
+
+
+def wished(options: CallOptions) -> Wishes | None:
+    """Return the options as the session takes them.
+
+    Raises:
+        TypeError: there is no such option (the caller's fault).
+    """
+    return Wishes(**options) if options else None
