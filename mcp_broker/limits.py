@@ -108,6 +108,12 @@ TURN_MESSAGES_MAX: Final = 64
 #: Messages that wait in our own queue for a peer whose socket is full; past it, the session ends.
 PEER_BACKLOG_MAX: Final = 4096
 PEER_BACKLOG_BYTES_MAX: Final = 16 * 1024 * 1024
+#: Bytes of results that a client has yet to acknowledge, or that its workers are expected to make, before calls of tools
+#: with large results wait: 16 of the largest keep a connection of 1 GB/s busy for 16 ms.
+CLIENT_BEHIND_BYTES: Final = 16 * 1024 * 1024
+#: The same before results are dropped. A worker may hold 256 calls (WORKER_DEPTH_MAX) of a tool whose results were small
+#: until now.
+CLIENT_UNREAD_BYTES_MAX: Final = 256 * 1024 * 1024
 #: libzmq's own queues are a fuse, several times our windows.
 SOCKET_HWM: Final = 4096
 LISTEN_BACKLOG: Final = 1024

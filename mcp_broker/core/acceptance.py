@@ -49,6 +49,8 @@ class Acceptance:
     def calls(self, session: ClientSession, message: messages.Calls, body: Body | None, now: float) -> None:
         """Accept or refuse each call of a message."""
         session.acknowledge(message.ack)
+        if session.is_behind:
+            self._dispatcher.relieve(session, now)
         if session.allowed_version != self._registry.version:
             session.allowed = {}
             session.allowed_version = self._registry.version

@@ -81,6 +81,7 @@ class Call(Slim):
         wanted: the same, as the caller has said.
         parts: parts of a streamed result forwarded so far.
         idle: its time-out of silence, if it has one.
+        expected_bytes: its share of what its session may have to read, where its tool's results are large.
     """
 
     call_id: bytes
@@ -101,6 +102,7 @@ class Call(Slim):
     limit: int = limits.STREAM_WINDOW_MAX
     wanted: int = limits.STREAM_WINDOW_MAX
     idle: Idle | None = None
+    expected_bytes: int = 0
 
     def step(self, event: CallEvent) -> None:
         """Move by the table.
@@ -244,6 +246,9 @@ class Ledger:
             self.failed[outcome.code] = self.failed.get(outcome.code, 0) + 1
             self.ended.append(Ended(call, outcome))
         call.arguments = call.body = None
+        if call.expected_bytes:
+            call.session.expected_bytes -= call.expected_bytes
+            call.expected_bytes = 0
         call.session.deliver(outcome, body)
         if call.record is not None:
             self.keyed(call, outcome, body)

@@ -61,6 +61,8 @@ class Clientele:
             return True
         if isinstance(message, messages.Ack):
             session.acknowledge(message.count)
+            if session.is_behind:
+                self._dispatcher.relieve(session, now)
         elif isinstance(message, messages.Cancel):
             for call_id in message.call_ids:
                 self._cancel(session, call_id, now)
@@ -140,6 +142,8 @@ class Clientele:
             )
         )
         session.outbox.extend(welcome_first)
+        if session.is_behind:
+            self._dispatcher.relieve(session, now)
         return session
 
     def renew(self, routing_id: bytes, user_id: str, grant: Grant, now: float) -> bool:

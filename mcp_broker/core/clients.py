@@ -182,6 +182,9 @@ class ClientSession:
         takes: what the client can do besides, by its own word.
         at_risk: calls that the client may send again since it resumed, though we had them: without an outcome, or with
             one that it had not acknowledged. Ids are never used twice, so the set may stay until the next resume.
+        queued_bytes: of the large results in the outbox.
+        expected_bytes: of large results that workers are expected to make for it.
+        is_behind: it has so much to read that some of its calls are set aside (see core/arrears).
         sent: how many outcomes were ever numbered for this session; the newest of ``unacked`` has this number.
     """
 
@@ -194,12 +197,15 @@ class ClientSession:
         "caller_raw",
         "delivered",
         "dirty",
+        "expected_bytes",
         "grant",
+        "is_behind",
         "kept",
         "live",
         "lost_at",
         "news",
         "outbox",
+        "queued_bytes",
         "routing_id",
         "sent",
         "session_id",
@@ -239,6 +245,8 @@ class ClientSession:
         self.unacked: deque[Sent] = deque()
         self.unacked_count = self.unacked_bytes = 0
         self.sent = 0
+        self.queued_bytes = self.expected_bytes = 0
+        self.is_behind = False
         self.lost_at = 0.0
         self.kept = KeptParts()
         self.news: dict[bytes, messages.Progress] = {}
@@ -268,7 +276,11 @@ class ClientSession:
         if self.state is _C:
             return
         self.delivered += 1
-        self.outbox.append(outcome if body is None else outbox.Big(outcome, body))
+        if body is None:
+            self.outbox.append(outcome)
+        else:
+            self.outbox.append(outbox.Big(outcome, body))
+            self.queued_bytes += len(body)
         if not self.dirty:
             self.dirty = True
             self._dirty_list.append(self)
@@ -284,6 +296,7 @@ class ClientSession:
         """Return the turn's messages, packed; outcomes among them are numbered and kept until acknowledged."""
         entries, self.outbox = self.outbox, []
         self.dirty = False
+        self.queued_bytes = 0
         packed: list[outbox.Packed] = []
         for kind, run in outbox.runs(entries):
             first = run[0]
@@ -363,6 +376,7 @@ class ClientSession:
         self.outbox = []
         self.routing_id = routing_id
         self.at_risk = frozenset((*self.live, *(_item_of(entry).call_id for entry in again)))
+        self.queued_bytes = sum(len(entry.body) for entry in again if type(entry) is outbox.Big)
         parts = self.kept.by_call
         for entry in again:
             # an outcome comes after all parts of its call
@@ -374,11 +388,21 @@ class ClientSession:
                 self.send(part)
 
     @property
+    def unread_bytes(self) -> int:
+        """Return how many bytes of results this client has yet to acknowledge, small ones in the outbox excepted."""
+        return self.unacked_bytes + self.queued_bytes
+
+    @property
+    def due_bytes(self) -> int:
+        """Return the same with what is expected to come."""
+        return self.unacked_bytes + self.queued_bytes + self.expected_bytes
+
+    @property
     def is_hopeless(self) -> bool:
         """Tell whether the client has let more unacknowledged outcomes gather than any window explains."""
         return (
             self.unacked_count + len(self.outbox) >= 4 * bounds.CLIENT_WINDOW_MAX
-            or self.unacked_bytes >= 2 * bounds.PEER_BACKLOG_BYTES_MAX
+            or self.unacked_bytes >= 2 * bounds.CLIENT_UNREAD_BYTES_MAX
         )
 
     def room(self) -> int:
@@ -386,7 +410,7 @@ class ClientSession:
 
         Outcomes that the client does not acknowledge count too, or one that never reads could fill the broker.
         """
-        if self.unacked_bytes >= bounds.PEER_BACKLOG_BYTES_MAX:
+        if self.unacked_bytes >= bounds.CLIENT_UNREAD_BYTES_MAX:
             return 0
         return min(
             bounds.CLIENT_WINDOW_MAX - len(self.live),

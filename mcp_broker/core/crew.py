@@ -107,6 +107,9 @@ class Crew:
         self._dispatcher.outcomes(worker, message.outcomes, body)
         if worker.pool.backlog:
             self._dispatcher.pump(worker.pool, now)
+        # results that were smaller than expected leave room for others
+        for session in self._dispatcher.arrears.sessions if self._dispatcher.arrears else ():
+            self._dispatcher.relieve(session, now)
 
     def _register(self, worker: Worker, routing_id: bytes, message: messages.Register, now: float) -> bool:
         worker.routing_id = routing_id

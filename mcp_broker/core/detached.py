@@ -72,9 +72,7 @@ class Detached:
             return
         adrift = _Adrift(self, session)
         for call in mine:
-            del session.live[call.call_id]
-            self.live[call.call_id] = call
-            call.session = adrift
+            _hand_over(call, adrift)
 
     def keep(self, principal: str, outcome: messages.Outcome, body: Body | None) -> None:
         """Let an outcome wait to be fetched; past the bounds, the oldest is dropped."""
@@ -98,9 +96,7 @@ class Detached:
         if call is not None and call.extra is not None and call.extra.detach:
             # also from a session whose end nobody has noticed yet
             if call.session.grant.caller.principal == principal:
-                call.session.live.pop(call_id, None)
-                call.session = session
-                session.live[call_id] = call
+                _hand_over(call, session)
                 return None
         else:
             waiting = self.outcomes.get(call_id)
@@ -120,3 +116,12 @@ class Detached:
         if self.outcomes.get(call_id) is waiting:
             del self.outcomes[call_id]
             self._bytes -= waiting.size
+
+
+def _hand_over(call: Call, session: ClientSession) -> None:
+    before = call.session
+    before.live.pop(call.call_id, None)
+    before.expected_bytes -= call.expected_bytes
+    session.expected_bytes += call.expected_bytes
+    session.live[call.call_id] = call
+    call.session = session

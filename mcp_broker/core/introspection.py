@@ -209,6 +209,7 @@ def status(routing: Routing) -> dict[str, Any]:
     boot = routing.boot
     ledger = routing.ledger
     queued = sum(len(pool.backlog) for pool in routing.dispatcher.pools.values())
+    queued += len(routing.dispatcher.arrears)
     return {
         "version": routing.software_version,
         "state": "draining" if routing.draining else "serving",

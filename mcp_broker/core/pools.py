@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from mcp_broker import limits
 from mcp_broker.core import outbox
+from mcp_broker.core.arrears import Arrears
 from mcp_broker.core.calls import Call, CallEvent, CallState, Ledger, fault
 from mcp_broker.core.receipts import Receipt
 from mcp_broker.core.workers import WORKER_CODES, Worker, WorkerState
@@ -64,9 +65,10 @@ class Pool:
     @property
     def is_closed(self) -> bool:
         """Tell whether it takes no more calls: given up, or too many wait."""
-        return bool(self.failure) or (
-            bool(self.backlog)
-            and (len(self.backlog) >= limits.QUEUE_CALLS_MAX or self.backlog_bytes >= limits.QUEUE_BYTES_MAX)
+        return (
+            bool(self.failure)
+            or len(self.backlog) >= limits.QUEUE_CALLS_MAX
+            or self.backlog_bytes >= limits.QUEUE_BYTES_MAX
         )
 
     def next_worker(self) -> tuple[Worker | None, int]:
@@ -101,6 +103,7 @@ class Dispatcher:
         self.orphaned: Callable[[Worker, messages.Outcome, Body | None, Receipt], bool] = lambda *_: False
         #: ids of calls that have ended while a worker still holds them; nobody may use them meanwhile
         self.ghosts: set[bytes] = set()
+        self.arrears = Arrears()
 
     def pool(self, name: str) -> Pool:
         """Return the pool of that name, made at its first mention."""
@@ -111,6 +114,8 @@ class Dispatcher:
 
     def submit(self, calls: list[Call], pool: Pool, now: float) -> None:
         """Give accepted calls to workers with credit; let the rest wait."""
+        if self.arrears:
+            calls = self.arrears.sift(calls)
         at, total = 0, len(calls)
         while at < total and not pool.backlog:
             worker, room = pool.next_worker()
@@ -131,7 +136,10 @@ class Dispatcher:
             run = list(itertools.islice(backlog.values(), room))
             for call in run:
                 pool.unqueue(call)
-            self._assign(run, worker, now)
+            if self.arrears:
+                run = self.arrears.sift(run)
+            if run:
+                self._assign(run, worker, now)
 
     def _assign(self, calls: list[Call], worker: Worker, now: float) -> None:
         seq, held, send = worker.seq, worker.held, worker.outbox.append
@@ -192,6 +200,13 @@ class Dispatcher:
             if outcome.code == "OK" and (outcome.body is not None or body is not None):
                 if outcome.parts != call.parts:
                     outcome = _counted(call, outcome)  # noqa: PLW2901
+                if body is not None:
+                    instead = self.arrears.large(call, len(body))
+                    if instead is not None:
+                        finish(call, instead)
+                        continue
+                elif call.expected_bytes:
+                    self.arrears.small(call)
                 finish(call, outcome, body)
             else:
                 finish(call, *self.checked(worker, outcome, body))
@@ -270,6 +285,18 @@ class Dispatcher:
         """Take a call that is about to end out of its pool's queue; a worker that holds it goes on holding."""
         if call.state is CallState.QUEUED and call.tool.pool is not None:
             call.tool.pool.unqueue(call)
+            if self.arrears:
+                self.arrears.release(call)
+
+    def relieve(self, session: ClientSession, now: float) -> None:
+        """Give a session that was behind its turn again, as far as it has read meanwhile."""
+        pools: dict[Pool, None] = {}
+        for call in reversed(self.arrears.caught_up(session)):
+            if call.tool.pool is not None:
+                call.tool.pool.queue(call, front=True)
+                pools[call.tool.pool] = None
+        for pool in pools:
+            self.pump(pool, now)
 
     def adopt(self, call: Call, worker: Worker, seq: int) -> None:
         """Join an accepted call with its execution, which a worker began for an earlier broker or connection."""
@@ -347,8 +374,8 @@ class Dispatcher:
 
     def fail_backlog(self, pool: Pool, reason: str) -> None:
         """End every waiting call of a pool that its supervisor gave up."""
-        for call in list(pool.backlog.values()):
-            pool.unqueue(call)
+        for call in [*pool.backlog.values(), *self.arrears.of_pool(pool)]:
+            self.release(call)
             self._ledger.finish(call, unavailable(call.call_id, pool, reason))
 
 

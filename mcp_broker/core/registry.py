@@ -39,13 +39,18 @@ def _check_schemas(definition: ToolDefinition) -> None:
 
 
 class Tool:
-    """A registered tool. ``pool`` is None for the broker's own."""
+    """A registered tool. ``pool`` is None for the broker's own.
 
-    __slots__ = ("definition", "is_streaming", "level", "name", "pool")
+    Attributes:
+        result_bytes: what its next result may have, where late ones were large; else 0.
+    """
+
+    __slots__ = ("definition", "is_streaming", "level", "name", "pool", "result_bytes")
 
     def __init__(self, definition: ToolDefinition, pool: Pool | None) -> None:
         self.pool = pool
         self.name = definition.name
+        self.result_bytes = 0
         self.define(definition)
 
     def define(self, definition: ToolDefinition) -> None:

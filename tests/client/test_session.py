@@ -195,6 +195,30 @@ def test_ack_goes_alone_after_64_outcomes_or_with_a_heartbeat() -> None:
     assert sent(session) == [messages.Ack(7, 65)]
 
 
+def test_ack_goes_alone_after_4_large_outcomes() -> None:
+    session = opened()
+    calls = [session.submit("t", 5.0, EMPTY, 0.0) for _ in range(10)]
+    sent(session)
+
+    def large(number: int) -> None:
+        outcome = messages.Outcome(calls[number - 1].call_id, "OK", None, None)
+        session.receive(messages.Outcomes(7, number, (outcome,)), NIL, 0.0)
+
+    for number in range(1, 4):
+        large(number)
+        assert not session.has_outgoing
+    large(4)
+    assert session.has_outgoing
+    assert sent(session) == [messages.Ack(7, 4)]
+    large(5)
+    session.submit("t", 5.0, EMPTY, 0.0)
+    [message] = sent(session)
+    assert message.ack == 5
+    for number in range(6, 9):
+        large(number)
+        assert sent(session) == [], "the count begins anew with each acknowledgement"
+
+
 def test_gap_in_the_numbers_of_outcomes_is_repaired_by_resuming() -> None:
     session = opened()
     calls = [session.submit("t", 5.0, EMPTY, 0.0) for _ in range(2)]

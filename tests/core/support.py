@@ -135,10 +135,19 @@ class World:
             for call_id, call in worker.held.items()
             if machine.ledger.calls.get(call_id) is call
         }
+        aside = [
+            call
+            for pool in machine.dispatcher.pools.values()
+            for call in machine.dispatcher.arrears.of_pool(pool)
+        ]
+        assert len(aside) == len(machine.dispatcher.arrears)
+        assert not queued & {call.call_id for call in aside}, "no call waits in two places"
+        queued |= {call.call_id for call in aside}
         assert queued | held == set(machine.ledger.calls), "every live call waits or is held"
         assert not queued & held, "no call waits and is held"
         for pool in machine.dispatcher.pools.values():
-            assert pool.backlog_bytes == sum(call.bytes_held() for call in pool.backlog.values())
+            waiting = [*pool.backlog.values(), *(call for call in aside if call.tool.pool is pool)]
+            assert pool.backlog_bytes == sum(call.bytes_held() for call in waiting)
             if pool.backlog:
                 assert pool.next_worker()[0] is None, "no call waits while a worker has credit"
         for worker in machine.crew.by_id.values():

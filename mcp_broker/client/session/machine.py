@@ -35,6 +35,8 @@ from mcp_broker.wire import messages
 
 #: outcomes that may be unacknowledged before an ACK of its own goes out
 ACK_EVERY: Final = 64
+#: the same for outcomes with a second frame, which are large: the broker makes no more of them before it hears
+ACK_BODIES: Final = 4
 #: looking an enum's member up costs as much as the comparison
 _OPEN: Final = State.OPEN
 #: time for TCP and CURVE, and then for WELCOME, before another attempt
@@ -75,6 +77,8 @@ class ClientSession:
         )
         self.received = 0
         self._acked = 0
+        #: outcomes with a second frame since the last acknowledgement
+        self._bodies = 0
         self._control: list[messages.Message] = []
         self.dial_at: float | None = None
         self.attempts = 0
@@ -197,7 +201,11 @@ class ClientSession:
         book = self.book
         if book.queue and book.in_flight < self.granted.window:
             return True
-        return bool(book.cancels or book.credits) or self.received - self._acked >= ACK_EVERY
+        return bool(book.cancels or book.credits) or self._owes_ack
+
+    @property
+    def _owes_ack(self) -> bool:
+        return self.received - self._acked >= ACK_EVERY or self._bodies >= ACK_BODIES
 
     def outgoing(self, now: float) -> list[Packed]:
         """Return what is to be sent now, in order, and count it as sent."""
@@ -216,9 +224,11 @@ class ClientSession:
             out += book.batches(self.epoch, self.received, self.granted.window - book.in_flight, now)
             if len(out) > before:
                 self._acked = self.received
-        if self.received - self._acked >= ACK_EVERY:
+                self._bodies = 0
+        if self._owes_ack:
             out.append((messages.Ack(self.epoch, self.received), None))
             self._acked = self.received
+            self._bodies = 0
         return out
 
     # -- cells of the table: what the shell does --------------------------------------------------------------
@@ -336,6 +346,8 @@ class ClientSession:
         if known:
             outcomes = outcomes[known:]
         self.received += len(outcomes)
+        if body is not None:
+            self._bodies += 1
         self.book.outcomes(outcomes, body)
 
     def _partial(self, message: messages.Partial, body: bytes | memoryview | None) -> None:

@@ -1,0 +1,192 @@
+"""A client that is slow to read: its calls wait, its memory is bounded, and it loses nothing that could be kept."""
+
+from __future__ import annotations
+
+import mcp_broker.limits as bounds
+from mcp_broker.wire import messages, node, payload
+from tests.core.support import EPOCH, World
+
+BODY = bytes(1024 * 1024)
+#: results after which a client is behind
+BEHIND = bounds.CLIENT_BEHIND_BYTES // len(BODY)
+
+
+def answer_large(world: World, worker_id: str, call_id: bytes, body: bytes = BODY) -> None:
+    outcome = messages.Outcome(call_id, "OK", None, None)
+    world.worker_says(worker_id, messages.Outcomes(EPOCH, 1, (outcome,)), body)
+
+
+def behind(calls: int, depth: int = 1) -> tuple[World, list[bytes]]:
+    """A client that has asked for so much and read nothing; returns the calls that wait for it."""
+    world = World()
+    session = world.hello()
+    world.ready(depth=depth)
+    ids = [world.call() for _ in range(calls)]
+    done = 0
+    while given := world.dispatched("echo-1"):
+        for call_id in given:
+            answer_large(world, "echo-1", call_id)
+            world.heard_by(session)
+            done += 1
+        world.check()
+    return world, ids[done:]
+
+
+def test_client_that_reads_nothing_has_its_calls_wait() -> None:
+    world, waiting = behind(100)
+    assert len(waiting) == 100 - BEHIND
+    session = world.machine.clientele.open[b"c1"]
+    assert session.unacked_bytes < bounds.CLIENT_BEHIND_BYTES + 2 * len(BODY)
+    assert world.call() in world.machine.ledger.calls, "more are accepted, up to the window"
+    assert world.dispatched("echo-1") == []
+    world.check()
+
+
+def test_another_client_is_served_meanwhile() -> None:
+    world, _ = behind(100)
+    other = world.hello("c2")
+    call_id = world.call("c2")
+    assert world.dispatched("echo-1") == [call_id]
+    world.answer("echo-1", call_id)
+    assert world.outcomes(other) == {call_id: "OK"}
+
+
+def test_calls_go_on_in_their_order_once_the_client_has_read() -> None:
+    world, waiting = behind(100)
+    last = world.call()
+    world.client_says("c1", messages.Ack(EPOCH, BEHIND // 2))
+    assert world.dispatched("echo-1") == [], "not before half of it is read"
+    world.client_says("c1", messages.Ack(EPOCH, BEHIND))
+    world.check()
+    run = []
+    while given := world.dispatched("echo-1"):
+        run += given
+        for call_id in given:
+            world.answer("echo-1", call_id)
+    assert run == [*waiting, last]
+    world.check()
+
+
+def test_acknowledgement_that_rides_in_calls_or_hello_counts_too() -> None:
+    for again in (True, False):
+        world, waiting = behind(30)
+        session = world.machine.clientele.open[b"c1"]
+        if again:
+            world.machine.clientele.unreachable(b"c1", world.now)
+            hello = messages.Hello(0, "MCPB", (1,), "token", session.session_id, ack=BEHIND)
+            world.machine.clientele.hello(b"c1", "key-c1", hello, session.grant, world.now)
+        else:
+            request = messages.Call(b"n" * 16, "echo.echo", 1000, payload.pack({}))
+            world.client_says("c1", messages.Calls(EPOCH, BEHIND, (request,)))
+        assert world.dispatched("echo-1") == waiting[:1]
+        world.check()
+
+
+def test_tool_with_large_results_is_given_few_calls_at_a_time_to_begin_with() -> None:
+    world, _ = behind(3, depth=1)
+    world.client_says("c1", messages.Ack(EPOCH, 3))
+    world.ready("echo-2", depth=200)
+    calls = [world.call() for _ in range(100)]
+    assert world.dispatched("echo-2") == calls[1:BEHIND], "one is at the other worker"
+    world.check()
+
+
+def test_small_results_of_a_tool_that_was_expected_to_make_large_ones_let_the_others_go_on() -> None:
+    world, _ = behind(3, depth=1)
+    world.client_says("c1", messages.Ack(EPOCH, 3))
+    for _ in range(100):
+        world.call()
+    done = 0
+    while given := world.dispatched("echo-1"):
+        for call_id in given:
+            world.answer("echo-1", call_id)
+        done += len(given)
+        world.check()
+    assert done == 100
+    assert world.machine.registry.tools["echo.echo"].result_bytes == 0
+    assert not len(world.machine.dispatcher.arrears)
+
+
+def test_results_beyond_the_bound_are_dropped_and_said_to_be() -> None:
+    # nobody knew that they would be large
+    world = World()
+    session = world.hello()
+    world.ready("echo-1", depth=bounds.WORKER_DEPTH_MAX)
+    world.ready("echo-2", depth=bounds.WORKER_DEPTH_MAX)
+    for _ in range(400):
+        world.call()
+    given = [(name, call_id) for name in ("echo-1", "echo-2") for call_id in world.dispatched(name)]
+    assert len(given) == 400
+    for number, (worker_id, call_id) in enumerate(given):
+        answer_large(world, worker_id, call_id)
+        assert session.unread_bytes <= bounds.CLIENT_UNREAD_BYTES_MAX + bounds.ENVELOPE_BYTES_MAX
+        if number % 7 == 0:
+            world.heard_by(session)
+    kept = bounds.CLIENT_UNREAD_BYTES_MAX // len(BODY)
+    world.heard_by(session)
+    assert sum(len(sent.entries) for sent in session.unacked) == 400
+    assert kept - 1 <= world.machine.ledger.succeeded <= kept, "envelopes take some room too"
+    assert world.machine.ledger.failed == {"RESOURCE_EXHAUSTED": 400 - world.machine.ledger.succeeded}
+    last = session.unacked[-1].entries[-1]
+    assert "echo.echo ran" in last.fault.message
+    assert payload.unpack_map(last.fault.details)["limit_bytes"] == bounds.CLIENT_UNREAD_BYTES_MAX
+    assert not last.fault.retryable
+    world.check()
+
+
+def test_share_of_a_call_whose_worker_dies_goes_with_it() -> None:
+    world, _ = behind(3, depth=1)
+    session = world.machine.clientele.open[b"c1"]
+    world.client_says("c1", messages.Ack(EPOCH, 3))
+    world.call()
+    assert session.expected_bytes == len(BODY)
+    world.died("echo-1", started_seq=4)
+    world.later(1)
+    assert list(world.outcomes(session).values()) == ["WORKER_LOST"]
+    assert session.expected_bytes == 0
+
+
+def test_time_passes_for_calls_that_wait_for_their_client() -> None:
+    world, waiting = behind(30)
+    session = world.machine.clientele.open[b"c1"]
+    world.client_says("c1", messages.Cancel(EPOCH, (waiting[0],)))
+    assert world.outcomes(session) == {waiting[0]: "CANCELLED"}
+    world.check()
+    world.later(60)
+    assert world.outcomes(session) == dict.fromkeys(waiting[1:], "DEADLINE_EXCEEDED")
+    assert world.machine.dispatcher.pools["echo"].backlog_bytes == 0
+    world.check()
+
+
+def test_client_that_goes_away_leaves_nothing() -> None:
+    world, waiting = behind(30)
+    world.client_says("c1", messages.Goodbye(EPOCH, "done"))
+    assert world.machine.ledger.failed == {"CANCELLED": len(waiting)}
+    assert len(world.machine.dispatcher.arrears) == 0
+    assert world.machine.dispatcher.arrears.sessions == []
+    world.check()
+
+
+def test_pool_that_is_given_up_ends_calls_that_wait_for_their_client() -> None:
+    world, waiting = behind(30)
+    session = world.machine.clientele.open[b"c1"]
+    report = node.PoolReport(
+        name="echo", state="failed", wanted=1, workers=(), restarts=0, reason="no module"
+    )
+    world.machine.from_node(node.Report((report,)), world.now)
+    assert world.outcomes(session) == dict.fromkeys(waiting, "UNAVAILABLE")
+    world.check()
+
+
+def test_small_results_never_make_calls_wait() -> None:
+    world = World()
+    session = world.hello()
+    world.ready(depth=1)
+    for number in range(3000):
+        call_id = world.call()
+        assert world.dispatched("echo-1") == [call_id]
+        world.answer("echo-1", call_id)
+        world.heard_by(session)
+        if number % 500 == 0:
+            world.client_says("c1", messages.Ack(EPOCH, session.sent))
+    assert not world.machine.dispatcher.arrears
