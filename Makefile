@@ -12,7 +12,7 @@ SOURCES = $(foreach folder,mcp_broker workers tests bench examples,\
 TYPED = $(patsubst workers,.venv/src/mcp_broker_workers,$(SOURCES))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test check fmt lint type fast process cov sim bench lock clean
+.PHONY: help demo test check fmt lint type fast process cov sim soak bench lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z.]+):.*## */  \1\t/' | expand -t 12
@@ -48,6 +48,11 @@ cov: $(STAMP) ## tests that start no process, with coverage
 
 sim: $(STAMP) ## the broker's machine under random faults
 	$(BIN)/pytest tests/sim
+
+# WHICH=tests/soak/test_memory.py runs one of them
+WHICH := tests/soak
+soak: $(STAMP) ## load and soak tests with their full counts: about an hour; WHICH=FILE for one
+	$(BIN)/pytest -m soak --soak --timeout 3600 -o faulthandler_timeout=0 -s $(WHICH)
 
 bench: $(STAMP) ## measure against zmq.proxy in the same run
 	$(BIN)/python -m bench

@@ -147,9 +147,9 @@ class Broker:
             )
         self._clients: list[peer.Peer] = []
         try:
-            profile = state / "clients" / "default.toml"
-            self._wait_for(profile)
-            setup = {"profile": str(profile)}
+            self.profile = state / "clients" / "default.toml"
+            self._wait_for(self.profile)
+            setup = {"profile": str(self.profile)}
             self.sync = peer.Peer("bench.ours", "sync", setup)
             self._clients.append(self.sync)
             self.aio = peer.Peer("bench.ours", "aio", setup)

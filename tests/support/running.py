@@ -81,14 +81,19 @@ min = {workers}
 
 
 class Running:
-    """The broker, its supervisor and workers, as one thing to start, ask and end."""
+    """The broker, its supervisor and workers, as one thing to start, ask and end.
 
-    def __init__(self, folder: Path, *, workers: int = 1) -> None:
+    Args:
+        tools: the source of the pool's module.
+        config: with places for {folder} and {workers}; the module's name is fault_tools.
+    """
+
+    def __init__(self, folder: Path, *, workers: int = 1, tools: str = TOOLS, config: str = CONFIG) -> None:
         self.folder = folder
         self.state_dir = folder / "state"
-        (folder / "fault_tools.py").write_text(TOOLS)
+        (folder / "fault_tools.py").write_text(tools)
         self._config = folder / "config.toml"
-        self._config.write_text(CONFIG.format(folder=folder, workers=workers))
+        self._config.write_text(config.format(folder=folder, workers=workers))
         self._log = (folder / "start.log").open("ab")
         self.start()
 
@@ -129,6 +134,14 @@ class Running:
         path = self.folder / "through.toml"
         path.touch(0o600)
         path.write_text(self.profile.read_text().replace(ours, endpoint))
+        return path
+
+    def issue(self, name: str, *scopes: str) -> Path:
+        """Make a profile that may call what the scopes say, and nothing else."""
+        path = self.folder / f"{name}.toml"
+        allowed = [word for scope in scopes for word in ("--allow", scope)]
+        made = self.command("credentials", "issue", name, *allowed, "--out", str(path))
+        assert made.returncode == 0, made.stderr
         return path
 
     def stop(self, within_s: float = 20.0) -> None:
