@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mcp_broker.client.aio import AsyncClient
+    from mcp_broker.client.executor import ToolExecutor
     from mcp_broker.client.sync import Client
     from mcp_broker.errors import (
         BrokerError,
@@ -57,6 +58,7 @@ __all__ = [
     "Poisoned",
     "RateLimited",
     "ResourceExhausted",
+    "ToolExecutor",
     "ToolFailed",
     "Unauthenticated",
     "Unavailable",
@@ -66,7 +68,11 @@ __all__ = [
 ]
 
 #: the names that do not come from mcp_broker.errors
-_HOMES = {"AsyncClient": "mcp_broker.client.aio", "Client": "mcp_broker.client.sync"}
+_HOMES = {
+    "AsyncClient": "mcp_broker.client.aio",
+    "Client": "mcp_broker.client.sync",
+    "ToolExecutor": "mcp_broker.client.executor",
+}
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 (any public name)

@@ -42,6 +42,10 @@ class Owner(Protocol):
         """Send CANCEL; False if the call had ended."""
         ...
 
+    def orphan(self, pending: PendingCall) -> None:
+        """Cancel the call soon, since nobody waits for it any more; takes no lock."""
+        ...
+
 
 class CallFuture(Future[Any]):
     """The outcome of one call, now or later.
@@ -141,6 +145,11 @@ class CallFuture(Future[Any]):
         if not self.ready:
             self._owner.cancel_pending(self.pending)
         return self._state == _CANCELLED
+
+    def drop(self) -> None:
+        """Cancel the call soon, if it has not ended. Unlike :meth:`cancel`, this may be called by a destructor."""
+        if not self.ready:
+            self._owner.orphan(self.pending)
 
     def result(self, timeout: float | None = None) -> Any:  # noqa: ANN401
         """Wait for the outcome.
