@@ -20,6 +20,14 @@ BODY_BYTES_MAX: Final = 1024 * 1024 + 4096
 #: What libzmq lets a peer announce before it has proved anything (ZMQ_MAXMSGSIZE is a frame's bound):
 #: the body and CURVE's box around it.
 FRAME_BYTES_MAX: Final = BODY_BYTES_MAX + 1024
+#: Payloads below it travel as they are: a smaller message would not be sent any sooner.
+COMPRESS_BYTES_MIN: Final = 4096
+#: A larger payload is compressed only if this much of its beginning gets smaller: 10 us tell that a MiB will not.
+COMPRESS_SAMPLE_BYTES: Final = 64 * 1024
+#: Compressed size over size from which on the receiver's work is not worth it.
+COMPRESS_WORTH: Final = 0.9
+#: zstd's own default: above 300 MB/s, and higher levels gain a few percent for several times the time.
+COMPRESS_LEVEL: Final = 3
 #: Calls or outcomes in one message: bounds a loop turn's work for one peer.
 BATCH_MAX: Final = 256
 #: Sum of the inline payloads that a sender puts into one envelope, so that it stays under its bound.

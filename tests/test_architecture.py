@@ -59,7 +59,7 @@ IMPURE = frozenset(
 )
 
 #: third-party packages with one home
-HOMES = {"msgpack": "wire", "msgspec": "wire", "jwt": "auth.claims"}
+HOMES = {"msgpack": "wire", "msgspec": "wire", "zstandard": "wire", "jwt": "auth.claims"}
 
 MAX_LINES = 400
 VAGUE = frozenset({"utils", "util", "helpers", "helper", "common", "manager", "misc"})

@@ -18,7 +18,7 @@ from mcp_broker.client import connection, progress
 from mcp_broker.client.awaitables import AsyncCallFuture, AsyncPartStream
 from mcp_broker.client.link import Link
 from mcp_broker.client.options import CallOptions, wished
-from mcp_broker.client.session import State, Wishes
+from mcp_broker.client.session import State, Wishes, shrunk
 from mcp_broker.client.sync import ATTACH, MAP_AHEAD, asked, pack, seconds
 from mcp_broker.client.targets import OVER, window_full
 
@@ -236,6 +236,8 @@ class AsyncClient:
             raise errors.BrokerError("this client belongs to the process that connected it; connect one here")
         packed = pack(arguments)
         session = self._session
+        if len(packed) >= limits.COMPRESS_BYTES_MIN and session.compresses:
+            packed, wishes = shrunk(packed, wishes)
         if not session.has_room and session.state not in OVER:
             await self._room(timeout_s)
         waiter.pending = session.submit(

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 from mcp_broker import errors, limits
 from mcp_broker.client import connection
 from mcp_broker.client.serving import Serving
+from mcp_broker.client.session import shrunk
 from mcp_broker.client.targets import OVER, Room, Target, Unattended, window_full
 
 if TYPE_CHECKING:
@@ -95,6 +96,8 @@ class Leadership(Serving):
             self.check_process()
         session = self.session
         book = session.book
+        if len(packed) >= limits.COMPRESS_BYTES_MIN and session.compresses:
+            packed, wishes = shrunk(packed, wishes)
         with self._lock:
             now = monotonic()
             if len(book.calls) >= session.granted.window and session.state not in OVER:

@@ -267,6 +267,10 @@ class Acceptance:
             text = f"the broker's own tools take at most {limits.OWN_ARGUMENTS_BYTES_MAX} bytes of arguments"
             self._ledger.finish(call, fault(call.call_id, "INVALID_ARGUMENT", text))
             return
+        if call.extra is not None and call.extra.encoding is not None:
+            text = "the broker's own tools take no encoded arguments"
+            self._ledger.finish(call, fault(call.call_id, "INVALID_ARGUMENT", text))
+            return
         try:
             arguments = payload.unpack_map(call.packed_arguments())
         except MalformedFrame as malformed:

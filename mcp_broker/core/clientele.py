@@ -17,7 +17,7 @@ from mcp_broker.core.clients import (
     Verdict,
 )
 from mcp_broker.errors import InvalidTransition
-from mcp_broker.wire import codec, messages, payload
+from mcp_broker.wire import messages, payload
 
 if TYPE_CHECKING:
     from mcp_broker.core.outbox import Body
@@ -108,9 +108,8 @@ class Clientele:
             if self.open.get(session.routing_id) is session:
                 del self.open[session.routing_id]
             session.state = ClientState.OPEN
-            session.grant = grant
-            session.caller_raw = codec.raw(grant.caller)
-            session.allowed_version = -1
+            session.takes = frozenset(message.capabilities)
+            session.trust(grant)
             session.resume(routing_id, message.ack)
             welcome_first = session.outbox
             session.outbox = []
@@ -118,12 +117,16 @@ class Clientele:
             if len(self.sessions) >= limits.SESSIONS_MAX:
                 return None
             session = ClientSession(
-                self._routing.new_id(), routing_id, user_id, grant, codec.raw(grant.caller), self.dirty
+                self._routing.new_id(),
+                routing_id,
+                user_id,
+                grant,
+                frozenset(message.capabilities),
+                self.dirty,
             )
             self.sessions[session.session_id] = session
             welcome_first = []
         session.agent = message.agent
-        session.takes = frozenset(message.capabilities)
         self.open[routing_id] = session
         session.send(
             messages.Welcome(
@@ -137,7 +140,7 @@ class Clientele:
                     heartbeat_ms=int(limits.HEARTBEAT_S * 1000),
                     token_ms=max(0, int((grant.expires_at - now) * 1000)),
                 ),
-                ("streaming", "progress"),
+                ("streaming", "progress", "zstd"),
                 self._routing.lineage,
             )
         )
@@ -153,9 +156,7 @@ class Clientele:
             return False
         if grant.caller.principal != session.grant.caller.principal:
             return False
-        session.grant = grant
-        session.caller_raw = codec.raw(grant.caller)
-        session.allowed_version = -1
+        session.trust(grant)
         session.send(messages.Renewed(self._routing.epoch, max(0, int((grant.expires_at - now) * 1000))))
         return True
 

@@ -75,56 +75,12 @@ _S, _O, _L, _C = ClientState
 #: state -> event -> (next state, verdict). A peer never meets LOST or CLOSED sessions except by HELLO: its
 #: routing id is a STRANGER's again.
 CLIENT_TABLE: Final[tuple[tuple[tuple[ClientState, Verdict], ...], ...]] = (
-    # HELLO   RENEW    GOODBYE  CALLS    CANCEL   ACK      CREDIT   HEARTBEAT UNREACHABLE GRACE_OVER
-    (
-        (_O, _T),
-        (_S, _R),
-        (_S, _I),
-        (_S, _R),
-        (_S, _R),
-        (_S, _R),
-        (_S, _R),
-        (_S, _R),
-        (_S, _I),
-        (_S, _B),
-    ),  # STRANGER
-    (
-        (_O, _R),
-        (_O, _T),
-        (_C, _T),
-        (_O, _T),
-        (_O, _T),
-        (_O, _T),
-        (_O, _T),
-        (_O, _T),
-        (_L, _T),
-        (_O, _I),
-    ),  # OPEN
-    (
-        (_O, _T),
-        (_L, _B),
-        (_L, _B),
-        (_L, _B),
-        (_L, _B),
-        (_L, _B),
-        (_L, _B),
-        (_L, _B),
-        (_L, _I),
-        (_C, _T),
-    ),  # LOST
-    (
-        (_C, _B),
-        (_C, _B),
-        (_C, _B),
-        (_C, _B),
-        (_C, _B),
-        (_C, _B),
-        (_C, _B),
-        (_C, _B),
-        (_C, _I),
-        (_C, _I),
-    ),  # CLOSED
-)
+    # HELLO    RENEW     GOODBYE   CALLS     CANCEL    ACK       CREDIT    HEARTBEAT UNREACH.  GRACE_OVER
+    ((_O, _T), (_S, _R), (_S, _I), (_S, _R), (_S, _R), (_S, _R), (_S, _R), (_S, _R), (_S, _I), (_S, _B)),  # STRANGER
+    ((_O, _R), (_O, _T), (_C, _T), (_O, _T), (_O, _T), (_O, _T), (_O, _T), (_O, _T), (_L, _T), (_O, _I)),  # OPEN
+    ((_O, _T), (_L, _B), (_L, _B), (_L, _B), (_L, _B), (_L, _B), (_L, _B), (_L, _B), (_L, _I), (_C, _T)),  # LOST
+    ((_C, _B), (_C, _B), (_C, _B), (_C, _B), (_C, _B), (_C, _B), (_C, _B), (_C, _B), (_C, _I), (_C, _I)),  # CLOSED
+)  # fmt: skip
 
 #: which event a message is
 EVENT_OF_KIND: Final[dict[type, ClientEvent]] = {
@@ -224,19 +180,18 @@ class ClientSession:
         routing_id: bytes,
         user_id: str,
         grant: Grant,
-        caller_raw: Any,  # noqa: ANN401 (a packed Caller)
+        takes: frozenset[str],
         dirty_list: list[ClientSession],
     ) -> None:
         self.session_id = session_id
         self.routing_id = routing_id
         self.user_id = user_id
-        self.grant = grant
-        self.caller_raw = caller_raw
+        self.takes = takes
         self.agent = ""
         self.state = ClientState.OPEN
         self.live: dict[bytes, Call] = {}
         self.allowed: dict[str, Tool] = {}
-        self.allowed_version = -1
+        self.trust(grant)
         self.outbox: list[Any] = []
         self.dirty = False
         self._dirty_list = dirty_list
@@ -250,8 +205,19 @@ class ClientSession:
         self.lost_at = 0.0
         self.kept = KeptParts()
         self.news: dict[bytes, messages.Progress] = {}
-        self.takes: frozenset[str] = frozenset()
         self.at_risk: frozenset[bytes] = frozenset()
+
+    def trust(self, grant: Grant) -> None:
+        """Take what a verified token gives, in place of what one gave before."""
+        self.grant = grant
+        self.allowed_version = -1
+        caller = grant.caller
+        if "zstd" in self.takes:
+            caller = messages.Caller(
+                caller.principal, caller.clearance, caller.scopes, caller.admin, ("zstd",)
+            )
+        #: packed once for all calls
+        self.caller_raw = codec.raw(caller)
 
     def send(self, entry: Any) -> None:  # noqa: ANN401 (a message, an item or a Big)
         """Queue an entry for the end of this turn."""

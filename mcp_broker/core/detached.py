@@ -37,7 +37,7 @@ class _Adrift(ClientSession):
     __slots__ = ("_detached",)
 
     def __init__(self, detached: Detached, session: ClientSession) -> None:
-        super().__init__(b"", b"", session.user_id, session.grant, session.caller_raw, [])
+        super().__init__(b"", b"", session.user_id, session.grant, session.takes, [])
         self._detached = detached
         self.live = detached.live
 

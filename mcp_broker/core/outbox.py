@@ -6,10 +6,13 @@ In the hot path an effect is a batch a peer, not an object a call.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from mcp_broker import limits
 from mcp_broker.wire import messages
+
+if TYPE_CHECKING:
+    from mcp_broker.wire.items import Item
 
 
 class Body(Protocol):
@@ -29,7 +32,7 @@ class Big:
 
     __slots__ = ("body", "item")
 
-    def __init__(self, item: messages.Item, body: Body) -> None:
+    def __init__(self, item: Item, body: Body) -> None:
         self.item = item
         self.body = body
 

@@ -386,7 +386,13 @@ def _counted(call: Call, outcome: messages.Outcome) -> messages.Outcome:
         return fault(call.call_id, "BROKER_LOST", text, {"parts": call.parts, "sent": outcome.parts})
     # a worker of before that field: they came in order, and nothing says that one is missing
     return messages.Outcome(
-        outcome.call_id, outcome.code, outcome.body, outcome.usage, outcome.fault, call.parts
+        outcome.call_id,
+        outcome.code,
+        outcome.body,
+        outcome.usage,
+        outcome.fault,
+        call.parts,
+        outcome.encoding,
     )
 
 

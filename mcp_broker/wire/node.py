@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from mcp_broker.wire.messages import Record, ToolDefinition
+from mcp_broker.wire.items import Record, ToolDefinition
 
 
 class Certificate(Record, kw_only=True, frozen=True):

@@ -15,7 +15,7 @@ from pydantic_core import ValidationError
 
 from mcp_broker import limits
 from mcp_broker.errors import CallError, MalformedFrame, PayloadTooLarge
-from mcp_broker.wire import codec, messages, payload
+from mcp_broker.wire import codec, encoding, messages, payload
 from mcp_broker.wire.structs import Slim
 from mcp_broker.worker import offspring, results
 from mcp_broker.worker.context import ToolCaller, ToolContext
@@ -158,7 +158,10 @@ class Execution:
         run = Run(pending, plan, started_ns)
         arguments = None
         try:
-            arguments = payload.unpack_map(pending.arguments)
+            packed, extra = pending.arguments, dispatch.extra
+            if extra is not None and extra.encoding is not None:
+                packed = encoding.expand(packed, extra.encoding)
+            arguments = payload.unpack_map(packed)
             arguments = plan.check(arguments)
         except MalformedFrame as error:
             text = f"{plan.tool.name}: {error}"
@@ -257,10 +260,13 @@ class Execution:
         except Exception as error:
             return self.failed(run, error), None
         usage = self.meter.usage(run.started_ns, time.monotonic_ns())
-        call_id = run.pending.dispatch.call_id
-        if len(packed) > limits.INLINE_BYTES_MAX:
-            return messages.Outcome(call_id, messages.OK, None, usage), packed
-        return messages.Outcome(call_id, messages.OK, packed, usage), None
+        dispatch = run.pending.dispatch
+        encoded = None
+        if len(packed) >= limits.COMPRESS_BYTES_MIN:
+            packed, encoded = encoding.shrink_for(dispatch, packed)
+            if len(packed) > limits.INLINE_BYTES_MAX:
+                return messages.Outcome(dispatch.call_id, messages.OK, None, usage, None, 0, encoded), packed
+        return messages.Outcome(dispatch.call_id, messages.OK, packed, usage, None, 0, encoded), None
 
     def ended(self, run: Run) -> messages.Outcome:
         """Make the outcome of a stream that came to its end."""

@@ -23,7 +23,7 @@ from typing import Final
 
 from mcp_broker import limits
 from mcp_broker.errors import WireError
-from mcp_broker.wire import codec, messages, payload
+from mcp_broker.wire import codec, encoding, messages, payload
 from mcp_broker.wire.structs import Slim
 from mcp_broker.worker.pace import Pace
 
@@ -130,7 +130,7 @@ class Session:
             messages.PROTOCOL,
             (messages.MAJOR,),
             self._tools,
-            ("streaming",),
+            ("streaming", "zstd"),
             self._agent,
             self._seq,
             tuple(self._held()),
@@ -289,8 +289,11 @@ class Session:
         if pending.life != self.life:
             return False
         self.flush()
+        encoded = None
+        if len(body) >= limits.COMPRESS_BYTES_MIN:
+            body, encoded = encoding.shrink_for(pending.dispatch, body)
         inline = len(body) <= limits.INLINE_BYTES_MAX
-        part = messages.Part(pending.dispatch.call_id, index, body if inline else None)
+        part = messages.Part(pending.dispatch.call_id, index, body if inline else None, encoded)
         packed = codec.encode(messages.Partial(self._epoch, (part,)))
         self.outgoing.append((packed, None if inline else body))
         return True

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import zmq
+import zstandard
 
 from mcp_broker import Client, errors
 from mcp_broker.auth.keys import CurvePair
@@ -44,6 +45,37 @@ def test_call_raises_the_typed_error_with_call_and_tool(client: Client) -> None:
     assert len(failed.value.call_id or b"") == 16
     assert failed.value.details == {"tool": "fail"}
     assert not failed.value.retryable
+
+
+@pytest.mark.parametrize("capabilities", [(), ("zstd",)])
+def test_large_arguments_are_compressed_for_a_broker_whose_workers_take_it(
+    broker: ScriptedBroker, capabilities: tuple[str, ...]
+) -> None:
+    def back(broker: ScriptedBroker, session_id: bytes, call: messages.Call, packed: bytes) -> None:
+        encoded = call.extra.encoding if call.extra is not None else None
+        broker.outcome(session_id, messages.Outcome(call.call_id, "OK", packed, USAGE, encoding=encoded))
+
+    broker.script["back"] = back
+    broker.capabilities = capabilities
+    with Client.connect(broker.profile()) as client:
+        large = {"text": "ab" * 20_000}
+        assert client.call("back", large, idle_timeout_s=3) == large
+        assert client.call("back", {"text": "ab"}) == {"text": "ab"}
+    large_call, small_call = (call for sent in broker.of_kind(messages.Calls) for call in sent.calls)
+    wanted = messages.CallExtra(idle_timeout_ms=3000, encoding="zstd" if capabilities else None)
+    assert (large_call.extra, small_call.extra) == (wanted, None)
+    assert (len(large_call.arguments) < 1000) is bool(capabilities)
+
+
+def test_result_that_is_a_bomb_is_an_error_of_this_call_only(client: Client, broker: ScriptedBroker) -> None:
+    def explode(broker: ScriptedBroker, session_id: bytes, call: messages.Call, _packed: bytes) -> None:
+        packed = zstandard.compress(bytes(50_000_000))
+        broker.outcome(session_id, messages.Outcome(call.call_id, "OK", packed, USAGE, encoding="zstd"))
+
+    broker.script["explode"] = explode
+    with pytest.raises(errors.PayloadTooLarge, match="50,000,000 bytes once decompressed"):
+        client.call("explode")
+    assert client.call("echo", {"a": 1}) == {"a": 1}
 
 
 def telling(broker: ScriptedBroker, session_id: bytes, call: messages.Call, _packed: bytes) -> None:

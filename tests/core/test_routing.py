@@ -6,7 +6,7 @@ import pytest
 
 import mcp_broker.limits as bounds
 from mcp_broker.core.clients import ClientState
-from mcp_broker.wire import messages, node
+from mcp_broker.wire import codec, messages, node
 from tests.core.support import EPOCH, FakeGrant, World, definition
 
 
@@ -299,6 +299,35 @@ def test_parts_out_of_order_end_the_stream_as_the_workers_fault() -> None:
     call_id = world.call()
     world.worker_says("echo-1", messages.Partial(EPOCH, (messages.Part(call_id, 1, b"\xc0"),)))
     assert world.outcomes(session) == {call_id: "INTERNAL"}
+
+
+def test_worker_is_told_what_its_caller_takes_and_how_the_arguments_are_encoded() -> None:
+    world = World()
+    hello = messages.Hello(0, "MCPB", (1,), "t", capabilities=("zstd", "x-other"))
+    world.machine.clientele.hello(b"c1", "key-c1", hello, FakeGrant(), world.now)
+    world.ready()
+    extra = messages.CallExtra(encoding="zstd")
+    request = messages.Call(b"i" * 16, "echo.echo", 1000, b"opaque", extra)
+    world.client_says("c1", messages.Calls(EPOCH, 0, (request,)))
+    [dispatch] = [
+        dispatch
+        for message in world.heard_by_worker("echo-1")
+        if isinstance(message, messages.Dispatches)
+        for dispatch in message.calls
+    ]
+    assert (dispatch.arguments, dispatch.extra) == (b"opaque", extra)
+    assert codec.decode_caller(dispatch.caller).encodings == ("zstd",)
+    world.machine.clientele.renew(b"c1", "key-c1", FakeGrant(), world.now)
+    session = world.machine.clientele.open[b"c1"]
+    assert codec.decode_caller(session.caller_raw).encodings == ("zstd",)
+
+
+def test_brokers_own_tools_open_no_encoded_arguments() -> None:
+    world = World()
+    session = world.hello()
+    request = messages.Call(b"i" * 16, "system.tools", 1000, b"x", messages.CallExtra(encoding="zstd"))
+    world.client_says("c1", messages.Calls(EPOCH, 0, (request,)))
+    assert world.outcomes(session) == {b"i" * 16: "INVALID_ARGUMENT"}
 
 
 def test_worker_may_not_speak_for_the_broker() -> None:

@@ -64,6 +64,15 @@ def test_progress_is_told_and_puts_the_idle_timeout_off(running: Running) -> Non
         assert client.call("t.echo", {"value": 1}, timeout_s=10) == 1
 
 
+def test_large_text_comes_back_whole_and_travels_small(running: Running) -> None:
+    text = "".join(f"line {number}\n" for number in range(60_000))
+    noise = os.urandom(900_000)
+    with running.client() as client:
+        assert client.call("t.echo", {"value": text}) == text
+        assert client.call("t.echo", {"value": noise}) == noise
+        assert list(client.stream("t.chunks", {"text": text, "n": 3})) == [text] * 3
+
+
 def test_stream_goes_on_over_cut_connections_without_a_gap(running: Running) -> None:
     with through(running) as proxy, running.client(running.profile_through(proxy.endpoint)) as client:
         got = []

@@ -64,6 +64,12 @@ def steps(context: ToolContext, n: int, pause_s: float) -> str:
     time.sleep(1)
     return "done"
 
+@tool(name="t.chunks")
+def chunks(text: str, n: int) -> Iterator[str]:
+    """Stream the text n times."""
+    for _ in range(n):
+        yield text
+
 @tool(name="t.count")
 def count(n: int) -> "Iterator[int]":
     """Stream numbers."""

@@ -28,7 +28,11 @@ SECOND: Final = ids.call_id(PREFIX, 2)
 SESSION: Final = bytes(range(0xA0, 0xB0))
 EPOCH: Final = 7
 TOKEN: Final = "header.claims.signature"
-CALLER: Final = m.Caller("alice", 3, ("text.*",))
+#: one zstd frame (magic, content size 1, one raw block) around an empty map
+ZSTD_EMPTY_MAP: Final = bytes.fromhex("28b52ffd200109000080")
+
+
+CALLER: Final = m.Caller("alice", 3, ("text.*",), encodings=("zstd",))
 
 
 class Vector(NamedTuple):
@@ -98,6 +102,13 @@ VECTORS: Final = (
             ),
         ),
     ),
+    Vector(
+        "calls_zstd",
+        "from_client",
+        m.Calls(
+            EPOCH, 2, (m.Call(FIRST, "echo.echo", 30_000, ZSTD_EMPTY_MAP, m.CallExtra(encoding="zstd")),)
+        ),
+    ),
     Vector("calls_body", "from_client", m.Calls(EPOCH, 2, (m.Call(FIRST, "echo.echo", 30_000, None),))),
     Vector(
         "dispatch",
@@ -107,7 +118,12 @@ VECTORS: Final = (
             0,
             (
                 m.Dispatch(
-                    1, FIRST, "text.word_count", 4998, payload.pack({"text": "a b a"}), codec.raw(CALLER)
+                    1,
+                    FIRST,
+                    "text.word_count",
+                    4998,
+                    payload.pack({"text": "a b a"}),
+                    codec.raw(CALLER),
                 ),
             ),
         ),
@@ -194,6 +210,12 @@ VECTORS: Final = (
     Vector("ack", "from_client", m.Ack(EPOCH, 64)),
     Vector("ack_worker", "to_worker", m.Ack(EPOCH, 2**53)),
     Vector("partial", "to_client", m.Partial(EPOCH, (m.Part(FIRST, 0, payload.pack(["row", 1])),))),
+    Vector(
+        "outcomes_zstd",
+        "to_client",
+        m.Outcomes(EPOCH, 67, (m.Outcome(FIRST, m.OK, ZSTD_EMPTY_MAP, encoding="zstd"),)),
+    ),
+    Vector("partial_zstd", "from_worker", m.Partial(EPOCH, (m.Part(FIRST, 0, ZSTD_EMPTY_MAP, "zstd"),))),
     Vector("partial_body", "from_worker", m.Partial(EPOCH, (m.Part(FIRST, 1, None),))),
     Vector(
         "progress",

@@ -13,6 +13,7 @@ from zmq.utils import z85
 
 from mcp_broker import limits
 from mcp_broker.wire import messages, node
+from mcp_broker.wire.items import Record
 from tests.wire.field_tables import Row, rows
 from tests.wire.make_vectors import FOLDER
 
@@ -36,7 +37,7 @@ ITEMS = (
 )
 HEADINGS: dict[str, type[msgspec.Struct]] = {
     **{messages.kind_of(kind): kind for kind in messages.AnyMessage.__args__},
-    **{f"{'Map' if issubclass(kind, messages.Record) else 'Item'} {kind.__name__}": kind for kind in ITEMS},
+    **{f"{'Map' if issubclass(kind, Record) else 'Item'} {kind.__name__}": kind for kind in ITEMS},
 }
 
 

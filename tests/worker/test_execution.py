@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import math
+import os
 import sys
 import time
 import uuid
@@ -14,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 from pydantic import BaseModel
 
 from mcp_broker import limits
 from mcp_broker.errors import ConfigError, InvalidArgument, Overloaded
-from mcp_broker.wire import codec, messages, payload
+from mcp_broker.wire import codec, encoding, messages, payload
 from mcp_broker.wire.marks import MARKS_BYTES, Marks
 from mcp_broker.worker import Tool, ToolContext, catalogue, tool
 from mcp_broker.worker.execution import Execution, Run
@@ -47,11 +49,17 @@ class Bench:
         self.name = made.name
 
     def pending(
-        self, arguments: Any = None, *, name: str | None = None, deadline: float = math.inf
+        self,
+        arguments: Any = None,
+        *,
+        name: str | None = None,
+        deadline: float = math.inf,
+        encoded: bytes | None = None,
+        takes: tuple[str, ...] = (),
     ) -> Pending:
-        packed = payload.pack({} if arguments is None else arguments)
-        caller = codec.raw(messages.Caller("ada", 3, ("x.*",)))
-        extra = messages.CallExtra(traceparent="00-1")
+        packed = encoded or payload.pack({} if arguments is None else arguments)
+        caller = codec.raw(messages.Caller("ada", 3, ("x.*",), encodings=takes))
+        extra = messages.CallExtra(traceparent="00-1", encoding="zstd" if encoded else None)
         dispatch = messages.Dispatch(5, b"c" * 16, name or self.name, 1000, packed, caller, extra)
         return Pending(dispatch, packed, deadline, 0)
 
@@ -102,6 +110,41 @@ def test_context_holds_what_the_dispatch_says() -> None:
     assert (context.call_id, context.tool, context.traceparent) == (b"c".hex() * 16, "look", "00-1")
     assert (context.caller.principal, context.caller.clearance, context.caller.scopes) == ("ada", 3, ("x.*",))
     assert (context.options, context.scratch) == ({"a": 1}, Path("scratch"))
+
+
+@pytest.mark.parametrize(("takes", "encoded"), [(("zstd",), "zstd"), ((), None)])
+def test_large_result_is_compressed_for_a_caller_who_takes_it(
+    takes: tuple[str, ...], encoded: str | None
+) -> None:
+    @tool
+    def fill() -> str:
+        return "ab" * 100_000
+
+    finished = Bench(fill).execution.call(Bench(fill).pending(takes=takes), time.monotonic_ns())
+    assert isinstance(finished, tuple)
+    outcome, body = finished
+    assert outcome.encoding == encoded
+    # compressed, it needs no frame of its own
+    assert (body is None) is (encoded == "zstd")
+    packed = encoding.expand(outcome.body or b"", encoded) if encoded else body or b""
+    assert payload.unpack(packed) == "ab" * 100_000
+
+
+def test_small_or_random_result_is_sent_as_it_is() -> None:
+    @tool
+    def fill(size: int) -> bytes:
+        return os.urandom(size) if size > 1000 else bytes(size)
+
+    for size in (1000, 10_000):
+        assert Bench(fill).call({"size": size}, takes=("zstd",)).encoding is None
+
+
+def test_compressed_arguments_are_expanded_and_a_bomb_is_its_senders_error() -> None:
+    bench = Bench(tool(lambda_sum))
+    assert bench.call(encoded=zstandard.compress(payload.pack({"count": 3}))).code == "OK"
+    refused = bench.call(encoded=zstandard.compress(bytes(2 * limits.BODY_BYTES_MAX)))
+    assert (refused.code, details(refused)["limit_bytes"]) == ("PAYLOAD_TOO_LARGE", limits.BODY_BYTES_MAX)
+    assert bench.call(encoded=b"no frame").code == "INVALID_ARGUMENT"
 
 
 def test_progress_is_reported_at_most_every_so_often() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from mcp_broker.client.session.calls import CallBook, Packed
 from mcp_broker.client.session.machine import ClientSession
-from mcp_broker.client.session.pending import Ended, PendingCall, Stage, Wishes
+from mcp_broker.client.session.pending import Ended, PendingCall, Stage, Wishes, shrunk
 from mcp_broker.client.session.table import TABLE, Cell, Event, State
 
 __all__ = [
@@ -22,4 +22,5 @@ __all__ = [
     "Stage",
     "State",
     "Wishes",
+    "shrunk",
 ]

@@ -21,8 +21,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final, TypeVar
 
 from mcp_broker import errors, ids, limits
-from mcp_broker.client.session.pending import Ended, PendingCall, Stage, Wishes, no_such_time, read_outcome
-from mcp_broker.wire import messages, payload
+from mcp_broker.client.session.pending import (
+    Ended,
+    PendingCall,
+    Stage,
+    Wishes,
+    no_such_time,
+    read,
+    read_outcome,
+)
+from mcp_broker.wire import messages
 from mcp_broker.wire.messages import Call, Message, Outcome, Part, Progress
 from mcp_broker.wire.structs import replaced
 
@@ -270,9 +278,10 @@ class CallBook:
                 self.abandon(pending, "INTERNAL", "the tool sent more parts than it had credit for")
                 continue
             try:
-                value = payload.unpack(part.body if part.body is not None else body or b"")
-            except errors.MalformedFrame as malformed:
-                self.abandon(pending, "INTERNAL", f"a part of the stream cannot be read: {malformed}")
+                value = read(part.body if part.body is not None else body, part.encoding)
+            except (errors.MalformedFrame, errors.PayloadTooLarge) as error:
+                code = error.code if isinstance(error, errors.CallError) else "INTERNAL"
+                self.abandon(pending, code, f"a part of the stream cannot be read: {error}")
                 continue
             pending.next_index += 1
             if pending.streamed:

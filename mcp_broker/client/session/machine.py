@@ -31,7 +31,7 @@ from mcp_broker import errors, limits
 from mcp_broker.client.session.calls import CallBook, Packed
 from mcp_broker.client.session.pending import PendingCall, Wishes, read_details
 from mcp_broker.client.session.table import TABLE, Event, State
-from mcp_broker.wire import messages
+from mcp_broker.wire import encoding, messages
 
 #: outcomes that may be unacknowledged before an ACK of its own goes out
 ACK_EVERY: Final = 64
@@ -60,6 +60,7 @@ class ClientSession:
         refusal: why the state is REFUSED.
         received: outcomes of this session so far.
         wanted: somebody waits for the connection itself.
+        compresses: the broker's workers take compressed arguments.
         why_lost: why there is no connection, for people.
     """
 
@@ -83,6 +84,7 @@ class ClientSession:
         self.dial_at: float | None = None
         self.attempts = 0
         self.wanted = False
+        self.compresses = False
         self.why_lost = "nothing was tried yet"
         self.refusal: errors.BrokerError | None = None
         self._heard_at = 0.0
@@ -259,7 +261,7 @@ class ClientSession:
                 majors=(messages.MAJOR,),
                 token=self.token,
                 session_id=self.session_id,
-                capabilities=("streaming", "progress"),
+                capabilities=("streaming", "progress", "zstd"),
                 agent=self.agent,
                 ack=self.received,
             )
@@ -321,6 +323,7 @@ class ClientSession:
         self.granted = message.granted
         self.book.stream_window = message.granted.stream_window
         self.name = message.name
+        self.compresses = encoding.ZSTD in message.capabilities
         self.attempts = 0
         self._enter(State.OPEN)
         if message.resumed and message.session_id == self.session_id:

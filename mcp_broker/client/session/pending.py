@@ -7,7 +7,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from mcp_broker import errors, ids, limits
-from mcp_broker.wire import payload
+from mcp_broker.wire import encoding, payload
 from mcp_broker.wire.messages import CallExtra
 from mcp_broker.wire.structs import Slim
 
@@ -65,6 +65,7 @@ class Wishes(Slim):
         idempotency_key: calls with the same key are one execution.
         detach: the call goes on without its client.
         attach_to: no new call: the detached one with this id.
+        encoding: how the arguments are encoded; None: as they are.
     """
 
     idle_timeout_s: float | None = None
@@ -72,6 +73,7 @@ class Wishes(Slim):
     idempotency_key: str | None = None
     detach: bool = False
     attach_to: bytes | None = None
+    encoding: str | None = None
 
     def extra(self) -> CallExtra | None:
         """Return what the broker is to hear of it.
@@ -92,11 +94,28 @@ class Wishes(Slim):
         attach = self.attach_to is not None
         if attach and len(self.attach_to or b"") != ids.CALL_ID_BYTES:
             raise errors.InvalidArgument(f"a call id has {ids.CALL_ID_BYTES} bytes")
-        if idle_ms is None and key is None and not self.detach and not attach:
+        if idle_ms is None and key is None and not self.detach and not attach and self.encoding is None:
             return None
         return CallExtra(
-            idle_timeout_ms=idle_ms, idempotency_key=key, detach=bool(self.detach), attach=attach
+            idle_timeout_ms=idle_ms,
+            idempotency_key=key,
+            detach=bool(self.detach),
+            attach=attach,
+            encoding=self.encoding,
         )
+
+
+def shrunk(packed: bytes, wishes: Wishes | None) -> tuple[bytes, Wishes | None]:
+    """Compress arguments of COMPRESS_BYTES_MIN or more where that pays, and wish that the tool expands them."""
+    if wishes is not None and wishes.idempotency_key is not None:
+        # the broker compares the bytes, and those that another client compresses may be others
+        return packed, wishes
+    smaller = encoding.shrink(packed) if len(packed) <= limits.BODY_BYTES_MAX else None
+    if smaller is None:
+        return packed, wishes
+    wishes = wishes or Wishes()
+    wishes.encoding = encoding.ZSTD
+    return smaller, wishes
 
 
 def no_such_time(name: str, timeout_s: float) -> errors.InvalidArgument:
@@ -117,11 +136,12 @@ def read_outcome(pending: PendingCall, outcome: Outcome, body: bytes | memoryvie
     """Turn an outcome into a value or an exception."""
     error: errors.CallError
     if outcome.code == "OK":
-        packed = outcome.body if outcome.body is not None else body
         try:
-            value = payload.unpack(packed if packed is not None else b"")
+            value = read(outcome.body if outcome.body is not None else body, outcome.encoding)
         except errors.MalformedFrame as malformed:
             error = errors.Internal(f"the result cannot be read: {malformed}")
+        except errors.PayloadTooLarge as too_large:
+            error = too_large
         else:
             if pending.collected is not None:
                 value = pending.collected
@@ -135,6 +155,17 @@ def read_outcome(pending: PendingCall, outcome: Outcome, body: bytes | memoryvie
         )
     error.call_id, error.tool = pending.call_id, pending.call.tool
     return Ended(pending, None, error, outcome.usage)
+
+
+def read(packed: bytes | memoryview | None, encoded: str | None) -> Any:  # noqa: ANN401 (any payload)
+    """Unpack a result or a part.
+
+    Raises:
+        MalformedFrame, PayloadTooLarge: it cannot be (the worker's fault).
+    """
+    if packed is None:
+        packed = b""
+    return payload.unpack(packed if encoded is None else encoding.expand(packed, encoded))
 
 
 def read_details(packed: bytes) -> dict[str, Any]:

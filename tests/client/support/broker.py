@@ -57,6 +57,7 @@ class ScriptedBroker:
         self.epoch = epoch
         self.window = window
         self.stream_window = 16
+        self.capabilities: tuple[str, ...] = ()
         self.script: dict[str, Answer] = {}
         #: every message that came, HEARTBEAT and ACK included
         self.got: list[messages.FromClient] = []
@@ -281,7 +282,12 @@ class ScriptedBroker:
         granted = messages.GrantedLimits(
             window=self.window, heartbeat_ms=250, stream_window=self.stream_window
         )
-        self.send(route, messages.Welcome(self.epoch, (1, 0), session.session_id, resumed, "tester", granted))
+        self.send(
+            route,
+            messages.Welcome(
+                self.epoch, (1, 0), session.session_id, resumed, "tester", granted, self.capabilities
+            ),
+        )
         self._acked(session, hello.ack)
         first = session.sent - len(session.unacked) + 1
         for at, (outcome, body) in enumerate(session.unacked):
