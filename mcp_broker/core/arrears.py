@@ -81,18 +81,12 @@ class Arrears:
                 ready.append(call)
                 continue
             session = call.session
-            aside = self._aside.get(session)
-            if aside is None:
-                if not session.due_bytes or session.due_bytes + expected <= limits.CLIENT_BEHIND_BYTES:
-                    self._expect(call)
-                    ready.append(call)
-                    continue
-                aside = self._aside[session] = {}
-                session.is_behind = True
-            aside[call.call_id] = call
-            if call.tool.pool is not None:
-                # it takes up the pool's room for arguments all the same
-                call.tool.pool.backlog_bytes += call.bytes_held()
+            due = session.due_bytes
+            if session not in self._aside and (not due or due + expected <= limits.CLIENT_BEHIND_BYTES):
+                self._expect(call)
+                ready.append(call)
+            else:
+                self._set_aside(call)
         return ready
 
     @staticmethod
@@ -117,17 +111,34 @@ class Arrears:
             ready.append(call)
         return ready
 
-    def release(self, call: Call) -> None:
-        """Let go of a call, if it is here, before its arguments are."""
+    def move(self, call: Call, session: ClientSession) -> None:
+        """Make a call another session's."""
+        was_aside = self.release(call)
+        call.session.expected_bytes -= call.expected_bytes
+        session.expected_bytes += call.expected_bytes
+        call.session = session
+        if was_aside:
+            self._set_aside(call)
+
+    def _set_aside(self, call: Call) -> None:
+        call.session.is_behind = True
+        self._aside.setdefault(call.session, {})[call.call_id] = call
+        if call.tool.pool is not None:
+            # it takes up the pool's room for arguments all the same
+            call.tool.pool.backlog_bytes += call.bytes_held()
+
+    def release(self, call: Call) -> bool:
+        """Let go of a call before its arguments are; False if it is not here."""
         aside = self._aside.get(call.session)
         if aside is None or aside.pop(call.call_id, None) is None:
-            return
+            return False
         if call.tool.pool is not None:
             call.tool.pool.backlog_bytes -= call.bytes_held()
         if not aside:
             del self._aside[call.session]
             self._last.pop(call.session, None)
             call.session.is_behind = False
+        return True
 
     def of_pool(self, pool: Pool) -> list[Call]:
         """Return the calls of a pool that are set aside."""

@@ -188,7 +188,7 @@ class Clientele:
         if self.open.get(session.routing_id) is session:
             del self.open[session.routing_id]
         self.sessions.pop(session.session_id, None)
-        self._routing.detached.leave(session)
+        self._routing.detached.leave(session, now)
         session.state = ClientState.CLOSED
         for call in list(session.live.values()):
             self._routing.end(

@@ -75,7 +75,11 @@ _S, _O, _L, _C = ClientState
 #: state -> event -> (next state, verdict). A peer never meets LOST or CLOSED sessions except by HELLO: its
 #: routing id is a STRANGER's again.
 CLIENT_TABLE: Final[tuple[tuple[tuple[ClientState, Verdict], ...], ...]] = (
+<<<<<<< HEAD
     # HELLO    RENEW     GOODBYE   CALLS     CANCEL    ACK       CREDIT    HEARTBEAT UNREACH.  GRACE_OVER
+=======
+    # HELLO   RENEW     GOODBYE   CALLS     CANCEL    ACK       CREDIT    HEARTBEAT UNREACH.  GRACE_OVER
+>>>>>>> eacf214 (Calls that are set aside for a slow client move with it when they are detached)
     ((_O, _T), (_S, _R), (_S, _I), (_S, _R), (_S, _R), (_S, _R), (_S, _R), (_S, _R), (_S, _I), (_S, _B)),  # STRANGER
     ((_O, _R), (_O, _T), (_C, _T), (_O, _T), (_O, _T), (_O, _T), (_O, _T), (_O, _T), (_L, _T), (_O, _I)),  # OPEN
     ((_O, _T), (_L, _B), (_L, _B), (_L, _B), (_L, _B), (_L, _B), (_L, _B), (_L, _B), (_L, _I), (_C, _T)),  # LOST
@@ -341,8 +345,8 @@ class ClientSession:
         again += [entry for entry in self.outbox if type(_item_of(entry)) is Outcome]
         self.outbox = []
         self.routing_id = routing_id
-        self.at_risk = frozenset((*self.live, *(_item_of(entry).call_id for entry in again)))
         self.queued_bytes = sum(len(entry.body) for entry in again if type(entry) is outbox.Big)
+        self.at_risk = frozenset((*self.live, *(_item_of(entry).call_id for entry in again)))
         parts = self.kept.by_call
         for entry in again:
             # an outcome comes after all parts of its call

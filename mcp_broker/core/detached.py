@@ -65,14 +65,19 @@ class Detached:
         self.outcomes: OrderedDict[bytes, Waiting] = OrderedDict()
         self._bytes = 0
 
-    def leave(self, session: ClientSession) -> None:
+    def leave(self, session: ClientSession, now: float) -> None:
         """Take over the calls of a session that ends, as far as they asked for it."""
         mine = [call for call in session.live.values() if call.extra is not None and call.extra.detach]
         if not mine:
             return
         adrift = _Adrift(self, session)
         for call in mine:
-            _hand_over(call, adrift)
+            del session.live[call.call_id]
+            self.live[call.call_id] = call
+            self._routing.dispatcher.arrears.move(call, adrift)
+        if adrift.is_behind:
+            # what the client had yet to read is no matter any more
+            self._routing.dispatcher.relieve(adrift, now)
 
     def keep(self, principal: str, outcome: messages.Outcome, body: Body | None) -> None:
         """Let an outcome wait to be fetched; past the bounds, the oldest is dropped."""
@@ -96,7 +101,9 @@ class Detached:
         if call is not None and call.extra is not None and call.extra.detach:
             # also from a session whose end nobody has noticed yet
             if call.session.grant.caller.principal == principal:
-                _hand_over(call, session)
+                call.session.live.pop(call_id, None)
+                self._routing.dispatcher.arrears.move(call, session)
+                session.live[call_id] = call
                 return None
         else:
             waiting = self.outcomes.get(call_id)
@@ -116,12 +123,3 @@ class Detached:
         if self.outcomes.get(call_id) is waiting:
             del self.outcomes[call_id]
             self._bytes -= waiting.size
-
-
-def _hand_over(call: Call, session: ClientSession) -> None:
-    before = call.session
-    before.live.pop(call.call_id, None)
-    before.expected_bytes -= call.expected_bytes
-    session.expected_bytes += call.expected_bytes
-    session.live[call.call_id] = call
-    call.session = session

@@ -197,16 +197,13 @@ class Dispatcher:
                     session.expect(receipt, count)
                 session, count = call.session, 0
             count += 1
+            if call.expected_bytes and body is None:
+                self.arrears.small(call)
             if outcome.code == "OK" and (outcome.body is not None or body is not None):
                 if outcome.parts != call.parts:
                     outcome = _counted(call, outcome)  # noqa: PLW2901
-                if body is not None:
-                    instead = self.arrears.large(call, len(body))
-                    if instead is not None:
-                        finish(call, instead)
-                        continue
-                elif call.expected_bytes:
-                    self.arrears.small(call)
+                if body is not None and (instead := self.arrears.large(call, len(body))) is not None:
+                    outcome, body = instead, None  # noqa: PLW2901
                 finish(call, outcome, body)
             else:
                 finish(call, *self.checked(worker, outcome, body))

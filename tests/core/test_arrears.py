@@ -190,3 +190,23 @@ def test_small_results_never_make_calls_wait() -> None:
         if number % 500 == 0:
             world.client_says("c1", messages.Ack(EPOCH, session.sent))
     assert not world.machine.dispatcher.arrears
+
+
+def test_detached_calls_that_wait_for_a_client_that_goes_away_go_on_without_it() -> None:
+    world, _ = behind(BEHIND)
+    session = world.machine.clientele.open[b"c1"]
+    extra = messages.CallExtra(detach=True)
+    calls = [
+        messages.Call(bytes([0xD0 + n]) * 16, "echo.echo", 30_000, payload.pack({}), extra) for n in range(3)
+    ]
+    world.client_says("c1", messages.Calls(EPOCH, 0, tuple(calls)))
+    assert len(world.machine.dispatcher.arrears) == 3
+    world.client_says("c1", messages.Goodbye(EPOCH, "later"))
+    run = []
+    while given := world.dispatched("echo-1"):
+        run += given
+        for call_id in given:
+            answer_large(world, "echo-1", call_id)
+    assert run == [call.call_id for call in calls]
+    assert session.expected_bytes == 0
+    assert len(world.machine.dispatcher.arrears) == 0
