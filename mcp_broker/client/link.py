@@ -53,7 +53,8 @@ class Link:
         self.connection: Connection | None = None
         #: messages that were none
         self.malformed = 0
-        self._tried = 0
+        #: where the last attempt went
+        self._endpoint: str | None = None
 
     @classmethod
     def of(cls, profile: str | os.PathLike[str] | Profile | None) -> Link:
@@ -159,20 +160,27 @@ class Link:
                 self.session.disconnected(f"{why} at {connection.endpoint}")
 
     def dial(self, now: float) -> None:
-        """Open a connection; each attempt takes the profile's next endpoint."""
-        if self._tried and self._path is not None:
+        """Open a connection: where there was one last, or after a failure at the profile's next endpoint."""
+        if self._endpoint is not None and self._path is not None:
             # one that cannot be read now is no reason to drop the one we have
             with contextlib.suppress(errors.BrokerError, OSError):
                 self.profile = load_profile(self._path)
             self.session.token = self.profile.token
-        endpoints = self.profile.endpoints
-        endpoint = endpoints[self._tried % len(endpoints)]
-        self._tried += 1
+        endpoint = self._endpoint = self._next_endpoint()
+        self.session.places = len(self.profile.endpoints)
         self.session.dial(now)
         try:
             self.connection = connections.connect(endpoint, self.profile)
         except zmq.ZMQError as error:
             self.session.disconnected(f"{error} at {endpoint}")
+
+    def _next_endpoint(self) -> str:
+        endpoints, last = self.profile.endpoints, self._endpoint
+        if last is None or last not in endpoints:
+            return endpoints[0]
+        # no attempt since the last WELCOME has failed: that way led to a broker
+        failed = self.session.attempts > 0
+        return endpoints[(endpoints.index(last) + failed) % len(endpoints)]
 
     def wait_s(self, now: float) -> float:
         """Return for how long nothing is due, in seconds, at most WAIT_MAX_S."""

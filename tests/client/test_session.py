@@ -271,6 +271,19 @@ def test_back_off_doubles_to_a_second_with_jitter() -> None:
     assert session.dial_at == BACKOFF_MAX_S / 2
 
 
+def test_back_off_comes_after_each_round_of_the_places_to_try() -> None:
+    session = ClientSession(b"p" * 8, "token")
+    session.places = 3
+    delays = []
+    for _ in range(9):
+        session.dial(0.0)
+        session.disconnected("refused")
+        session.back_off(0.0, 1.0)
+        assert session.dial_at is not None
+        delays.append(session.dial_at)
+    assert delays == pytest.approx([0, 0, 0.05, 0, 0, 0.1, 0, 0, 0.2])
+
+
 def test_idle_session_that_was_cut_waits_for_a_reason_to_reconnect() -> None:
     session = opened()
     session.disconnected("cut")

@@ -35,8 +35,8 @@ from mcp_broker.wire import encoding, messages
 
 #: outcomes that may be unacknowledged before an ACK of its own goes out
 ACK_EVERY: Final = 64
-#: the same for outcomes with a second frame, which are large: the broker makes no more of them before it hears
-ACK_BODIES: Final = 4
+#: as how many an outcome with a second frame counts: the broker lets few large ones be made before it hears of them
+BODY_WEIGHT: Final = ACK_EVERY // 4
 #: looking an enum's member up costs as much as the comparison
 _OPEN: Final = State.OPEN
 #: time for TCP and CURVE, and then for WELCOME, before another attempt
@@ -55,6 +55,7 @@ class ClientSession:
         agent: name and version of the software, for people.
 
     Attributes:
+        places: addresses that the shell tries in turn; the pause comes after a round of all.
         dial_at: instant from which the shell may open a connection; None: :meth:`back_off` first.
         name: the client's principal, as the broker says.
         refusal: why the state is REFUSED.
@@ -78,11 +79,10 @@ class ClientSession:
         )
         self.received = 0
         self._acked = 0
-        #: outcomes with a second frame since the last acknowledgement
-        self._bodies = 0
         self._control: list[messages.Message] = []
         self.dial_at: float | None = None
         self.attempts = 0
+        self.places = 1
         self.wanted = False
         self.compresses = False
         self.why_lost = "nothing was tried yet"
@@ -203,11 +203,7 @@ class ClientSession:
         book = self.book
         if book.queue and book.in_flight < self.granted.window:
             return True
-        return bool(book.cancels or book.credits) or self._owes_ack
-
-    @property
-    def _owes_ack(self) -> bool:
-        return self.received - self._acked >= ACK_EVERY or self._bodies >= ACK_BODIES
+        return bool(book.cancels or book.credits) or self.received - self._acked >= ACK_EVERY
 
     def outgoing(self, now: float) -> list[Packed]:
         """Return what is to be sent now, in order, and count it as sent."""
@@ -226,11 +222,9 @@ class ClientSession:
             out += book.batches(self.epoch, self.received, self.granted.window - book.in_flight, now)
             if len(out) > before:
                 self._acked = self.received
-                self._bodies = 0
-        if self._owes_ack:
+        if self.received - self._acked >= ACK_EVERY:
             out.append((messages.Ack(self.epoch, self.received), None))
             self._acked = self.received
-            self._bodies = 0
         return out
 
     # -- cells of the table: what the shell does --------------------------------------------------------------
@@ -279,7 +273,8 @@ class ClientSession:
         self._enter(State.DISCONNECTED)
 
     def _back_off(self, now: float, jitter: float) -> None:
-        delay = min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2.0 ** min(max(0, self.attempts - 1), 10))
+        rounds, tried = divmod(self.attempts, self.places)
+        delay = 0.0 if tried else min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2.0 ** min(max(0, rounds - 1), 10))
         self.dial_at = now + delay * (0.5 + jitter / 2)
 
     def _refuse(self, error: errors.BrokerError) -> None:
@@ -350,7 +345,7 @@ class ClientSession:
             outcomes = outcomes[known:]
         self.received += len(outcomes)
         if body is not None:
-            self._bodies += 1
+            self._acked -= BODY_WEIGHT
         self.book.outcomes(outcomes, body)
 
     def _partial(self, message: messages.Partial, body: bytes | memoryview | None) -> None:
