@@ -51,7 +51,7 @@ sim: $(STAMP) ## the broker's machine under random faults
 
 # WHICH=tests/soak/test_memory.py runs one of them
 WHICH := tests/soak
-soak: $(STAMP) ## load and soak tests with their full counts: about an hour; WHICH=FILE for one
+soak: $(STAMP) ## load and soak tests with their full counts: about half an hour; WHICH=FILE for one
 	$(BIN)/pytest -m soak --soak --timeout 3600 -o faulthandler_timeout=0 -s $(WHICH)
 
 bench: $(STAMP) ## measure against zmq.proxy in the same run
