@@ -75,11 +75,7 @@ _S, _O, _L, _C = ClientState
 #: state -> event -> (next state, verdict). A peer never meets LOST or CLOSED sessions except by HELLO: its
 #: routing id is a STRANGER's again.
 CLIENT_TABLE: Final[tuple[tuple[tuple[ClientState, Verdict], ...], ...]] = (
-<<<<<<< HEAD
-    # HELLO    RENEW     GOODBYE   CALLS     CANCEL    ACK       CREDIT    HEARTBEAT UNREACH.  GRACE_OVER
-=======
     # HELLO   RENEW     GOODBYE   CALLS     CANCEL    ACK       CREDIT    HEARTBEAT UNREACH.  GRACE_OVER
->>>>>>> eacf214 (Calls that are set aside for a slow client move with it when they are detached)
     ((_O, _T), (_S, _R), (_S, _I), (_S, _R), (_S, _R), (_S, _R), (_S, _R), (_S, _R), (_S, _I), (_S, _B)),  # STRANGER
     ((_O, _R), (_O, _T), (_C, _T), (_O, _T), (_O, _T), (_O, _T), (_O, _T), (_O, _T), (_L, _T), (_O, _I)),  # OPEN
     ((_O, _T), (_L, _B), (_L, _B), (_L, _B), (_L, _B), (_L, _B), (_L, _B), (_L, _B), (_L, _I), (_C, _T)),  # LOST
