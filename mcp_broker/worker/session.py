@@ -249,6 +249,9 @@ class Session:
                 )
             else:
                 kept.append(pending)
+        if len(kept) < len(self.inbox):
+            # the worker may have nothing else to run, and nobody would flush them
+            self.flush()
         self.inbox = kept
 
     # -- what the worker says -------------------------------------------------------------------------

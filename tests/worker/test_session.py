@@ -116,6 +116,16 @@ def test_cancelled_call_that_waits_is_answered_without_running(session: Session)
     assert [pending.dispatch.seq for pending in session.inbox] == [3]
 
 
+def test_calls_cancelled_while_nothing_runs_are_answered_at_once(session: Session) -> None:
+    # nobody would flush: the loop does that after it ran something, and the broker gives it nothing more meanwhile
+    for number in (1, 2):
+        session.receive(*dispatch(number), 0.0)
+    session.receive(*frames(messages.Cancel(EPOCH, (b"\1" * 16, b"\2" * 16))), 0.0)
+    (outcomes,) = said(session)
+    assert [outcome.code for outcome in outcomes.outcomes] == ["CANCELLED", "CANCELLED"]
+    assert not session.inbox
+
+
 def test_outcomes_are_batched_and_numbered_on(session: Session) -> None:
     for number in (1, 2, 3):
         session.receive(*dispatch(number), 0.0)
