@@ -233,15 +233,23 @@ class Crew:
         """Have a worker drop a call that has ended: by message if it waits there, by signal if it runs."""
         worker.send(messages.Cancel(self._routing.epoch, (call_id,)))
         self._interrupt(worker, seq, "raise", why)
+        self._stop_later(worker, call_id, seq, why, now)
+
+    def _stop_later(self, worker: Worker, call_id: bytes, seq: int, why: str, now: float) -> None:
         timers = self._routing.timers
         timers.add(now + limits.CANCEL_TERM_S, self._escalate, (worker, call_id, seq, "term", why))
         timers.add(now + limits.CANCEL_KILL_S, self._escalate, (worker, call_id, seq, "kill", why))
 
-    def _escalate(self, subject: tuple[Worker, bytes, int, str, str], _now: float) -> None:
+    def _escalate(self, subject: tuple[Worker, bytes, int, str, str], now: float) -> None:
         worker, call_id, seq, stage, why = subject
         call = worker.held.get(call_id)
-        if call is not None and call.seq == seq and worker.state < WorkerState.DYING:
-            self._interrupt(worker, seq, stage, why)
+        if call is None or call.seq != seq or worker.state >= WorkerState.DYING:
+            return
+        self._interrupt(worker, seq, stage, why)
+        if stage == "kill":
+            # the supervisor spares a call that has not started: it waits behind another, and may start before the
+            # worker reads that it need not
+            self._stop_later(worker, call_id, seq, why, now)
 
     def _interrupt(self, worker: Worker, seq: int, stage: str, why: str) -> None:
         self._routing.to_node.append(node.Interrupt(worker.worker_id, seq, stage, why))

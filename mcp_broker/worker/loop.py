@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 #: a finished outcome waits at most about this long for company before the next call starts
 FLUSH_NS: Final = 100000
+#: calls that took longer than this together may have been overtaken: what was to come after them is cancelled already
+_LATE_NS: Final = 1_000_000
 
 
 class Loop(Shell):
@@ -25,6 +27,7 @@ class Loop(Shell):
         super().__init__(session, link, execution, interrupts)
         #: moving mean of the time that each tool takes, nanoseconds
         self._services: dict[str, int] = {}
+        self._is_late = False
 
     def run(self) -> None:
         """Serve until the broker drains the worker or SIGTERM comes.
@@ -52,7 +55,8 @@ class Loop(Shell):
         if not self.link.is_open:
             self.link.wait_closed(timeout_s)
         elif self.link.wait(timeout_s):
-            self.take()
+            self.take(hurries=not self._is_late)
+            self._is_late = False
             self.execution.meter.reset()
 
     def _turn(self) -> None:
@@ -85,6 +89,7 @@ class Loop(Shell):
             oldest_ns = oldest_ns or ended_ns
             now_ns = ended_ns
         session.pace.served(now_ns - began_ns, count)
+        self._is_late = now_ns - began_ns > _LATE_NS
         session.flush()
         self.send()
 

@@ -67,8 +67,13 @@ class Shell:
         self._retry_at = time.monotonic() + self._backoff_s * random.uniform(0.5, 1.0)  # noqa: S311 (jitter)
         self._backoff_s = min(self._backoff_s * 2, _BACKOFF_S[1])
 
-    def take(self) -> bool:
-        """Read the messages that wait, up to a turn's bound; True if the first one was a single call."""
+    def take(self, *, hurries: bool = True) -> None:
+        """Read the messages that wait, up to a turn's bound.
+
+        Args:
+            hurries: a lone call is answered before anybody asks for the next message. After a call that took its time
+                the next message may be that nobody wants this one any more.
+        """
         session, link = self.session, self.link
         held = len(session.inbox)
         for _ in range(limits.TURN_MESSAGES_MAX):
@@ -76,12 +81,10 @@ class Shell:
             session.receive(*link.receive(), time.monotonic())
             if is_new and session.state is not State.REGISTERING:
                 self._registered()
-            # a lone call is answered before anyone asks for the next message
-            if len(session.inbox) == held + 1 and not held:
-                return True
+            if hurries and not held and len(session.inbox) == 1:
+                return
             if not link.is_readable():
-                break
-        return False
+                return
 
     def _registered(self) -> None:
         self._backoff_s = _BACKOFF_S[0]

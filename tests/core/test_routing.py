@@ -83,6 +83,25 @@ def test_kill_stops_climbing_once_the_worker_has_answered() -> None:
     assert [interrupt.stage for interrupt in world.interrupts()] == ["raise"]
 
 
+def test_a_call_that_starts_after_its_end_is_stopped_too() -> None:
+    world = World()
+    world.hello()
+    world.ready()
+    long, ended = world.call(), world.call(timeout_s=0.1)
+    world.later(2)
+    world.machine.to_node.clear()
+    world.answer("echo-1", long)
+    # it waited behind the long one, and the supervisor spares what has not started: only now a kill can reach it
+    world.later(0.5)
+    stages = [interrupt.stage for interrupt in world.interrupts() if interrupt.seq == 2]
+    assert stages[:2] in (["term", "kill"], ["kill", "term"])
+    world.answer("echo-1", ended, "CANCELLED")
+    world.machine.to_node.clear()
+    world.later(1)
+    assert world.interrupts() == []
+    assert len(world.machine.timers) == 0
+
+
 def test_outcome_that_was_on_its_way_when_the_worker_died_still_counts() -> None:
     world = World()
     session = world.hello()
@@ -396,9 +415,8 @@ def test_parts_beyond_the_credit_end_the_stream_as_the_workers_fault() -> None:
         world.worker_says("echo-1", messages.Partial(EPOCH, (messages.Part(call_id, index, b"\xc0"),)))
     assert world.outcomes(session) == {call_id: "INTERNAL"}
     world.later(1)
-    assert [interrupt.stage for interrupt in world.interrupts()] == ["raise", "term", "kill"], (
-        "its slot is freed"
-    )
+    stages = [interrupt.stage for interrupt in world.interrupts()]
+    assert stages[:3] == ["raise", "term", "kill"], "its slot is freed"
     world.check()
 
 

@@ -190,6 +190,24 @@ def test_signal_stops_the_call_that_it_is_meant_for(
     assert value(added) == 2
 
 
+def test_a_call_that_was_cancelled_behind_a_long_one_does_not_run(
+    broker: ScriptedBroker, start: Start, until: Until, tmp_path: Any
+) -> None:
+    worker = start(PLAIN)
+    broker.welcome()
+    spin = broker.dispatch("try.spin", {"mark": str(tmp_path / "spins")})
+    broker.give(spin)
+    until((tmp_path / "spins").exists)
+    # both wait in the socket while the first call runs
+    unwanted = broker.dispatch("try.add", {"left": 1})
+    broker.give(unwanted)
+    broker.say(messages.Cancel(EPOCH, (unwanted.call_id,)))
+    worker.marks.interrupt_seq = spin.seq
+    os.kill(worker.pid, signal.SIGUSR1)
+    assert [outcome.code for outcome in broker.outcomes(2)] == ["CANCELLED", "CANCELLED"]
+    assert worker.marks.started_seq == spin.seq
+
+
 def test_stream_waits_for_credit(broker: ScriptedBroker, start: Start) -> None:
     start(PLAIN)
     broker.welcome(stream_window=4)
