@@ -319,6 +319,16 @@ def test_call_that_was_never_sent_ends_at_its_deadline_and_may_be_tried_again() 
     assert (end.error.call_id, end.error.tool) == (call.call_id, "t")
 
 
+@pytest.mark.parametrize("at", [0.0, 0.32475523128441586, 1023.115694194924])
+def test_silence_ends_the_connection_at_the_instant_that_was_named(at: float) -> None:
+    # not a rounding error later: whoever waits for exactly that instant would spin until then
+    session = opened()
+    session.submit("t", 60.0, EMPTY, at)
+    sent(session, at)
+    session.expire(session.deadline())
+    assert session.state is State.DISCONNECTED
+
+
 def test_cancel_before_sending_is_silent_and_after_it_tells_the_broker_once() -> None:
     session = opened()
     queued = session.submit("t", 5.0, EMPTY, 0.0)
@@ -453,6 +463,20 @@ def test_idle_timeout_travels_with_the_call_and_must_be_one() -> None:
     assert [call.extra for call in message.calls] == [messages.CallExtra(idle_timeout_ms=250), None]
     with pytest.raises(errors.InvalidArgument, match="idle_timeout_s is 0"):
         session.submit("t", 5.0, EMPTY, 0.0, wishes=Wishes(idle_timeout_s=0))
+
+
+def test_parts_that_come_before_the_call_is_said_again_count() -> None:
+    session = opened()
+    call = session.submit("t", 5.0, EMPTY, 0.0)
+    sent(session)
+    session.disconnected("cut")
+    reopen(session, 1.0, resumed=True)
+    # the broker had the call, and its stream begins before the client comes to send anything
+    session.receive(parts(call, 0, 1), None, 1.0)
+    assert sent(session, 1.0)[0] == messages.Credit(7, (messages.StreamCredit(call.call_id, 6),))
+    session.receive(outcomes(1, call), None, 1.0)
+    [end] = session.book.ended
+    assert end.value == [0, 1]
 
 
 def test_plain_call_of_a_streaming_tool_collects_its_parts() -> None:

@@ -306,7 +306,7 @@ class ClientSession:
         if now >= self.book.due:
             self.book.expire(now, None if self.state is State.OPEN else self.why_lost)
         if self.state is State.OPEN:
-            if self.book.in_flight and now - self._heard_at >= limits.SILENCE_S:
+            if self.book.in_flight and now >= self._heard_at + limits.SILENCE_S:
                 self._lose(f"the broker was silent for {limits.SILENCE_S:g} s")
         elif self.state is not State.DISCONNECTED and now >= self._attempt_ends:
             self._lose("no broker answered in time")
