@@ -17,7 +17,7 @@ import tomllib
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -27,6 +27,8 @@ from mcp_broker.errors import ConfigError
 _ENVIRONMENT_PREFIX: Final = "MCP_BROKER_"
 
 Port = Annotated[int, Field(ge=0, le=65535)]
+RatePerS = Annotated[float, Field(gt=0, le=limits.RATE_MAX, strict=False)]
+Burst = Annotated[int, Field(ge=1, le=limits.RATE_MAX)]
 
 
 class Table(BaseModel):
@@ -59,6 +61,14 @@ class LimitsTable(Table):
     #: deaths of a pool's processes (before they are ready, or idle) within the period that are answered by a restart
     restarts: Annotated[int, Field(ge=0, le=1000)] = 5
     restart_period_s: Annotated[float, Field(gt=0, le=86_400, strict=False)] = 60.0
+    #: calls a second that a principal may make, over all its sessions and tools; without it as many as it likes
+    rate_per_s: RatePerS | None = None
+    #: of these, calls at once after a pause; one second's calls if absent
+    burst: Burst | None = None
+
+    @model_validator(mode="after")
+    def _burst_of_a_rate(self) -> LimitsTable:
+        return _checked_burst(self)
 
 
 class StateTable(Table):
@@ -89,6 +99,10 @@ class PoolTable(Table):
     #: calls that one process runs at a time
     concurrency: Annotated[int, Field(ge=1, le=limits.WORKER_DEPTH_MAX)] = 1
     isolation: str = "process"
+    #: calls a second that each of its tools takes, all callers together, in place of what the tool itself says
+    rate_per_s: RatePerS | None = None
+    #: of these, calls at once after a pause; one second's calls if absent
+    burst: Burst | None = None
     #: handed to the tools unchanged
     options: dict[str, Any] = {}
     #: added to the worker's environment
@@ -104,7 +118,16 @@ class PoolTable(Table):
             raise ValueError(f"max = {self.max} is below min = {self.min}")
         if self.max is not None and self.max > self.min:
             raise ValueError("max above min is not supported yet: pools do not grow by themselves")
-        return self
+        return _checked_burst(self)
+
+
+T = TypeVar("T", LimitsTable, PoolTable)
+
+
+def _checked_burst(table: T) -> T:
+    if table.burst is not None and table.rate_per_s is None:
+        raise ValueError("burst says nothing without rate_per_s; set both or neither")
+    return table
 
 
 class Config(Table):

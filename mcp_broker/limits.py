@@ -70,14 +70,36 @@ CONNECT_S: Final = 5.0
 
 #: Unfinished calls a client session may have at the broker; WELCOME tells the client.
 CLIENT_WINDOW_MAX: Final = 1024
-#: Calls that wait for one pool.
+#: Calls that wait for one pool, and the bytes of their arguments: a pool whose workers are away leaves room for others.
 QUEUE_CALLS_MAX: Final = 65_536
-#: Argument bytes that wait at the broker, over all pools.
-QUEUE_BYTES_MAX: Final = 256 * 1024 * 1024
+QUEUE_BYTES_MAX: Final = 128 * 1024 * 1024
+#: The same for one principal, over all its sessions and all pools: a quarter of a pool, so that no flood fills one.
+PRINCIPAL_QUEUE_CALLS_MAX: Final = 16_384
+PRINCIPAL_QUEUE_BYTES_MAX: Final = 64 * 1024 * 1024
+#: The same for the whole broker. A waiting call takes about 1 KiB beside its arguments.
+BROKER_QUEUE_CALLS_MAX: Final = 131_072
+BROKER_QUEUE_BYTES_MAX: Final = 256 * 1024 * 1024
+#: What OVERLOADED says of the time to try again: as estimated, within these; this one where nothing was measured.
+RETRY_AFTER_S: Final = 1.0
+RETRY_AFTER_S_MIN: Final = 0.05
+RETRY_AFTER_S_MAX: Final = 30.0
+#: A broker that measured a pool's drain longer ago than this measures anew.
+DRAIN_SPAN_S_MAX: Final = 5.0
+#: A waiting call counts as one of the next higher class after this long: twice, it is of the highest well within the
+#: default timeout.
+PRIORITY_AGE_S: Final = 5.0
+#: A principal's share of a busy pool, against that of one with weight 1.
+WEIGHT_MAX: Final = 100
+#: Bytes of arguments for which a call takes one more part of its principal's turn: about what travels inline.
+COST_BYTES: Final = 64 * 1024
+#: Calls of one tool that its pool's workers may hold at a time, where the tool says so.
+CONCURRENCY_MAX: Final = 65_536
+#: Calls a second that a rate limit may allow; more is no limit.
+RATE_MAX: Final = 1_000_000
+#: Principals whose rate is remembered; above it the full buckets go first, which are as good as new ones.
+BUCKETS_MAX: Final = 8192
 #: Calls that a worker may hold, running one included.
 WORKER_DEPTH_MAX: Final = 256
-#: Depth that a new worker announces before it has measured its tools.
-WORKER_DEPTH_START: Final = 16
 #: What a worker's queue should hold: enough work to hide the round trip to the broker.
 WORKER_QUEUE_TARGET_S: Final = 0.002
 #: Parts of a stream that a worker may send before its caller takes one.

@@ -48,7 +48,7 @@ NEIGHBOURS = {
 
 PURE = (
     *("errors", "limits", "ids", "wire", "core", "client.session"),
-    *("auth.zap", "auth.claims", "auth.policy"),
+    *("auth.zap", "auth.claims", "auth.forms", "auth.policy"),
     *("context.model", "jobs.model", "audit.model"),
 )
 IMPURE = frozenset(

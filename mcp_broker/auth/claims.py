@@ -14,6 +14,8 @@ scope      patterns with one space between (policy.py says what they mean)
 cnf        ``{"jkt": thumbprint}``
 clearance  optional, 0 to 10; 0 when absent
 admin      optional, true or false; true adds the scope pattern ``system.*`` (and nothing else)
+weight     optional, 1 to 100; 1 when absent
+priority   optional, 0 (high) to 2 (low): the highest class its calls may wait in; 1 when absent
 =========  ==================================================================================
 
 EdDSA with Ed25519 (RFC 8037) only: a key has one algorithm, and the header cannot choose another.
@@ -28,7 +30,7 @@ import binascii
 import hmac
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, NoReturn, get_args
 
@@ -37,6 +39,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from jwt.api_jws import PyJWS
 
 from mcp_broker import limits
+from mcp_broker.auth import forms
 from mcp_broker.auth.policy import LEVEL_MAX, bad_patterns
 from mcp_broker.errors import ConfigError, Unauthenticated
 from mcp_broker.ids import UserId
@@ -48,12 +51,6 @@ REQUIRED: Final = ("iss", "aud", "sub", "exp", "nbf", "iat", "jti", "scope", "cn
 FORBIDDEN_HEADERS: Final = frozenset(
     {"jku", "jwk", "x5u", "x5c", "x5t", "x5t#S256", "crit", "b64", "zip", "enc", "cty"}
 )
-PRINCIPAL_CHARS_MAX: Final = 256
-JTI_CHARS_MAX: Final = 128
-THUMBPRINT_CHARS: Final = 43
-#: past this a float no longer counts single seconds (and no clock shows it)
-WALL_MAX: Final = 2.0**53
-
 Reason = Literal[
     "malformed",
     "too_long",
@@ -114,6 +111,8 @@ class Claims:
         thumbprint: of the CURVE key that it is bound to.
         audience: the broker that it is for.
         issuer: who vouches.
+        weight: its share of a busy pool, 1 to ``limits.WEIGHT_MAX``.
+        priority: the highest class in which its calls may wait, 0 to 2.
     """
 
     principal: str
@@ -126,6 +125,8 @@ class Claims:
     thumbprint: UserId
     audience: str
     issuer: str
+    weight: int = 1
+    priority: int = forms.PRIORITY_DEFAULT
 
 
 # -- issuing ------------------------------------------------------------------------------------
@@ -145,6 +146,8 @@ def issue(  # noqa: PLR0913 (a token has this many claims, and they go by name)
     jti: str,
     clearance: int = 0,
     admin: bool = False,
+    weight: int = 1,
+    priority: int = forms.PRIORITY_DEFAULT,
 ) -> str:
     """Make a token.
 
@@ -161,6 +164,8 @@ def issue(  # noqa: PLR0913 (a token has this many claims, and they go by name)
         jti: a name that no other token has.
         clearance: 0 to 10.
         admin: adds the scope ``system.*``.
+        weight: 1 to ``limits.WEIGHT_MAX``.
+        priority: 0 to 2.
 
     Returns:
         The compact form, ASCII.
@@ -173,14 +178,18 @@ def issue(  # noqa: PLR0913 (a token has this many claims, and they go by name)
         days = limits.TOKEN_TTL_S_MAX // 86_400
         msg = f"a token lives for more than 0 seconds and at most {days} days, not {ttl_s:g} s"
         raise ConfigError(msg, {"hint": f"choose a life of up to {days}d"})
-    if not _is_printable(principal, PRINCIPAL_CHARS_MAX):
-        raise ConfigError(f"a principal has 1 to {PRINCIPAL_CHARS_MAX} printable characters")
+    if not forms.is_printable(principal, forms.PRINCIPAL_CHARS_MAX):
+        raise ConfigError(f"a principal has 1 to {forms.PRINCIPAL_CHARS_MAX} printable characters")
     if not wanted or (bad := bad_patterns(wanted)):
         hint = "write at least one pattern, like text.word_count, text.*, * or !sql.*"
         why = f"{', '.join(map(repr, bad))} cannot be used" if wanted else "the scope is empty"
         raise ConfigError(f"{why}; {hint}", {"hint": hint})
-    if not _is_level(clearance):
+    if not forms.is_level(clearance):
         raise ConfigError(f"a clearance is a whole number from 0 to {LEVEL_MAX}, not {clearance!r}")
+    if not forms.is_weight(weight):
+        raise ConfigError(f"a weight is a whole number from 1 to {limits.WEIGHT_MAX}, not {weight!r}")
+    if not forms.is_priority(priority):
+        raise ConfigError(f"a priority is 0 (high), 1 (normal) or 2 (low), not {priority!r}")
     issued = int(wall_now)
     payload = {
         "iss": issuer,
@@ -194,6 +203,9 @@ def issue(  # noqa: PLR0913 (a token has this many claims, and they go by name)
         "cnf": {"jkt": thumbprint},
         "clearance": clearance,
         "admin": admin,
+        # what is as usual needs no word
+        **({"weight": weight} if weight != 1 else {}),
+        **({"priority": priority} if priority != forms.PRIORITY_DEFAULT else {}),
     }
     token = _JWS.encode(
         json.dumps(payload, separators=(",", ":")).encode("utf-8"),
@@ -246,7 +258,7 @@ def verify(
         _JWS.decode_complete(token, key.jwk, algorithms=[ALGORITHM])
     except jwt.exceptions.PyJWTError:
         _refuse("bad_signature", "the token's signature is wrong")
-    for name, fits in _FORMS.items():
+    for name, fits in forms.FORMS.items():
         if name in payload:
             if not fits(payload[name]):
                 _refuse("bad_claim", f"the token's {name} is not of the right form")
@@ -275,6 +287,8 @@ def verify(
         thumbprint=UserId(jkt),
         audience=audience,
         issuer=issuer,
+        weight=payload.get("weight", 1),
+        priority=payload.get("priority", forms.PRIORITY_DEFAULT),
     )
 
 
@@ -357,43 +371,3 @@ def _check_time(payload: Mapping[str, Any], wall_now: float) -> None:
         _refuse("not_yet_valid", "the token is not valid yet")
     if not payload["exp"] > wall_now - leeway:
         _refuse("expired", "the token has expired")
-
-
-def _is_audience(value: object) -> bool:
-    listed = value if isinstance(value, list) else [value]
-    return bool(listed) and all(isinstance(item, str) for item in listed)
-
-
-def _is_confirmation(value: object) -> bool:
-    jkt = value.get("jkt") if isinstance(value, dict) else None
-    return isinstance(jkt, str) and len(jkt) == THUMBPRINT_CHARS and jkt.isascii()
-
-
-def _is_instant(value: object) -> bool:
-    # bool is an int; NaN and infinities fail the comparison
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= WALL_MAX
-
-
-def _is_level(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LEVEL_MAX
-
-
-def _is_printable(value: object, longest: int) -> bool:
-    # names go into logs and audit records: no line breaks, control characters, lone surrogates
-    return isinstance(value, str) and 0 < len(value) <= longest and value.isprintable()
-
-
-#: what a claim looks like, whoever reads it and whenever; in the order in which they are checked
-_FORMS: Final[dict[str, Callable[[Any], bool]]] = {
-    "iss": lambda value: isinstance(value, str),
-    "aud": _is_audience,
-    "sub": lambda value: _is_printable(value, PRINCIPAL_CHARS_MAX),
-    "exp": _is_instant,
-    "nbf": _is_instant,
-    "iat": _is_instant,
-    "jti": lambda value: _is_printable(value, JTI_CHARS_MAX),
-    "scope": lambda value: isinstance(value, str),
-    "cnf": _is_confirmation,
-    "clearance": _is_level,
-    "admin": lambda value: isinstance(value, bool),
-}

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from mcp_broker import limits
-from mcp_broker.auth import claims, keys
+from mcp_broker.auth import claims, forms, keys
 from mcp_broker.auth.claims import Claims, VerifyKey
 from mcp_broker.auth.keys import CurvePair, IssuerKey
 from mcp_broker.auth.policy import LEVEL_MAX
@@ -160,7 +160,7 @@ class Authority:
             )
         return self.folder / CLIENTS_FOLDER / f"{name}.toml"
 
-    def issue_profile(
+    def issue_profile(  # noqa: PLR0913 (what a token says, by name)
         self,
         name: str,
         *,
@@ -169,6 +169,8 @@ class Authority:
         endpoints: Sequence[str],
         clearance: int = 0,
         admin: bool = False,
+        weight: int = 1,
+        priority: int = forms.PRIORITY_DEFAULT,
         path: Path | None = None,
         replace: bool = False,
     ) -> Path:
@@ -181,6 +183,8 @@ class Authority:
             endpoints: where the broker answers, "tcp://..." or "ipc://...".
             clearance: 0 to 10.
             admin: whether ``system.*`` is covered too.
+            weight: its share of a busy pool, against that of one with weight 1.
+            priority: the highest class in which its calls may wait, 0 (high) to 2 (low).
             path: another place for the file, in a folder that exists.
             replace: whether an older profile may be lost; its token would stay valid until it expires.
 
@@ -193,7 +197,10 @@ class Authority:
         place = self.profile_path(name)
         target = place if path is None else path
         pair = CurvePair.generate()
-        profile = self._profile(name, pair, scopes, ttl_s, endpoints, clearance=clearance, admin=admin)
+        share = {"weight": weight, "priority": priority}
+        profile = self._profile(
+            name, pair, scopes, ttl_s, endpoints, clearance=clearance, admin=admin, **share
+        )
         try:
             save_profile(target, profile, replace=replace)
         except FileExistsError:
@@ -209,7 +216,7 @@ class Authority:
         return target
 
     def ensure_default(self, endpoints: Sequence[str]) -> Path:
-        """Make or renew ``clients/default.toml``: scope ``*``, admin, clearance 10.
+        """Make or renew ``clients/default.toml``: scope ``*``, admin, clearance 10, priority high.
 
         It is renewed when its token is below half its life or would be refused, and when the endpoints,
         the server's key or the issuer's key are others. The key pair stays, and with it the user id.
@@ -232,6 +239,7 @@ class Authority:
                 endpoints,
                 clearance=LEVEL_MAX,
                 admin=True,
+                priority=0,
             )
             save_profile(path, profile)
         return path
@@ -241,7 +249,7 @@ class Authority:
         found = sorted((self.folder / CLIENTS_FOLDER).glob("*.toml"))
         return tuple(self._listed(path) for path in found if PROFILE_NAME.fullmatch(path.stem))
 
-    def _profile(
+    def _profile(  # noqa: PLR0913 (the same)
         self,
         principal: str,
         pair: CurvePair,
@@ -251,6 +259,8 @@ class Authority:
         *,
         clearance: int,
         admin: bool,
+        weight: int = 1,
+        priority: int = forms.PRIORITY_DEFAULT,
     ) -> Profile:
         if not 0 < len(endpoints) <= ENDPOINTS_MAX or not all(map(is_endpoint, endpoints)):
             raise ConfigError(
@@ -270,6 +280,8 @@ class Authority:
             jti=secrets.token_hex(16),
             clearance=clearance,
             admin=admin,
+            weight=weight,
+            priority=priority,
         )
         return Profile(
             tuple(endpoints), self.server.public, pair, token, principal, instant(now), instant(now + ttl_s)
@@ -294,7 +306,8 @@ class Authority:
         return (
             profile.endpoints == tuple(endpoints)
             and profile.server_key == self.server.public
-            and (said.scopes, said.clearance, said.admin) == (DEFAULT_SCOPES, LEVEL_MAX, True)
+            and (said.scopes, said.clearance, said.admin, said.priority)
+            == (DEFAULT_SCOPES, LEVEL_MAX, True, 0)
             and said.expires_wall - now >= (said.expires_wall - said.issued_wall) / 2
         )
 

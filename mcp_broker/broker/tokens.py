@@ -13,11 +13,13 @@ from mcp_broker.wire import messages
 class TokenGrant:
     """What one verified token gives (the machines' Grant)."""
 
-    __slots__ = ("_policy", "caller", "expires_at")
+    __slots__ = ("_policy", "caller", "expires_at", "priority", "weight")
 
     def __init__(self, claims: claims_.Claims, expires_at: float) -> None:
         self._policy = Policy.compile(claims)
         self.expires_at = expires_at
+        self.weight = claims.weight
+        self.priority = claims.priority
         self.caller = messages.Caller(claims.principal, claims.clearance, tuple(claims.scopes), claims.admin)
 
     def refusal(self, tool: str, level: int) -> str | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mcp_broker import limits
 from mcp_broker.cli import output, settings
 from mcp_broker.cli.root import Suggesting
 from mcp_broker.errors import NotReachable
@@ -45,6 +46,20 @@ Examples:
 @click.option("--ttl", default="30d", show_default=True, help="Life: 45s, 90m, 12h, 30d; at most 90d.")
 @click.option("--clearance", type=click.IntRange(0, 10), default=0, show_default=True, help="Level of tools.")
 @click.option("--admin", is_flag=True, help="May also run the broker: system.*")
+@click.option(
+    "--weight",
+    type=click.IntRange(1, limits.WEIGHT_MAX),
+    default=1,
+    show_default=True,
+    help="Share of a busy pool, against that of one with weight 1.",
+)
+@click.option(
+    "--priority",
+    type=click.Choice(settings.PRIORITIES),
+    default="normal",
+    show_default=True,
+    help="Highest class in which its calls may wait.",
+)
 @click.option("--out", metavar="FILE", help="Write it here instead of the state directory.")
 @settings.shared("json", "state-dir")
 def issue(
@@ -54,6 +69,8 @@ def issue(
     ttl: str,
     clearance: int,
     admin: bool,
+    weight: int,
+    priority: str,
     out: str | None,
 ) -> None:
     """Make a profile for NAME: a key pair, and a token bound to it. The file holds secrets; its mode is 0600."""
@@ -70,6 +87,8 @@ def issue(
         endpoints=_endpoints(chosen),
         clearance=clearance,
         admin=admin,
+        weight=weight,
+        priority=settings.PRIORITIES.index(priority),
         path=Path(out).expanduser().absolute() if out else None,
     )
     if chosen.as_json:
@@ -131,6 +150,8 @@ def _record(listed: ListedProfile) -> dict[str, Any]:
         "scopes": list(claims.scopes) if claims else None,
         "clearance": claims.clearance if claims else None,
         "admin": claims.admin if claims else None,
+        "weight": claims.weight if claims else None,
+        "priority": settings.PRIORITIES[claims.priority] if claims else None,
         "expires": claims.expires_wall if claims else None,
         "problem": listed.problem,
     }

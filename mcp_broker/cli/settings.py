@@ -17,6 +17,8 @@ from typing import Any, Final, TypeVar
 import click
 
 STATE_DIR_VARIABLE: Final = "MCP_BROKER_STATE_DIR"
+#: names of the classes in which calls wait, by their number
+PRIORITIES: Final = ("high", "normal", "low")
 PROFILE_VARIABLE: Final = "MCP_BROKER_PROFILE"
 
 #: commands that take --profile

@@ -67,5 +67,5 @@ def window_full(window: int) -> errors.Overloaded:
     """Make the error of a call that found no place in the window in time."""
     return errors.Overloaded(
         f"the session's window of {window} unfinished calls stayed full",
-        {"limit": window, "retry_after_s": 0.1},
+        {"limit": "window", "maximum": window, "retry_after_s": 0.1},
     )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mcp_broker.core.outbox import Body
-    from mcp_broker.core.pools import Pool
+    from mcp_broker.core.pool import Pool
     from mcp_broker.core.registry import Tool
     from mcp_broker.core.routing import Routing
     from mcp_broker.core.wheel import Slot
@@ -40,13 +40,14 @@ class Acceptance:
         self._ledger = routing.ledger
         self._registry = routing.registry
         self._dispatcher = routing.dispatcher
-        #: calls refused before acceptance
-        self.refusals = 0
+        self._rates = routing.rates
         #: suggestions made since this instant; each compares a name with all others
         self._hints = 0
         self._hints_at = 0.0
 
-    def calls(self, session: ClientSession, message: messages.Calls, body: Body | None, now: float) -> None:
+    def calls(  # noqa: C901, PLR0912 (the hot path: a function more costs as much as what it would do)
+        self, session: ClientSession, message: messages.Calls, body: Body | None, now: float
+    ) -> None:
         """Accept or refuse each call of a message."""
         session.acknowledge(message.ack)
         if session.is_behind:
@@ -70,6 +71,7 @@ class Acceptance:
             self._dispatcher.ghosts,
         )
         room = session.room()
+        is_metered = self._rates.principal is not None or self._registry.is_metered
         pool: Pool | None = None
         batch: list[Call] = []
         slot: Slot[Call] | None = None
@@ -77,6 +79,7 @@ class Acceptance:
         for request in message.calls:
             call_id = request.call_id
             tool = allowed.get(request.tool)
+            extra = request.extra
             if (
                 tool is None
                 or room <= 0
@@ -84,7 +87,7 @@ class Acceptance:
                 or call_id in known
                 or call_id in ghosts
                 or call_id in at_risk
-                or request.extra is not None
+                or (extra is not None and extra.is_special)
                 or (request.arguments is None) is (body is None)
             ):
                 # a refusal may close the session, which ends all that was accepted
@@ -97,25 +100,39 @@ class Acceptance:
             if tool.pool is not pool:
                 batch, slot = self._take(batch, pool, now), None
                 pool = tool.pool
-                if pool is not None and pool.is_closed:
-                    self._refuse(session, _busy(call_id, pool), now)
+                if pool is not None and pool.failure:
+                    self._refuse(session, unavailable(call_id, pool, pool.failure), now)
                     if session.state is _CLOSED:
                         return
                     # the next one asks again
                     pool = None
                     continue
+            if is_metered and (outcome := self._too_fast(session, request, tool, now)) is not None:
+                batch, slot = self._take(batch, pool, now), None
+                self._refuse(session, outcome, now)
+                if session.state is _CLOSED:
+                    return
+                continue
             if slot is None or request.timeout_ms != timeout_ms:
                 timeout_ms = request.timeout_ms
                 deadline = now + timeout_ms * 0.001
                 slot = self._ledger.slot(deadline)
-            call = Call(call_id, request.arguments, request.extra, body, session, tool, deadline, slot)
+            call = Call(call_id, request.arguments, extra, body, session, tool, deadline, slot)
             live[call_id] = call
             room -= 1
             batch.append(call)
-            if request.extra is not None:
+            if extra is not None and extra.is_special:
                 # alone in its batch, since it was examined
-                batch, slot = self._take_special(call, request.extra, pool, now), None
+                batch, slot = self._take_special(call, extra, pool, now), None
         self._take(batch, pool, now)
+
+    def _too_fast(
+        self, session: ClientSession, request: messages.Call, tool: Tool, now: float
+    ) -> messages.Outcome | None:
+        """Return how a call ends that comes before its time; one that was sent before was asked when it came first."""
+        if request.extra is not None and request.extra.again:
+            return None
+        return self._rates.refusal(request.call_id, tool, session.grant.caller.principal, now)
 
     def _take(self, batch: list[Call], pool: Pool | None, now: float) -> list[Call]:
         """Accept calls for one pool, None being the broker itself; return an empty list for the next ones."""
@@ -170,7 +187,6 @@ class Acceptance:
             return None
         if call_id in session.live:
             # answering would end the first call at the client too; a duplicate of one's own is a resend
-            self.refusals += 1
             return None
         if is_known or call_id in self._dispatcher.ghosts:
             text = "a call with this id is already under way"
@@ -195,7 +211,8 @@ class Acceptance:
             self._refuse(session, refusal, now)
 
     def _refuse(self, session: ClientSession, outcome: messages.Outcome, now: float) -> None:
-        self.refusals += 1
+        refused = self._ledger.refused
+        refused[outcome.code] = refused.get(outcome.code, 0) + 1
         if session.is_hopeless:
             # it goes on asking and acknowledges nothing: what it is owed may not fill the broker
             self._close(session, "it acknowledges no outcomes", now)
@@ -281,15 +298,9 @@ class Acceptance:
 
 def _window_full(call_id: bytes) -> messages.Outcome:
     text = f"the session's window of {limits.CLIENT_WINDOW_MAX} unfinished calls is full"
-    return fault(call_id, "OVERLOADED", text, {"limit": limits.CLIENT_WINDOW_MAX, "retry_after_s": 0.1})
-
-
-def _busy(call_id: bytes, pool: Pool) -> messages.Outcome:
-    if pool.failure:
-        return unavailable(call_id, pool, pool.failure)
     return fault(
         call_id,
         "OVERLOADED",
-        f"{len(pool.backlog)} calls wait for pool {pool.name!r} already",
-        {"pool": pool.name, "retry_after_s": 1.0},
+        text,
+        {"limit": "window", "maximum": limits.CLIENT_WINDOW_MAX, "retry_after_s": 0.1},
     )

@@ -17,10 +17,10 @@ from mcp_broker import limits
 from mcp_broker.core.calls import Call, CallState, fault
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from mcp_broker.core.clients import ClientSession
-    from mcp_broker.core.pools import Pool
+    from mcp_broker.core.pool import Pool
     from mcp_broker.wire import messages
 
 
@@ -71,13 +71,19 @@ class Arrears:
         left = call.tool.result_bytes - (call.tool.result_bytes >> 3)
         call.tool.result_bytes = left if left > limits.INLINE_BYTES_MAX else 0
 
-    def sift(self, calls: Iterable[Call]) -> list[Call]:
-        """Return the calls that workers may have now, and set the others aside. They are in no queue."""
+    def sift(
+        self, calls: Iterable[Call], may_wait: Callable[[Call, Pool], bool] = lambda *_: True
+    ) -> list[Call]:
+        """Return the calls that workers may have now, and set the others aside. They are in no queue.
+
+        Args:
+            may_wait: asked before a call is set aside; ends it if not.
+        """
         ready = []
         for call in calls:
-            expected = call.tool.result_bytes
+            expected, pool = call.tool.result_bytes, call.tool.pool
             # one that has its share already came back from here
-            if not expected or call.expected_bytes:
+            if not expected or call.expected_bytes or pool is None:
                 ready.append(call)
                 continue
             session = call.session
@@ -85,7 +91,7 @@ class Arrears:
             if session not in self._aside and (not due or due + expected <= limits.CLIENT_BEHIND_BYTES):
                 self._expect(call)
                 ready.append(call)
-            else:
+            elif may_wait(call, pool):
                 self._set_aside(call)
         return ready
 
@@ -124,8 +130,8 @@ class Arrears:
         call.session.is_behind = True
         self._aside.setdefault(call.session, {})[call.call_id] = call
         if call.tool.pool is not None:
-            # it takes up the pool's room for arguments all the same
-            call.tool.pool.backlog_bytes += call.bytes_held()
+            # it takes up room to wait all the same
+            call.tool.pool.count_in(call)
 
     def release(self, call: Call) -> bool:
         """Let go of a call before its arguments are; False if it is not here."""
@@ -133,7 +139,7 @@ class Arrears:
         if aside is None or aside.pop(call.call_id, None) is None:
             return False
         if call.tool.pool is not None:
-            call.tool.pool.backlog_bytes -= call.bytes_held()
+            call.tool.pool.count_out(call)
         if not aside:
             del self._aside[call.session]
             self._last.pop(call.session, None)

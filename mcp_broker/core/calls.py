@@ -203,6 +203,8 @@ class Ledger:
         self.failed: dict[str, int] = {}
         #: told of the end of each call that has a record; set by who keeps the records
         self.keyed: Callable[[Call, messages.Outcome, Body | None], None] = lambda *_: None
+        #: code -> calls that were not accepted; they leave no other trace
+        self.refused: dict[str, int] = {}
         #: the latest failures, for `why`
         self.ended: deque[Ended] = deque(maxlen=limits.ENDED_CALLS_MAX)
 
@@ -252,6 +254,20 @@ class Ledger:
         call.session.deliver(outcome, body)
         if call.record is not None:
             self.keyed(call, outcome, body)
+
+    def refuse(self, call: Call, outcome: messages.Outcome) -> None:
+        """Take an acceptance back, before anything came of it: the call ends, and is counted as refused."""
+        record, call.record = call.record, None
+        self.finish(call, outcome)
+        self.accepted -= 1
+        self.ended.pop()
+        self.failed[outcome.code] -= 1
+        if not self.failed[outcome.code]:
+            del self.failed[outcome.code]
+        self.refused[outcome.code] = self.refused.get(outcome.code, 0) + 1
+        if record is not None:
+            call.record = record
+            self.keyed(call, outcome, None)
 
     def deadline(self) -> float | None:
         """Return the next instant at which a call may be due."""

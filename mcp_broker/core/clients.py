@@ -108,6 +108,16 @@ class Grant(Protocol):
         """Instant, on the machines' clock, after which it counts no more."""
         ...
 
+    @property
+    def weight(self) -> int:
+        """Its principal's share where many wait, 1 to WEIGHT_MAX."""
+        ...
+
+    @property
+    def priority(self) -> int:
+        """The highest class in which its calls may wait, a Priority."""
+        ...
+
     def refusal(self, tool: str, level: int) -> str | None:
         """Return why a tool is not covered, or None if it is."""
         ...

@@ -10,6 +10,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from mcp_broker import limits
+from mcp_broker.core.bucket import Rate
 from mcp_broker.core.clients import Verdict
 from mcp_broker.core.workers import EVENT_OF_KIND, WORKER_TABLE, Worker, WorkerEvent, WorkerState
 from mcp_broker.errors import InvalidArgument, InvalidTransition
@@ -133,6 +134,7 @@ class Crew:
             return True
         worker.state = WorkerState.REGISTERED
         worker.pool.failure = ""
+        worker.pool.regate(self._routing.registry.of(worker.pool), now)
         worker.connected(message.seq)
         worker.send(
             messages.Welcome(
@@ -188,6 +190,7 @@ class Crew:
             for report in message.pools:
                 pool = self._dispatcher.pool(report.name)
                 pool.report = report
+                self._routing.registry.set_rate(pool, Rate.of(report.rate_per_s, report.burst))
                 pool.failure = report.reason if report.state == "failed" else ""
                 if pool.failure:
                     self._dispatcher.fail_backlog(pool, pool.failure)

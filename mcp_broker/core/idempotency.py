@@ -75,7 +75,11 @@ class Idempotency:
         if record is None:
             if len(self.records) >= limits.IDEMPOTENCY_KEYS_MAX:
                 text = f"{limits.IDEMPOTENCY_KEYS_MAX} idempotency keys are under way or remembered already"
-                details = {"limit": limits.IDEMPOTENCY_KEYS_MAX, "retry_after_s": 1.0}
+                details = {
+                    "limit": "idempotency_keys",
+                    "maximum": limits.IDEMPOTENCY_KEYS_MAX,
+                    "retry_after_s": limits.RETRY_AFTER_S,
+                }
                 self._ledger.finish(call, fault(call.call_id, "OVERLOADED", text, details))
                 return True
             call.record = self.records[whole] = Record(whole, digest, call, [])
@@ -108,6 +112,12 @@ class Idempotency:
             for follower in followers:
                 follower.record = None
                 self._ledger.finish(follower, _again(outcome, follower), body)
+        elif outcome.code == "OVERLOADED":
+            # there is no room for it to wait, and none for those who follow it
+            del self.records[record.key]
+            for follower in record.followers:
+                follower.record = None
+                self._ledger.refuse(follower, _again(outcome, follower))
         elif record.followers:
             successor = record.call = record.followers.pop(0)
             pool = successor.tool.pool

@@ -15,7 +15,7 @@ from mcp_broker.core.workers import WorkerState
 from mcp_broker.wire import codec, messages, payload
 
 if TYPE_CHECKING:
-    from mcp_broker.core.pools import Pool
+    from mcp_broker.core.pool import Pool
     from mcp_broker.core.registry import Tool
     from mcp_broker.core.routing import Routing
 
@@ -196,7 +196,9 @@ def _pool(routing: Routing, pool: Pool) -> dict[str, Any]:
         "state": _pool_state(routing, pool),
         "min": report.wanted if report is not None else 0,
         "ready": sum(worker.state is WorkerState.READY for worker in pool.workers.values()),
-        "queued": len(pool.backlog),
+        "queued": pool.waiting.calls,
+        "queued_bytes": pool.waiting.bytes,
+        "drain_per_s": round(pool.drain_per_s, 1),
         "reason": pool.failure or (report.reason if report is not None else ""),
         "restarts": report.restarts if report is not None else 0,
         "tools": sorted(tool.name for tool in routing.registry.tools.values() if tool.pool is pool),
@@ -208,8 +210,7 @@ def status(routing: Routing) -> dict[str, Any]:
     """Describe the whole broker. Process facts that only the shell knows are in its boot record."""
     boot = routing.boot
     ledger = routing.ledger
-    queued = sum(len(pool.backlog) for pool in routing.dispatcher.pools.values())
-    queued += len(routing.dispatcher.arrears)
+    queued = routing.dispatcher.budget.total.calls
     return {
         "version": routing.software_version,
         "state": "draining" if routing.draining else "serving",
@@ -228,7 +229,7 @@ def status(routing: Routing) -> dict[str, Any]:
             "queued": queued,
             "succeeded": ledger.succeeded,
             "failed": dict(ledger.failed),
-            "refused": routing.clientele.acceptance.refusals,
+            "refused": dict(ledger.refused),
             "late": routing.dispatcher.late,
             "poisoned": len(routing.dispatcher.dead_letters),
         },

@@ -1,23 +1,23 @@
-"""Pools: the workers of one kind, the calls that wait for them, and who gets which.
+"""Calls on their way between pools, workers and the ledger: who gets which, and what becomes of it.
 
 Rules
-    A worker gets a call only while it has credit. Calls wait in the order of their acceptance; a call that
-    is queued again (its worker died before it started it) goes to the front.
+    A worker gets a call only while it has credit. Who waits is served as :mod:`~mcp_broker.core.fairness` says; a call
+    that is queued again (its worker died before it started it) goes to the front.
     The death of a worker fails only calls that it had started.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections import OrderedDict
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from mcp_broker import limits
 from mcp_broker.core import outbox
 from mcp_broker.core.arrears import Arrears
+from mcp_broker.core.budget import Budget
 from mcp_broker.core.calls import Call, CallEvent, CallState, Ledger, fault
+from mcp_broker.core.pool import Pool
 from mcp_broker.core.receipts import Receipt
-from mcp_broker.core.workers import WORKER_CODES, Worker, WorkerState
+from mcp_broker.core.workers import WORKER_CODES
 from mcp_broker.wire import codec, messages
 
 if TYPE_CHECKING:
@@ -26,68 +26,11 @@ if TYPE_CHECKING:
     from mcp_broker.core.clients import ClientSession
     from mcp_broker.core.dead_letters import DeadLetters
     from mcp_broker.core.outbox import Body
-    from mcp_broker.wire.node import Certificate, PoolReport
+    from mcp_broker.core.workers import Worker
+    from mcp_broker.wire.node import Certificate
 
 # looking an enum's member up costs as much as the comparison
 _QUEUED, _IN_FLIGHT, _ENDED = CallState
-_READY: Final = WorkerState.READY
-
-
-class Pool:
-    """The workers of one kind and their backlog.
-
-    Attributes:
-        backlog: all and only calls of this pool in state QUEUED, by id, first to be served first.
-        report: what the supervisor last said of it.
-        failure: why the supervisor gave it up, or "".
-    """
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.workers: dict[str, Worker] = {}
-        self.backlog: OrderedDict[bytes, Call] = OrderedDict()
-        self.backlog_bytes = 0
-        self.report: PoolReport | None = None
-        self.failure = ""
-
-    def queue(self, call: Call, *, front: bool = False) -> None:
-        """Let a call wait for credit."""
-        self.backlog[call.call_id] = call
-        self.backlog_bytes += call.bytes_held()
-        if front:
-            self.backlog.move_to_end(call.call_id, last=False)
-
-    def unqueue(self, call: Call) -> None:
-        """Take a call out of the queue, before its arguments are let go."""
-        if self.backlog.pop(call.call_id, None) is not None:
-            self.backlog_bytes -= call.bytes_held()
-
-    @property
-    def is_closed(self) -> bool:
-        """Tell whether it takes no more calls: given up, or too many wait."""
-        return (
-            bool(self.failure)
-            or len(self.backlog) >= limits.QUEUE_CALLS_MAX
-            or self.backlog_bytes >= limits.QUEUE_BYTES_MAX
-        )
-
-    def next_worker(self) -> tuple[Worker | None, int]:
-        """Return the worker with credit that holds the fewest calls, and how many it may have before the next one."""
-        best: Worker | None = None
-        least = second = limits.WORKER_DEPTH_MAX
-        for worker in self.workers.values():
-            if worker.state is not _READY:
-                continue
-            held = len(worker.held)
-            if held >= worker.depth:
-                continue
-            if held < least:
-                best, least, second = worker, held, least
-            elif held < second:
-                second = held
-        if best is None:
-            return None, 0
-        return best, min(best.depth - least, second - least + 1)
 
 
 class Dispatcher:
@@ -97,6 +40,7 @@ class Dispatcher:
         self._ledger = ledger
         self.dead_letters = dead_letters
         self.pools: dict[str, Pool] = {}
+        self.budget = Budget()
         #: outcomes that nobody waited for: of calls that had ended, or were never given
         self.late = 0
         #: asked about outcomes of calls that no worker of this broker was given; set by who knows of them
@@ -109,35 +53,71 @@ class Dispatcher:
         """Return the pool of that name, made at its first mention."""
         pool = self.pools.get(name)
         if pool is None:
-            pool = self.pools[name] = Pool(name)
+            pool = self.pools[name] = Pool(name, self.budget)
         return pool
 
     def submit(self, calls: list[Call], pool: Pool, now: float) -> None:
-        """Give accepted calls to workers with credit; let the rest wait."""
+        """Give accepted calls to workers with credit; let the rest wait, as many as may."""
         if self.arrears:
-            calls = self.arrears.sift(calls)
+            calls = self.arrears.sift(calls, self._may_wait)
+        if pool.gates:
+            calls = self._submit_gated(calls, pool, now)
         at, total = 0, len(calls)
-        while at < total and not pool.backlog:
+        backlog = pool.backlog
+        while at < total and not (backlog.count and backlog.is_ready):
             worker, room = pool.next_worker()
             if worker is None:
                 break
             self._assign(calls[at : at + room], worker, now)
             at += room
-        for call in calls[at:]:
-            pool.queue(call)
+        if at < total:
+            self._queue(calls[at:], pool, now)
+
+    def _submit_gated(self, calls: list[Call], pool: Pool, now: float) -> list[Call]:
+        """Deal with the calls that have to pass a gate; return the others."""
+        gated = [call for call in calls if call.tool.gate is not None]
+        if not gated:
+            return calls
+        self._queue(gated, pool, now)
+        self.pump(pool, now)
+        return [call for call in calls if call.tool.gate is None]
+
+    def _queue(self, calls: list[Call], pool: Pool, now: float) -> None:
+        for call in calls:
+            if pool.gates and self.budget.refusal(call, pool) is not None:
+                # those before it came to wait only because their gates are looked at when all are in
+                self.pump(pool, now)
+            if self._may_wait(call, pool):
+                pool.queue(call, now)
+
+    def _may_wait(self, call: Call, pool: Pool) -> bool:
+        """Tell whether there is room for a call to wait; if not, it ends here."""
+        refusal = self.budget.refusal(call, pool)
+        if refusal is not None:
+            self._ledger.refuse(call, refusal)
+        return refusal is None
+
+    def _sift(self, calls: list[Call], pool: Pool) -> list[Call]:
+        """Return those of some calls that their clients can take results of; no worker holds the others."""
+        ready = self.arrears.sift(calls)
+        if pool.gates and len(ready) < len(calls):
+            for call in set(calls).difference(ready):
+                self._let_go(call, pool)
+        return ready
 
     def pump(self, pool: Pool, now: float) -> None:
         """Hand out waiting calls while there is credit."""
         backlog = pool.backlog
-        while backlog:
+        while backlog.count:
             worker, room = pool.next_worker()
             if worker is None:
                 return
-            run = list(itertools.islice(backlog.values(), room))
-            for call in run:
-                pool.unqueue(call)
+            run = pool.take(room, now)
+            if not run:
+                # all behind closed gates
+                return
             if self.arrears:
-                run = self.arrears.sift(run)
+                run = self._sift(run, pool)
             if run:
                 self._assign(run, worker, now)
 
@@ -177,7 +157,7 @@ class Dispatcher:
         """Take a worker's outcomes: end each one's call, or only free its place if it has ended."""
         worker.received += len(outcomes)
         receipt = Receipt(worker.received)
-        held, finish = worker.held, self._ledger.finish
+        held, finish, gates = worker.held, self._ledger.finish, worker.pool.gates
         session: ClientSession | None = None
         count = 0
         for outcome in outcomes:
@@ -188,6 +168,8 @@ class Dispatcher:
                 continue
             worker.served += 1
             call.worker = None
+            if gates:
+                self._let_go(call, worker.pool)
             if call.state is _ENDED:
                 self.ghosts.discard(call.call_id)
                 self.late += 1
@@ -210,6 +192,12 @@ class Dispatcher:
         if session is not None:
             session.expect(receipt, count)
         worker.receipts.add(receipt)
+
+    @staticmethod
+    def _let_go(call: Call, pool: Pool) -> None:
+        """A worker holds a call no more: its tool's next one may go."""
+        if call.tool.gate is not None:
+            pool.backlog.release(call.tool.gate)
 
     @staticmethod
     def checked(
@@ -290,7 +278,7 @@ class Dispatcher:
         pools: dict[Pool, None] = {}
         for call in reversed(self.arrears.caught_up(session)):
             if call.tool.pool is not None:
-                call.tool.pool.queue(call, front=True)
+                call.tool.pool.queue(call, now, front=True)
                 pools[call.tool.pool] = None
         for pool in pools:
             self.pump(pool, now)
@@ -302,6 +290,8 @@ class Dispatcher:
         call.attempts += 1
         worker.held[call.call_id] = call
         worker.held = dict(sorted(worker.held.items(), key=lambda item: item[1].seq))
+        if call.tool.gate is not None:
+            call.tool.gate.held += 1
 
     def take_back(self, worker: Worker, calls: list[Call], now: float) -> None:
         """Let calls wait again that a worker was given and never started; those that ended are forgotten."""
@@ -309,6 +299,7 @@ class Dispatcher:
         for call in calls:
             del worker.held[call.call_id]
             call.worker = None
+            self._let_go(call, worker.pool)
             if call.state is _ENDED:
                 self.ghosts.discard(call.call_id)
                 continue
@@ -319,7 +310,7 @@ class Dispatcher:
     def _requeue(self, calls: list[Call], pool: Pool, now: float) -> None:
         for call in reversed(calls):
             call.step(CallEvent.REQUEUED)
-            pool.queue(call, front=True)
+            pool.queue(call, now, front=True)
         self.pump(pool, now)
 
     def forget(self, worker: Worker, certificate: Certificate, now: float) -> None:
@@ -330,6 +321,7 @@ class Dispatcher:
         again: list[Call] = []
         for call in held:
             call.worker = None
+            self._let_go(call, worker.pool)
             if call.state is CallState.ENDED:
                 self.ghosts.discard(call.call_id)
                 continue

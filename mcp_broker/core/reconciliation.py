@@ -24,7 +24,7 @@ from mcp_broker.wire.structs import Slim
 
 if TYPE_CHECKING:
     from mcp_broker.core.outbox import Body
-    from mcp_broker.core.pools import Pool
+    from mcp_broker.core.pool import Pool
     from mcp_broker.core.receipts import Receipt
     from mcp_broker.core.routing import Routing
     from mcp_broker.core.workers import Worker

@@ -11,11 +11,13 @@ import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from mcp_broker.core.bucket import Bucket, Rate
+from mcp_broker.core.fairness import Gate
 from mcp_broker.errors import InvalidArgument
 from mcp_broker.wire import payload
 
 if TYPE_CHECKING:
-    from mcp_broker.core.pools import Pool
+    from mcp_broker.core.pool import Pool
     from mcp_broker.wire.messages import ToolDefinition
 
 #: Names under it are the broker's own.
@@ -45,12 +47,15 @@ class Tool:
         result_bytes: what its next result may have, where late ones were large; else 0.
     """
 
-    __slots__ = ("definition", "is_streaming", "level", "name", "pool", "result_bytes")
+    __slots__ = ("bucket", "definition", "gate", "is_streaming", "level", "name", "pool", "result_bytes")
 
     def __init__(self, definition: ToolDefinition, pool: Pool | None) -> None:
         self.pool = pool
         self.name = definition.name
         self.result_bytes = 0
+        #: what its calls have to pass, if it is bounded: to be taken by the broker, and to be given to workers
+        self.bucket: Bucket | None = None
+        self.gate: Gate | None = None
         self.define(definition)
 
     def define(self, definition: ToolDefinition) -> None:
@@ -58,6 +63,22 @@ class Tool:
         self.definition = definition
         self.level = definition.level
         self.is_streaming = definition.streaming
+        most = definition.concurrency_max
+        if most is None:
+            self.gate = None
+        elif self.gate is None or self.gate.limit != most:
+            self.gate = Gate(most)
+        self.meter()
+
+    def meter(self) -> None:
+        """Have a bucket of the rate that counts: the operator's for its pool, or else its own."""
+        rate = Rate.of(self.definition.rate_per_s, self.definition.burst)
+        if self.pool is not None and self.pool.rate is not None:
+            rate = self.pool.rate
+        if rate is None:
+            self.bucket = None
+        elif self.bucket is None or self.bucket.rate != rate:
+            self.bucket = Bucket(rate)
 
 
 class Registry:
@@ -67,6 +88,8 @@ class Registry:
         self.tools: dict[str, Tool] = {}
         #: counts changes, so that whoever caches a look-up can tell
         self.version = 0
+        #: some tool has a rate
+        self.is_metered = False
 
     def add_own(self, definitions: Iterable[ToolDefinition]) -> None:
         """Add the broker's own tools, once, before it serves."""
@@ -77,7 +100,24 @@ class Registry:
         """Know a pool's tools before any of its workers has come, from an earlier broker's time."""
         for definition in definitions:
             self.tools.setdefault(definition.name, Tool(definition, pool))
+        self._changed()
+
+    def of(self, pool: Pool) -> list[Tool]:
+        """Return a pool's tools."""
+        return [tool for tool in self.tools.values() if tool.pool is pool]
+
+    def set_rate(self, pool: Pool, rate: Rate | None) -> None:
+        """Take the operator's word on how many calls each tool of a pool takes."""
+        if rate == pool.rate:
+            return
+        pool.rate = rate
+        for tool in self.of(pool):
+            tool.meter()
+        self._changed()
+
+    def _changed(self) -> None:
         self.version += 1
+        self.is_metered = any(tool.bucket is not None for tool in self.tools.values())
 
     def register(self, pool: Pool, definitions: tuple[ToolDefinition, ...]) -> None:
         """Add a worker's tools, all or none.
@@ -126,7 +166,7 @@ class Registry:
             elif known.definition != definition:
                 # the same object, so that calls that wait for it find the new definition
                 known.define(definition)
-        self.version += 1
+        self._changed()
 
     def similar(self, name: str, among: Iterable[str]) -> list[str]:
         """Return up to three names that the caller may have meant, the likeliest first."""

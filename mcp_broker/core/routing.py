@@ -7,8 +7,7 @@ Rules
 The shell hands decoded messages to :attr:`Routing.clientele`, :attr:`Routing.crew` and :meth:`Routing.from_node`, calls
 :meth:`Routing.expire` once a turn, and then sends what the dirty sessions and workers and :attr:`Routing.to_node` hold.
 
-What is deliberately absent: payloads (opaque), tokens (the shell verifies them and passes a Grant), fairness
-between principals (first come, first served inside a pool).
+What is deliberately absent: payloads (opaque), tokens (the shell verifies them and passes a Grant).
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from mcp_broker import limits
 from mcp_broker.core import introspection
+from mcp_broker.core.bucket import Rate
 from mcp_broker.core.calls import Call, CallState, Ledger, fault
 from mcp_broker.core.clientele import Clientele
 from mcp_broker.core.crew import Crew
@@ -24,6 +24,7 @@ from mcp_broker.core.dead_letters import DeadLetters
 from mcp_broker.core.detached import Detached
 from mcp_broker.core.idempotency import Idempotency
 from mcp_broker.core.pools import Dispatcher
+from mcp_broker.core.rates import Rates
 from mcp_broker.core.reconciliation import Reconciliation
 from mcp_broker.core.registry import Registry
 from mcp_broker.core.timers import Timers
@@ -49,6 +50,7 @@ class Routing:
         self.ledger = Ledger(now)
         self.registry = Registry()
         self.registry.add_own(introspection.DEFINITIONS)
+        self.rates = Rates()
         self.timers = Timers()
         self.dispatcher = Dispatcher(self.ledger, DeadLetters(self.timers))
         #: what the supervisor is to be told, in order
@@ -93,6 +95,8 @@ class Routing:
         elif isinstance(message, node.Boot):
             self.boot = message
             self.lineage = message.lineage
+            burst = int(message.limits.get("burst", 0))
+            self.rates.principal = Rate.of(message.limits.get("rate_per_s"), burst)
         else:
             self.crew.from_node(message, now)
 
@@ -133,6 +137,8 @@ class Routing:
         if now >= self._heartbeat_at:
             self._heartbeat_at = now + limits.HEARTBEAT_S
             self._beat()
+            for pool in self.dispatcher.pools.values():
+                pool.measure(now)
         if self.draining and not self.drained and (not self.ledger.calls or now >= self._drain_until):
             self.drained = True
             self._say_goodbye()

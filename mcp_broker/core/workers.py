@@ -23,7 +23,7 @@ from mcp_broker.wire import codec, messages
 
 if TYPE_CHECKING:
     from mcp_broker.core.calls import Call
-    from mcp_broker.core.pools import Pool
+    from mcp_broker.core.pool import Pool
     from mcp_broker.wire.node import Certificate
 
 

@@ -311,7 +311,7 @@ class Supervisor:
             issuer_keys={kid: key.public for kid, key in authority.verify_keys.items()},
             issuer=authority.issuer,
             audience=authority.audience,
-            limits={"drain_s": self._config.limits.drain_s},
+            limits={name: value for name, value in self._config.limits if value is not None},
             supervisor_pid=os.getpid(),
             started_wall=self._started_wall,
             lineage=self._lineage,

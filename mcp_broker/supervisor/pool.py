@@ -28,6 +28,7 @@ class Pool:
 
     def __init__(self, ground: Ground, name: str, table: PoolTable, policy: Policy, start_s: float) -> None:
         self.name = name
+        self._table = table
         self._restarts = Restarts(policy)
         self.slots = [Slot(ground, name, table, self._restarts, start_s) for _ in range(table.min)]
         self.tools: tuple[ToolDefinition, ...] = ()
@@ -127,4 +128,6 @@ class Pool:
             ),
             reason=self.reason,
             restarts=self._restarts.total,
+            rate_per_s=self._table.rate_per_s,
+            burst=self._table.burst,
         )

@@ -6,6 +6,7 @@ Source: docs/protocol.md, "Messages".
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import Annotated
 
 import msgspec
@@ -38,6 +39,14 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """A map on the wire; unknown keys are ignored."""
 
 
+class Priority(IntEnum):
+    """How soon a waiting call is served; it changes nothing while workers are free."""
+
+    HIGH = 0
+    NORMAL = 1
+    LOW = 2
+
+
 class CallExtra(Record, kw_only=True, frozen=True):
     """What only some calls carry."""
 
@@ -55,6 +64,19 @@ class CallExtra(Record, kw_only=True, frozen=True):
     idle_timeout_ms: TimeoutMs | None = None
     #: how the arguments are encoded; None: as they are
     encoding: ShortText | None = None
+    #: a :class:`Priority`
+    priority: Annotated[int, Meta(ge=0, le=2)] = 1
+
+    @property
+    def is_special(self) -> bool:
+        """Tell whether the broker has more to do for the call than to have it run."""
+        return (
+            self.again
+            or self.detach
+            or self.attach
+            or self.idempotency_key is not None
+            or self.idle_timeout_ms is not None
+        )
 
 
 class Call(Item, frozen=True):
@@ -191,6 +213,11 @@ class ToolDefinition(Record, kw_only=True, frozen=True):
     streaming: bool = False
     #: the call's timeout where the caller names none
     timeout_s: Annotated[float, Meta(gt=0, le=limits.CALL_TIMEOUT_S_MAX)] = limits.CALL_TIMEOUT_S
+    #: calls of it that the workers of its pool may hold at a time, all together
+    concurrency_max: Annotated[int, Meta(ge=1, le=limits.CONCURRENCY_MAX)] | None = None
+    #: calls of it a second, all callers together, in the long run and at once
+    rate_per_s: Annotated[float, Meta(gt=0, le=limits.RATE_MAX)] | None = None
+    burst: Annotated[int, Meta(ge=1, le=limits.RATE_MAX)] | None = None
 
 
 class GrantedLimits(Record, kw_only=True, frozen=True):

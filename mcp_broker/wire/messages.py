@@ -31,6 +31,7 @@ from mcp_broker.wire.items import (
     Labels,
     Outcome,
     Part,
+    Priority,
     Progress,
     SessionIdField,
     ShortText,

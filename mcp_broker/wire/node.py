@@ -56,6 +56,9 @@ class PoolReport(Record, kw_only=True, frozen=True):
     workers: tuple[WorkerReport, ...] = ()
     reason: str = ""
     restarts: int = 0
+    #: calls a second that each of its tools takes, in the long run and at once, as the operator says
+    rate_per_s: float | None = None
+    burst: int | None = None
 
 
 class Admitted(Record, kw_only=True, frozen=True):

@@ -44,17 +44,18 @@ class Pace:
 
     def depth(self) -> int:
         """Return what suits the calls of late."""
-        if not self.mean_s:
-            return max(limits.WORKER_DEPTH_START, self._concurrency)
-        if self.mean_s > LONG_S:
+        if not 0 < self.mean_s <= LONG_S:
+            # long, or not known yet: the first call tells, and until then nothing is kept from idle neighbours
             return self._concurrency
         wanted = math.ceil(limits.WORKER_QUEUE_TARGET_S / self.mean_s)
         return min(max(wanted, self._concurrency + 1), limits.WORKER_DEPTH_MAX)
 
     def has_changed(self) -> bool:
-        """Tell whether the depth is worth announcing: twice what the broker knows, or half."""
+        """Tell whether the depth is worth announcing: twice what the broker knows, or half, or just what can run."""
         wanted, known = self.depth(), self._announced
-        return known > 0 and wanted != known and (wanted >= 2 * known or 2 * wanted <= known)
+        if wanted == known or not known:
+            return False
+        return wanted >= 2 * known or 2 * wanted <= known or wanted == self._concurrency
 
     def announce(self) -> int:
         """Return the depth, and remember that the broker knows it."""

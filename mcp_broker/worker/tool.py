@@ -121,6 +121,9 @@ def tool(
     capabilities: tuple[str, ...] = (),
     tags: tuple[str, ...] = (),
     category: str = "",
+    concurrency_max: int | None = None,
+    rate_per_s: float | None = None,
+    burst: int | None = None,
 ) -> Callable[[Callable[P, R]], Tool[P, R]]: ...
 
 
@@ -136,6 +139,9 @@ def tool(  # noqa: PLR0913 (one keyword a field of the definition)
     capabilities: tuple[str, ...] = (),
     tags: tuple[str, ...] = (),
     category: str = "",
+    concurrency_max: int | None = None,
+    rate_per_s: float | None = None,
+    burst: int | None = None,
 ) -> Tool[P, R] | Callable[[Callable[P, R]], Tool[P, R]]:
     """Make a tool of a function: plain, ``async``, or a generator of either kind, which streams its parts.
 
@@ -149,6 +155,9 @@ def tool(  # noqa: PLR0913 (one keyword a field of the definition)
         capabilities: what callers look for; the first part of the name if absent.
         tags: labels for people.
         category: one heading for lists.
+        concurrency_max: how many of its calls the pool's workers hold at a time, all together; others wait.
+        rate_per_s: calls of it a second, all callers together; a caller beyond it gets RATE_LIMITED.
+        burst: of these, calls at once after a pause; one second's calls if absent.
 
     Raises:
         TypeError: the function or a setting cannot make a tool (its author's fault).
@@ -165,6 +174,9 @@ def tool(  # noqa: PLR0913 (one keyword a field of the definition)
             capabilities=capabilities,
             tags=tags,
             category=category,
+            concurrency_max=concurrency_max,
+            rate_per_s=rate_per_s,
+            burst=burst,
         )
 
     return decorate if function is None else decorate(function)

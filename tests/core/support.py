@@ -9,6 +9,8 @@ from mcp_broker.core.routing import Routing
 from mcp_broker.wire import codec, messages, node, payload
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mcp_broker.core.clients import ClientSession
     from mcp_broker.core.outbox import Body
 
@@ -18,8 +20,17 @@ EPOCH = 7
 class FakeGrant:
     """A grant for everything, or for the names given, until an instant."""
 
-    def __init__(self, *names: str, expires_at: float = 1e9, principal: str = "tester") -> None:
+    def __init__(
+        self,
+        *names: str,
+        expires_at: float = 1e9,
+        principal: str = "tester",
+        weight: int = 1,
+        priority: int = 0,
+    ) -> None:
         self.names = names
+        self.weight = weight
+        self.priority = priority
         self.expires_at = expires_at
         self.caller = messages.Caller(principal, 0, names or ("*",), admin=True)
 
@@ -51,11 +62,26 @@ class World:
     def client_says(self, name: str, message: Any, body: bytes | None = None) -> bool:
         return self.machine.clientele.message(name.encode(), f"key-{name}", message, body, self.now)
 
-    def call(self, name: str = "c1", tool: str = "echo.echo", timeout_s: float = 30.0) -> bytes:
-        call_id = next(self._ids).to_bytes(16, "big")
-        request = messages.Call(call_id, tool, int(timeout_s * 1000), payload.pack({}))
-        self.client_says(name, messages.Calls(EPOCH, 0, (request,)))
-        return call_id
+    def call(self, name: str = "c1", tool: str = "echo.echo", timeout_s: float = 30.0, **extra: Any) -> bytes:
+        return self.calls(name, (tool,), timeout_s, **extra)[0]
+
+    def calls(
+        self,
+        name: str,
+        tools: Sequence[str],
+        timeout_s: float = 30.0,
+        arguments: bytes = b"\x80",
+        **extra: Any,
+    ) -> list[bytes]:
+        """Send calls of these tools in one message; ``extra`` goes into the CallExtra of each."""
+        call_ids = [next(self._ids).to_bytes(16, "big") for _ in tools]
+        more = messages.CallExtra(**extra) if extra else None
+        requests = [
+            messages.Call(call_id, tool, int(timeout_s * 1000), arguments, more)
+            for call_id, tool in zip(call_ids, tools, strict=True)
+        ]
+        self.client_says(name, messages.Calls(EPOCH, 0, tuple(requests)))
+        return call_ids
 
     def admit(self, worker_id: str, pool: str = "echo") -> None:
         admitted = node.Admitted(thumbprint=f"key-{worker_id}", worker_id=worker_id, pool=pool)
@@ -65,10 +91,12 @@ class World:
         return self.machine.crew.message(worker_id.encode(), f"key-{worker_id}", message, body, self.now)
 
     def ready(self, worker_id: str = "echo-1", depth: int = 16, pool: str = "echo", **changes: Any) -> None:
+        self.serve(worker_id, depth, pool, definition(f"{pool}.echo", **changes))
+
+    def serve(self, worker_id: str, depth: int, pool: str, *tools: messages.ToolDefinition) -> None:
+        """Have a worker come with these tools."""
         self.admit(worker_id, pool)
-        self.worker_says(
-            worker_id, messages.Register(0, "MCPB", (1,), (definition(f"{pool}.echo", **changes),))
-        )
+        self.worker_says(worker_id, messages.Register(0, "MCPB", (1,), tools))
         self.worker_says(worker_id, messages.Ready(EPOCH, depth))
 
     def answer(self, worker_id: str, call_id: bytes, code: str = "OK") -> None:
@@ -94,6 +122,16 @@ class World:
         if session in self.machine.clientele.dirty:
             self.machine.clientele.dirty.remove(session)
         return [(codec.to_client.decode(envelope), body) for envelope, body in session.take_outbox(EPOCH)]
+
+    def faults(self, session: ClientSession) -> dict[bytes, dict[str, Any]]:
+        """Return the details of what failed for a session since it was asked last, with the code."""
+        return {
+            outcome.call_id: {"code": outcome.code, **payload.unpack_map(outcome.fault.details)}
+            for message, _ in self.heard_by(session)
+            if isinstance(message, messages.Outcomes)
+            for outcome in message.outcomes
+            if outcome.fault is not None
+        }
 
     def outcomes(self, session: ClientSession) -> dict[bytes, str]:
         """Return what ended for a session since it was asked last: call id -> code."""
@@ -147,9 +185,24 @@ class World:
         assert not queued & held, "no call waits and is held"
         for pool in machine.dispatcher.pools.values():
             waiting = [*pool.backlog.values(), *(call for call in aside if call.tool.pool is pool)]
-            assert pool.backlog_bytes == sum(call.bytes_held() for call in waiting)
-            if pool.backlog:
+            assert pool.backlog.count == len(list(pool.backlog.values()))
+            assert pool.waiting.calls == len(waiting)
+            assert pool.waiting.bytes == sum(call.bytes_held() for call in waiting)
+            if pool.backlog.is_ready:
                 assert pool.next_worker()[0] is None, "no call waits while a worker has credit"
+            for gate in pool.gates:
+                passed = [
+                    call
+                    for worker in pool.workers.values()
+                    for call in worker.held.values()
+                    if call.tool.gate is gate
+                ]
+                assert gate.held == len(passed), "a gate counts what workers hold"
+                assert gate.waiting == sum(call.tool.gate is gate for call in pool.backlog.values())
+        budget = machine.dispatcher.budget
+        assert budget.total.calls == sum(pool.waiting.calls for pool in machine.dispatcher.pools.values())
+        assert budget.total.calls == sum(waiting.calls for waiting in budget.principals.values())
+        assert budget.total.bytes == sum(waiting.bytes for waiting in budget.principals.values())
         for worker in machine.crew.by_id.values():
             assert [call.seq for call in worker.held.values()] == sorted(
                 call.seq for call in worker.held.values()

@@ -154,7 +154,7 @@ def test_time_passes_for_calls_that_wait_for_their_client() -> None:
     world.check()
     world.later(60)
     assert world.outcomes(session) == dict.fromkeys(waiting[1:], "DEADLINE_EXCEEDED")
-    assert world.machine.dispatcher.pools["echo"].backlog_bytes == 0
+    assert world.machine.dispatcher.pools["echo"].waiting.bytes == 0
     world.check()
 
 

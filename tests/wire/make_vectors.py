@@ -109,6 +109,18 @@ VECTORS: Final = (
             EPOCH, 2, (m.Call(FIRST, "echo.echo", 30_000, ZSTD_EMPTY_MAP, m.CallExtra(encoding="zstd")),)
         ),
     ),
+    Vector(
+        "calls_priority",
+        "from_client",
+        m.Calls(
+            EPOCH,
+            2,
+            (
+                m.Call(FIRST, "echo.echo", 1000, payload.pack({}), m.CallExtra(priority=m.Priority.HIGH)),
+                m.Call(SECOND, "echo.echo", 1000, payload.pack({}), m.CallExtra(priority=m.Priority.LOW)),
+            ),
+        ),
+    ),
     Vector("calls_body", "from_client", m.Calls(EPOCH, 2, (m.Call(FIRST, "echo.echo", 30_000, None),))),
     Vector(
         "dispatch",
@@ -255,6 +267,25 @@ VECTORS: Final = (
             "mcp-broker/0.1.0",
         ),
     ),
+    Vector(
+        "register_bounded",
+        "from_worker",
+        m.Register(
+            0,
+            m.PROTOCOL,
+            (m.MAJOR,),
+            (
+                m.ToolDefinition(
+                    name="web.fetch",
+                    version="1.0.0",
+                    capabilities=("web",),
+                    concurrency_max=4,
+                    rate_per_s=2.5,
+                    burst=10,
+                ),
+            ),
+        ),
+    ),
     Vector("ready", "from_worker", m.Ready(EPOCH, 16)),
     Vector("drain", "to_worker", m.Drain(EPOCH)),
     Vector(
@@ -364,6 +395,15 @@ INVALID: Final[tuple[tuple[str, str, str, bytes, bytes, int], ...]] = (
     ("progress_over_one", "from_worker", BAD, _pack("PROGRESS", EPOCH, [[FIRST, 1.5, ""]]), b"", 0),
     ("progress_not_a_number", "from_worker", BAD, _pack("PROGRESS", EPOCH, [[FIRST, float("nan"), ""]]), b"", 0),
     ("idle_timeout_zero", "from_client", BAD, _pack("CALLS", EPOCH, 0, [[FIRST, "a.b", 1, b"\x80", {"idle_timeout_ms": 0}]]), b"", 0),
+    ("priority_three", "from_client", BAD, _pack("CALLS", EPOCH, 0, [[FIRST, "a.b", 1, b"\x80", {"priority": 3}]]), b"", 0),
+    (
+        "priority_is_text",
+        "from_client",
+        BAD,
+        _pack("CALLS", EPOCH, 0, [[FIRST, "a.b", 1, b"\x80", {"priority": "high"}]]),
+        b"",
+        0,
+    ),
     ("depth_too_large", "from_worker", BAD, _pack("READY", EPOCH, limits.WORKER_DEPTH_MAX + 1), b"", 0),
     # -- tool definitions
     ("tool_name_upper_case", "from_worker", BAD, _tool(name="Text.count"), b"", 0),
@@ -375,6 +415,9 @@ INVALID: Final[tuple[tuple[str, str, str, bytes, bytes, int], ...]] = (
     ("tool_level_eleven", "from_worker", BAD, _tool(level=11), b"", 0),
     ("tool_timeout_not_a_number", "from_worker", BAD, _tool(timeout_s=float("nan")), b"", 0),
     ("tool_timeout_infinite", "from_worker", BAD, _tool(timeout_s=float("inf")), b"", 0),
+    ("tool_concurrency_zero", "from_worker", BAD, _tool(concurrency_max=0), b"", 0),
+    ("tool_rate_zero", "from_worker", BAD, _tool(rate_per_s=0.0), b"", 0),
+    ("tool_burst_zero", "from_worker", BAD, _tool(burst=0), b"", 0),
     ("tool_key_is_number", "from_worker", BAD, _pack("REGISTER", 0, "MCPB", [1], [{1: 2}]), b"", 0),
     ("too_many_tools", "from_worker", BAD, _pack("REGISTER", 0, "MCPB", [1], [{}] * 257), b"", 0),
     # -- bombs

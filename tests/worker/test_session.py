@@ -57,7 +57,7 @@ def test_registers_first_and_is_ready_after_welcome() -> None:
     session.receive(*dispatch(1), 0.0)
     assert not session.inbox
     session.receive(*welcome(), 0.0)
-    assert said(session) == [messages.Ready(EPOCH, limits.WORKER_DEPTH_START)]
+    assert said(session) == [messages.Ready(EPOCH, 1)]
     assert session.state is State.SERVING
 
 
@@ -276,7 +276,7 @@ def test_fault_is_cut_to_what_a_message_may_hold() -> None:
 )
 def test_depth_hides_the_round_trip_and_no_more(concurrency: int, service_s: float, depth: int) -> None:
     pace = Pace(concurrency)
-    assert pace.announce() == 16
+    assert pace.announce() == concurrency, "what was not measured yet may be long"
     pace.served(int(service_s * 1e9), 1)
     assert abs(pace.depth() - depth) <= 1
 
@@ -285,10 +285,43 @@ def test_depth_is_announced_again_when_it_doubles_or_halves(session: Session) ->
     for _ in range(100):
         session.pace.served(120_000, 1)
     session.flush()
-    assert said(session) == []
+    assert said(session) == [messages.Ready(EPOCH, 17)], "once it is known"
+    for _ in range(100):
+        session.pace.served(100_000, 1)
+    session.flush()
+    assert said(session) == [], "a little more is not worth a message"
     for _ in range(100):
         session.pace.served(10_000, 1)
     session.flush()
     assert [type(message) for message in said(session)] == [messages.Ready]
+    session.flush()
+    assert said(session) == []
+
+
+@pytest.mark.parametrize("concurrency", [1, 16])
+def test_worker_whose_tools_turn_long_asks_for_just_what_it_runs(concurrency: int) -> None:
+    pace = Pace(concurrency)
+    pace.announce()
+    pace.served(1_900_000, 1)
+    assert pace.has_changed() == (concurrency == 1), "one more of 16 is not worth a message"
+    pace = Pace(concurrency)
+    pace.announce()
+    pace.served(100_000, 1)
+    assert pace.announce() > concurrency
+    for _ in range(30):
+        pace.served(5_000_000, 1)
+        if pace.has_changed():
+            pace.announce()
+    assert pace.depth() == concurrency
+    assert not pace.has_changed()
+
+
+def test_worker_that_has_run_nothing_yet_is_given_one_call() -> None:
+    """A pool of long tools must not give its first worker what its idle neighbours could do."""
+    session = Session((), 1, "test")
+    session.opened(0.0)
+    session.receive(*welcome(), 0.0)
+    assert said(session)[-1] == messages.Ready(EPOCH, 1)
+    session.pace.served(5_000_000, 1)
     session.flush()
     assert said(session) == []

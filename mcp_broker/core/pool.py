@@ -1,0 +1,156 @@
+"""A pool: the workers of one kind, and the calls that wait for them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from mcp_broker import limits
+from mcp_broker.core.budget import Budget, Waiting
+from mcp_broker.core.fairness import Backlog, Gate
+from mcp_broker.core.workers import Worker, WorkerState
+from mcp_broker.wire.messages import Priority
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from mcp_broker.core.bucket import Rate
+    from mcp_broker.core.calls import Call
+    from mcp_broker.core.registry import Tool
+    from mcp_broker.wire.node import PoolReport
+
+_READY: Final = WorkerState.READY
+_NORMAL: Final = int(Priority.NORMAL)
+
+
+class Pool:
+    """The workers of one kind and their backlog.
+
+    Args:
+        budget: what may wait at the broker, all pools together.
+
+    Attributes:
+        backlog: all calls of this pool that wait for a worker, by id.
+        waiting: how many they are, and those that wait for their client to read (core/arrears), and how large.
+        gates: of its tools that are bounded; empty for most pools.
+        rate: what the operator lets each of its tools take.
+        drain_per_s: waiting calls that its workers took of late; 0: none ever waited for long.
+        report: what the supervisor last said of it.
+        failure: why the supervisor gave it up, or "".
+    """
+
+    def __init__(self, name: str, budget: Budget) -> None:
+        self.name = name
+        self.workers: dict[str, Worker] = {}
+        self.backlog: Backlog[Call] = Backlog()
+        self.waiting = Waiting()
+        self.gates: tuple[Gate, ...] = ()
+        self.rate: Rate | None = None
+        self.report: PoolReport | None = None
+        self.failure = ""
+        self.drain_per_s = 0.0
+        self._budget = budget
+        self._drained = 0
+        self._measured_at = 0.0
+
+    # -- what waits -----------------------------------------------------------------------------------
+
+    def queue(self, call: Call, now: float, *, front: bool = False) -> None:
+        """Let a call wait for credit; in front: it was given to a worker before, which did not start it."""
+        grant = call.session.grant
+        if front:
+            self.backlog.requeue(call.call_id, call, call.tool.gate)
+        else:
+            wanted = call.extra.priority if call.extra is not None else _NORMAL
+            self.backlog.add(
+                call.call_id,
+                call,
+                now,
+                principal=grant.caller.principal,
+                weight=grant.weight,
+                # 0 is the highest: nobody comes before what its token allows
+                level=max(wanted, grant.priority),
+                gate=call.tool.gate,
+                cost=1 + call.bytes_held() // limits.COST_BYTES,
+            )
+        self.count_in(call)
+
+    def unqueue(self, call: Call) -> None:
+        """Take a call out of the queue, before its arguments are let go."""
+        if self.backlog.remove(call.call_id) is not None:
+            self.count_out(call)
+
+    def take(self, most: int, now: float) -> list[Call]:
+        """Take out the calls that are served now, up to ``most``; none, if all that wait are behind closed gates."""
+        calls = self.backlog.take(most, now)
+        for call in calls:
+            self.count_out(call)
+        self._drained += len(calls)
+        return calls
+
+    def count_in(self, call: Call) -> None:
+        """A call of this pool waits, here or elsewhere."""
+        size = call.bytes_held()
+        self.waiting.add(size)
+        self._budget.add(call.session.grant.caller.principal, size)
+
+    def count_out(self, call: Call) -> None:
+        """It waits no more."""
+        size = call.bytes_held()
+        self.waiting.take(size)
+        self._budget.take(call.session.grant.caller.principal, size)
+
+    def regate(self, tools: Iterable[Tool], now: float) -> None:
+        """Its tools have changed: count anew what passes their gates, and let what waits, wait by them."""
+        gates = tuple(tool.gate for tool in tools if tool.gate is not None)
+        if gates == self.gates:
+            return
+        self.gates = gates
+        held = [call.tool.gate for worker in self.workers.values() for call in worker.held.values()]
+        passed = [gate for gate in held if gate is not None]
+        for gate in (*gates, *passed):
+            gate.held = 0
+        for gate in passed:
+            gate.held += 1
+        calls = list(self.backlog.values())
+        for call in calls:
+            self.unqueue(call)
+        for call in calls:
+            self.queue(call, now)
+
+    # -- who serves it -----------------------------------------------------------------------------------
+
+    def next_worker(self) -> tuple[Worker | None, int]:
+        """Return the worker with credit that holds the fewest calls, and how many it may have before the next one."""
+        best: Worker | None = None
+        least = second = limits.WORKER_DEPTH_MAX
+        for worker in self.workers.values():
+            if worker.state is not _READY:
+                continue
+            held = len(worker.held)
+            if held >= worker.depth:
+                continue
+            if held < least:
+                best, least, second = worker, held, least
+            elif held < second:
+                second = held
+        if best is None:
+            return None, 0
+        return best, min(best.depth - least, second - least + 1)
+
+    # -- how fast -------------------------------------------------------------------------------------------
+
+    def measure(self, now: float) -> None:
+        """Note, every now and then, how fast the backlog drains; while nothing waits, nobody can tell."""
+        drained, self._drained = self._drained, 0
+        span_s, self._measured_at = now - self._measured_at, now
+        if not self.backlog.count or not 0 < span_s <= limits.DRAIN_SPAN_S_MAX:
+            return
+        rate = drained / span_s
+        self.drain_per_s = (self.drain_per_s * 3 + rate) / 4 if self.drain_per_s else rate
+
+    def retry_after_s(self, waiting: int) -> float:
+        """Estimate when it is worth trying again: once a tenth of what waits now will have been served."""
+        if not self.drain_per_s:
+            return limits.RETRY_AFTER_S
+        estimate = waiting / 10 / self.drain_per_s
+        return round(min(max(estimate, limits.RETRY_AFTER_S_MIN), limits.RETRY_AFTER_S_MAX), 3)
