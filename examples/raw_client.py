@@ -61,7 +61,7 @@ class RawClient:
         self.send("CALLS", self.count, [[call_id, tool, int(seconds * 1000), msgpack.packb(arguments)]])
         while True:
             (_, _, first, outcomes), body = self.receive("OUTCOMES", seconds + 0.5)
-            for number, (of, code, inline, _usage, fault) in enumerate(outcomes, first):
+            for number, (of, code, inline, _usage, fault, *_) in enumerate(outcomes, first):
                 self.count = max(self.count, number)
                 if of == call_id and code == "OK":
                     return code, msgpack.unpackb(inline if body is None else body)
