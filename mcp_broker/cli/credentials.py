@@ -51,14 +51,14 @@ Examples:
     type=click.IntRange(1, limits.WEIGHT_MAX),
     default=1,
     show_default=True,
-    help="Share of a busy pool, against that of one with weight 1.",
+    help="Its share of a busy pool.",
 )
 @click.option(
     "--priority",
     type=click.Choice(settings.PRIORITIES),
     default="normal",
     show_default=True,
-    help="Highest class in which its calls may wait.",
+    help="Highest for its calls.",
 )
 @click.option("--out", metavar="FILE", help="Write it here instead of the state directory.")
 @settings.shared("json", "state-dir")

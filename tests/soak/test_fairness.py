@@ -86,10 +86,6 @@ def times(client: Client, calls: int) -> list[float]:
     return taken
 
 
-@pytest.mark.xfail(
-    reason="calls of one pool are served first come, first served: principals do not yet share it fairly",
-    strict=False,
-)
 def test_flood_of_one_principal_leaves_another_its_share(start: Start, soak: Soak) -> None:
     flood_calls = soak.count(sample=2000, full=100_000)
     samples = soak.count(sample=100, full=1000)

@@ -18,8 +18,7 @@ The shell calls an event method, then :meth:`~ClientSession.outgoing`, and settl
 ``book.arrived`` hold. DISCONNECTED means that no socket is wanted: the shell closes what it has, calls
 :meth:`~ClientSession.back_off`, and opens another at ``dial_at`` if the session ``is_needed``.
 
-A call that was sent and has no outcome is sent again after WELCOME ``resumed``: CALLS may have been lost with
-the connection. The broker drops those that it has had: same session, same call id.
+A call that was sent and has no outcome is sent again after WELCOME of the same broker, or of one of its lineage.
 """
 
 from __future__ import annotations
