@@ -286,10 +286,10 @@ def test_stream_ends_with_an_error_when_its_broker_is_killed(client: NodeClient,
 
 
 @pytest.mark.process
-def test_goodbye_of_the_client_cancels_its_calls(running: Running) -> None:
+def test_client_that_closes_has_its_calls_cancelled(running: Running) -> None:
     cancelled = running.status()["calls"]["failed"].get("CANCELLED", 0)
     process = subprocess.run(
-        [NODE, "--input-type=module", "-e", GOODBYE.format(client=CLIENT.as_uri()), running.profile],
+        [NODE, "--input-type=module", "-e", CLOSES.format(client=CLIENT.as_uri()), running.profile],
         capture_output=True, text=True, timeout=WITHIN_S, check=False,
     )  # fmt: skip
     assert (process.stdout, process.returncode) == ("CANCELLED\n", 0), process.stderr
@@ -298,7 +298,7 @@ def test_goodbye_of_the_client_cancels_its_calls(running: Running) -> None:
     )
 
 
-GOODBYE = """
+CLOSES = """
 import {{ Client, readProfile }} from "{client}"
 const client = new Client(readProfile(process.argv[1]))
 await client.call("t.echo")
