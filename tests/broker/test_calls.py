@@ -47,7 +47,7 @@ def test_call_reaches_the_worker_and_its_result_the_caller(shared: Any) -> None:
     assert (dispatch.call_id, dispatch.tool) == (call_id, "echo.echo")
     assert payload.unpack(dispatch.arguments) == {"value": 7}
     assert 1000 < dispatch.timeout_ms <= 2000
-    assert payload.unpack(bytes(dispatch.caller)) == ["alice", 3, ["*"], True]
+    assert payload.unpack(bytes(dispatch.caller)) == ["alice", 3, ["*"], True, []]
     answer(shared.echo, dispatch, 7)
     outcome = client.outcome(call_id)
     assert (outcome.code, payload.unpack(outcome.body or b"")) == ("OK", 7)
