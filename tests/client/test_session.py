@@ -17,10 +17,15 @@ NIL = b"\xc0"
 
 
 def welcome(
-    *, epoch: int = 7, session_id: bytes = SESSION, resumed: bool = False, window: int = 1024
+    *,
+    epoch: int = 7,
+    session_id: bytes = SESSION,
+    resumed: bool = False,
+    window: int = 1024,
+    lineage: str = "",
 ) -> messages.Welcome:
     granted = messages.GrantedLimits(window=window, heartbeat_ms=250, stream_window=4)
-    return messages.Welcome(epoch, (1, 0), session_id, resumed, "me", granted)
+    return messages.Welcome(epoch, (1, 0), session_id, resumed, "me", granted, lineage=lineage)
 
 
 def opened(**how: Any) -> ClientSession:
@@ -463,6 +468,30 @@ def test_idle_timeout_travels_with_the_call_and_must_be_one() -> None:
     assert [call.extra for call in message.calls] == [messages.CallExtra(idle_timeout_ms=250), None]
     with pytest.raises(errors.InvalidArgument, match="idle_timeout_s is 0"):
         session.submit("t", 5.0, EMPTY, 0.0, wishes=Wishes(idle_timeout_s=0))
+
+
+def test_a_session_that_its_own_broker_gave_up_does_not_say_its_calls_again() -> None:
+    # another broker finds out what became of them; this one has cancelled and forgotten them
+    session = opened(lineage="5f1d")
+    call = session.submit("t", 5.0, EMPTY, 0.0)
+    sent(session)
+    session.disconnected("cut")
+    reopen(session, 1.0, lineage="5f1d", session_id=b"t" * 16)
+    assert ends(session) == [(call, "BROKER_LOST")]
+    assert sent(session, 1.0) == []
+
+
+def test_a_call_whose_time_is_over_is_not_said_again() -> None:
+    # the broker that had it has ended it, and its worker may have forgotten it: another broker would run it
+    session = opened(lineage="5f1d")
+    late, call = (session.submit("t", timeout_s, EMPTY, 0.0) for timeout_s in (1.0, 5.0))
+    sent(session)
+    session.disconnected("cut")
+    reopen(session, 1.0, epoch=8, lineage="5f1d", session_id=b"t" * 16)
+    [message] = sent(session, 1.0)
+    assert [one.call_id for one in message.calls] == [call.call_id]
+    session.expire(1.5)
+    assert ends(session) == [(late, "DEADLINE_EXCEEDED")]
 
 
 def test_parts_that_come_before_the_call_is_said_again_count() -> None:

@@ -175,7 +175,9 @@ class CallBook:
             size, most, body = 0, min(limits.BATCH_MAX, room), None
             while queue and len(batch) < most:
                 pending = queue[0]
-                if pending.stage is not _QUEUED:
+                if pending.stage is not _QUEUED or (pending.sends and now >= pending.deadline):
+                    # the latter has ended at the broker that had it, and must not run again at another; its outcome
+                    # may still come
                     queue.popleft()
                     continue
                 call = pending.call

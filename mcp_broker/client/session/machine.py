@@ -313,7 +313,7 @@ class ClientSession:
     # -- cells of the table: what the broker says ---------------------------------------------------------------
 
     def _welcome(self, message: messages.Welcome, _: bytes | memoryview | None) -> None:
-        self.epoch = message.epoch
+        is_another, self.epoch = message.epoch != self.epoch, message.epoch
         self.granted = message.granted
         self.book.stream_window = message.granted.stream_window
         self.name = message.name
@@ -323,11 +323,14 @@ class ClientSession:
         if message.resumed and message.session_id == self.session_id:
             self.book.resume()
         else:
-            if message.lineage and message.lineage == self.lineage:
+            if is_another and message.lineage and message.lineage == self.lineage:
                 # another broker under the same supervisor: it finds out what became of our calls
                 self.book.resume(elsewhere=True)
             else:
-                self.book.end_sent("the broker is another one now; whether the call ran is unknown")
+                # a stranger, or one that has given the session up and forgotten its calls
+                self.book.end_sent(
+                    "the broker does not know the session any more; whether the call ran is unknown"
+                )
             self.session_id = message.session_id
             self.received = 0
         self.lineage = message.lineage
