@@ -182,11 +182,11 @@ class Acceptance:
         if call_id in session.at_risk and not is_known:
             # sent again after a resume: its outcome is on its way
             return None
+        if call_id in session.live:
+            # a duplicate of one's own is a resend; to refuse it, since the broker drains now, would end the first too
+            return None
         tool = allowed.get(request.tool) or self._admit(session, request, now)
         if tool is None:
-            return None
-        if call_id in session.live:
-            # answering would end the first call at the client too; a duplicate of one's own is a resend
             return None
         if is_known or call_id in self._dispatcher.ghosts:
             text = "a call with this id is already under way"

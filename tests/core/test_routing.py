@@ -287,6 +287,20 @@ def test_call_that_is_sent_again_after_a_resume_does_not_run_again() -> None:
     world.check()
 
 
+def test_call_that_is_sent_again_while_the_broker_drains_goes_on() -> None:
+    world = World()
+    session = world.hello()
+    world.ready()
+    call_id = world.call()
+    world.machine.from_node(node.Shutdown(5.0), world.now)
+    again = messages.Call(call_id, "echo.echo", 1000, b"\x80")
+    world.client_says("c1", messages.Calls(EPOCH, 0, (again,)))
+    assert world.outcomes(session) == {}
+    world.answer("echo-1", call_id)
+    assert world.outcomes(session) == {call_id: "OK"}
+    world.check()
+
+
 def test_call_with_an_id_in_use_by_another_session_is_refused() -> None:
     world = World()
     world.hello("c1")
