@@ -246,13 +246,17 @@ class Crew:
     def _escalate(self, subject: tuple[Worker, bytes, int, str, str], now: float) -> None:
         worker, call_id, seq, stage, why = subject
         call = worker.held.get(call_id)
-        if call is None or call.seq != seq or worker.state >= WorkerState.DYING:
+        is_held = call.seq == seq if call is not None else self._is_orphan(worker, call_id, seq)
+        if not is_held or worker.state >= WorkerState.DYING:
             return
         self._interrupt(worker, seq, stage, why)
         if stage == "kill":
             # the supervisor spares a call that has not started: it waits behind another, and may start before the
             # worker reads that it need not
             self._stop_later(worker, call_id, seq, why, now)
+
+    def _is_orphan(self, worker: Worker, call_id: bytes, seq: int) -> bool:
+        return self._routing.reconciliation.is_running(worker, call_id, seq)
 
     def _interrupt(self, worker: Worker, seq: int, stage: str, why: str) -> None:
         self._routing.to_node.append(node.Interrupt(worker.worker_id, seq, stage, why))

@@ -43,6 +43,8 @@ class Orphan(Slim):
     outcome: messages.Outcome | None = None
     body: Body | None = None
     receipt: Receipt | None = None
+    #: nobody asked for it in time: it is being stopped
+    is_unwanted: bool = False
 
 
 class Reconciliation:
@@ -82,11 +84,20 @@ class Reconciliation:
         orphan = self.orphans.get(outcome.call_id)
         if orphan is None or orphan.worker is not worker or orphan.outcome is not None:
             return False
+        if orphan.is_unwanted:
+            del self.orphans[outcome.call_id]
+            return True
         orphan.seq, orphan.outcome, orphan.body, orphan.receipt = 0, outcome, body, receipt
         receipt.left += 1
         call = self.doubts.get(outcome.call_id)
-        if call is not None:
+        if call is None:
+            return True
+        if call.state is not _ENDED:
             self._claim(call, orphan)
+        else:
+            # its caller has another outcome: nobody will ask for this one
+            del self.doubts[outcome.call_id], self.orphans[outcome.call_id]
+            receipt.left -= 1
         return True
 
     def died(self, worker: Worker, now: float) -> None:
@@ -100,6 +111,11 @@ class Reconciliation:
             del self.orphans[call_id]
         worker.is_silent = False
         self._settle(worker.pool, now)
+
+    def is_running(self, worker: Worker, call_id: bytes, seq: int) -> bool:
+        """Tell whether a worker runs this call, and nobody has asked for it."""
+        orphan = self.orphans.get(call_id)
+        return orphan is not None and orphan.worker is worker and orphan.seq == seq
 
     def had_started(self, certificate: Certificate, calls: tuple[bytes, ...]) -> None:
         """Remember what a dead worker had started last."""
@@ -201,11 +217,14 @@ class Reconciliation:
             orphan = self.orphans.get(call_id)
             if orphan is None or orphan.worker is not worker:
                 continue
+            if orphan.seq:
+                # it occupies its worker until that says so
+                orphan.is_unwanted = True
+                self._routing.crew.stop_call(worker, call_id, orphan.seq, "cancel", now)
+                continue
             del self.orphans[call_id]
             if orphan.receipt is not None:
                 orphan.receipt.left -= 1
-            if orphan.seq:
-                self._routing.crew.stop_call(worker, call_id, orphan.seq, "cancel", now)
 
 
 def _cut(call: Call) -> messages.Outcome:

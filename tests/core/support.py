@@ -181,6 +181,9 @@ class World:
         assert len(aside) == len(machine.dispatcher.arrears)
         assert not queued & {call.call_id for call in aside}, "no call waits in two places"
         queued |= {call.call_id for call in aside}
+        doubts = {call_id for call_id in machine.reconciliation.doubts if call_id in machine.ledger.calls}
+        assert not doubts & (queued | held), "no call is in doubt that waits or is held"
+        queued |= doubts
         assert queued | held == set(machine.ledger.calls), "every live call waits or is held"
         assert not queued & held, "no call waits and is held"
         for pool in machine.dispatcher.pools.values():

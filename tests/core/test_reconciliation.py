@@ -170,6 +170,38 @@ def test_what_nobody_asks_for_is_let_go_and_stopped() -> None:
     heard = world.heard_by_worker("echo-1")
     assert messages.Cancel(EPOCH, (b"r" * 16,)) in heard
     assert messages.Ack(EPOCH, 1) in heard
+    world.answer("echo-1", b"r" * 16, "CANCELLED")
+    assert not world.machine.reconciliation.orphans
+
+
+def test_an_outcome_that_comes_after_its_doubtful_call_has_ended_is_let_go() -> None:
+    world = successor("echo-1")
+    session = world.hello()
+    registers(world, "echo-1", messages.Held(ID, 0, "tester"))
+    again(world)
+    world.client_says("c1", messages.Cancel(EPOCH, (ID,)))
+    assert world.outcomes(session) == {ID: "CANCELLED"}
+    world.answer("echo-1", ID)
+    assert world.outcomes(session) == {}
+    assert not world.machine.reconciliation.orphans
+    assert world.machine.crew.by_id["echo-1"].receipts.advance() == 1, "the worker need not keep it"
+    world.check()
+
+
+def test_what_nobody_asks_for_is_killed_if_it_does_not_stop() -> None:
+    world = successor("echo-1")
+    world.hello()
+    registers(world, "echo-1", messages.Held(ID, 3, "tester"), seq=3)
+    world.later(bounds.ORPHAN_S + 0.3)
+    assert [(order.seq, order.stage) for order in world.interrupts()][:3] == [
+        (3, "raise"),
+        (3, "term"),
+        (3, "kill"),
+    ]
+    world.answer("echo-1", ID, "CANCELLED")
+    world.machine.to_node.clear()
+    world.later(1)
+    assert world.interrupts() == []
     assert not world.machine.reconciliation.orphans
 
 
