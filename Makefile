@@ -47,8 +47,8 @@ process: $(STAMP) $(NODE_STAMP) ## tests with real processes
 cov: $(STAMP) ## tests that start no process, with coverage
 	$(BIN)/pytest -m "not process" --cov --cov-report=term
 
-sim: $(STAMP) ## the broker's machine under random faults
-	$(BIN)/pytest tests/sim
+sim: $(STAMP) ## all machines under random faults; SEED=n replays one seed, STEPS=n says for how long
+	$(BIN)/python -m tests.sim $(if $(SEED),--seed $(SEED)) $(if $(STEPS),--steps $(STEPS))
 
 # WHICH=tests/soak/test_memory.py runs one of them
 WHICH := tests/soak

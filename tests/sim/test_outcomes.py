@@ -1,6 +1,7 @@
 """The broker's machine under random peers, deaths and lost connections: one outcome a call, and nothing left over.
 
-`make sim` runs it. Hypothesis chooses the steps and prints the shortest sequence that breaks an invariant.
+Hypothesis chooses the steps and prints the shortest sequence that breaks an invariant; the whole system is driven by
+``test_simulation.py``.
 """
 
 from __future__ import annotations

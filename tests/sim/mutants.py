@@ -1,0 +1,79 @@
+"""Planted bugs: each is what a careless change could do to the machines, and must not go unseen."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from mcp_broker.core import clients, pools
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import pytest
+
+    from mcp_broker.core.workers import Worker
+    from mcp_broker.wire.messages import Outcome
+
+#: the bug spares so many calls for each that it hits
+_RARE = 40
+
+
+def run_again_whatever_the_tool(patch: pytest.MonkeyPatch) -> None:
+    """Dispatch a dead worker's calls again without asking whether the tool is idempotent."""
+    original = pools.Dispatcher.forget
+
+    def forget(self: pools.Dispatcher, worker: Worker, *others: Any, **named: Any) -> None:
+        kept = [(call.tool, call.tool.definition) for call in worker.held.values()]
+        for tool, definition in kept:
+            tool.definition = msgspec.structs.replace(definition, idempotent=True)
+        try:
+            original(self, worker, *others, **named)
+        finally:
+            for tool, definition in reversed(kept):
+                tool.definition = definition
+
+    patch.setattr(pools.Dispatcher, "forget", forget)
+
+
+def drop_an_outcome(patch: pytest.MonkeyPatch) -> None:
+    """Forget to tell a client now and then."""
+    original = clients.ClientSession.deliver
+    count = 0
+
+    def deliver(self: clients.ClientSession, outcome: Outcome, *others: Any, **named: Any) -> None:
+        nonlocal count
+        count += 1
+        if count % _RARE:
+            original(self, outcome, *others, **named)
+        else:
+            self.live.pop(outcome.call_id, None)
+
+    patch.setattr(clients.ClientSession, "deliver", deliver)
+
+
+def leak_credit(patch: pytest.MonkeyPatch) -> None:
+    """Go on counting a call that its worker has finished, now and then."""
+    original = pools.Dispatcher.outcomes
+    count = 0
+
+    def outcomes(
+        self: pools.Dispatcher, worker: Worker, outcomes: tuple[Outcome, ...], *others: Any, **named: Any
+    ) -> None:
+        nonlocal count
+        held = dict(worker.held)
+        original(self, worker, outcomes, *others, **named)
+        for outcome in outcomes:
+            count += 1
+            if not count % _RARE and outcome.call_id in held:
+                worker.held[outcome.call_id] = held[outcome.call_id]
+
+    patch.setattr(pools.Dispatcher, "outcomes", outcomes)
+
+
+MUTANTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "a re-dispatch without the idempotent check": run_again_whatever_the_tool,
+    "a dropped outcome": drop_an_outcome,
+    "a credit leak": leak_credit,
+}
