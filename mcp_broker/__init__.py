@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         UnsupportedVersion,
         WorkerLost,
     )
+    from mcp_broker.wire.messages import Priority
 
 __all__ = [
     "AsyncClient",
@@ -56,6 +57,7 @@ __all__ = [
     "Overloaded",
     "PayloadTooLarge",
     "Poisoned",
+    "Priority",
     "RateLimited",
     "ResourceExhausted",
     "ToolExecutor",
@@ -71,6 +73,7 @@ __all__ = [
 _HOMES = {
     "AsyncClient": "mcp_broker.client.aio",
     "Client": "mcp_broker.client.sync",
+    "Priority": "mcp_broker.wire.messages",
     "ToolExecutor": "mcp_broker.client.executor",
 }
 

@@ -96,6 +96,9 @@ def test_values_cannot_be_changed() -> None:
         ("[pools.Mine]\nmodule = 'm'", "line 1: 'Mine' is no name for a pool"),
         ("broker = 3", "line 1: 'broker' must be a table"),
         ("pools.mine = 3", "line 1: 'pools.mine' must be a table"),
+        ("[limits]\nrate_per_s = 0", "line 2: limits.rate_per_s: Input should be greater than 0"),
+        ("[limits]\nburst = 3", "line 1: limits: burst says nothing without rate_per_s"),
+        ("[pools.m]\nmodule = 'm'\nburst = 3", "line 1: pools.m: burst says nothing without rate_per_s"),
         ("[limits]\ndrain_s = -1", "line 2: limits.drain_s: Input should be greater than or equal to 0"),
         (
             "[pools.m]\nmodule = 'm'\npython = '/nowhere/python'",

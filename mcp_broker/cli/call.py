@@ -5,11 +5,18 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypedDict
 
 import click
 
 from mcp_broker.cli import connection, output, progress, schema, settings
+
+
+class CallSettings(TypedDict):
+    """What the command's options say of the call."""
+
+    timeout_s: float | None
+    priority: int
 
 
 def _complete(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
@@ -34,9 +41,18 @@ Examples:
     metavar="SECONDS",
     help="End the call after this long; 30 unless said.",
 )
+@click.option(
+    "--priority",
+    type=click.Choice(settings.PRIORITIES),
+    default="normal",
+    metavar="CLASS",
+    help="Where calls wait: high, normal or low.",
+)
 @click.option("--raw", is_flag=True, help="Print text and bytes as they are, not as JSON.")
 @settings.shared("json", "profile", "state-dir")
-def call(tool: str, arguments: tuple[str, ...], stream: bool, timeout_s: float | None, raw: bool) -> None:
+def call(
+    tool: str, arguments: tuple[str, ...], stream: bool, timeout_s: float | None, priority: str, raw: bool
+) -> None:
     """Call TOOL and print its result as JSON (bytes as base64).
 
     KEY=VALUE is read by the tool's schema: text stays text, a repeated key makes a list. Ctrl-C cancels the call.
@@ -44,14 +60,15 @@ def call(tool: str, arguments: tuple[str, ...], stream: bool, timeout_s: float |
     """
     chosen = settings.current()
     given = _read_arguments(arguments)
+    options: CallSettings = {"timeout_s": timeout_s, "priority": settings.PRIORITIES.index(priority)}
     with connection.connected(chosen) as client:
         if isinstance(given, list):
             given = schema.read_pairs(given, _parameters(client, tool))
         if stream:
-            for part in _parts(client, tool, given, timeout_s):
+            for part in _parts(client, tool, given, options):
                 _print(part, raw=raw, as_json=True)
         else:
-            _print(_result(client, tool, given, timeout_s), raw=raw, as_json=chosen.as_json)
+            _print(_result(client, tool, given, options), raw=raw, as_json=chosen.as_json)
 
 
 def _read_arguments(arguments: tuple[str, ...]) -> dict[str, Any] | list[tuple[str, str]]:
@@ -95,10 +112,10 @@ def _parameters(client: connection.ClientLike, tool: str) -> schema.Schema:
 
 
 def _result(
-    client: connection.ClientLike, tool: str, arguments: dict[str, Any], timeout_s: float | None
+    client: connection.ClientLike, tool: str, arguments: dict[str, Any], options: CallSettings
 ) -> object:
     with progress.bar(tool) as on_progress:
-        future = client.submit(tool, arguments, timeout_s=timeout_s, on_progress=on_progress)
+        future = client.submit(tool, arguments, on_progress=on_progress, **options)
         try:
             return future.result()
         except KeyboardInterrupt:
@@ -107,10 +124,10 @@ def _result(
 
 
 def _parts(
-    client: connection.ClientLike, tool: str, arguments: dict[str, Any], timeout_s: float | None
+    client: connection.ClientLike, tool: str, arguments: dict[str, Any], options: CallSettings
 ) -> Iterator[object]:
     with progress.bar(tool, among_lines=True) as on_progress:
-        parts = client.stream(tool, arguments, timeout_s=timeout_s, on_progress=on_progress)
+        parts = client.stream(tool, arguments, on_progress=on_progress, **options)
         try:
             yield from parts
         finally:

@@ -27,10 +27,24 @@ class ClientLike(Protocol):
 
     def call(self, tool: str, arguments: Map, /) -> Any: ...  # noqa: ANN401, D102 (any payload)
     def submit(  # noqa: D102
-        self, tool: str, arguments: Map, /, *, timeout_s: float | None, on_progress: OnProgress | None
+        self,
+        tool: str,
+        arguments: Map,
+        /,
+        *,
+        timeout_s: float | None,
+        on_progress: OnProgress | None,
+        priority: int,
     ) -> Future[Any]: ...
     def stream(  # noqa: D102
-        self, tool: str, arguments: Map, /, *, timeout_s: float | None, on_progress: OnProgress | None
+        self,
+        tool: str,
+        arguments: Map,
+        /,
+        *,
+        timeout_s: float | None,
+        on_progress: OnProgress | None,
+        priority: int,
     ) -> Iterator[Any]: ...
     def tools(  # noqa: D102
         self, name: str | None = None, capability: str | None = None, tag: str | None = None

@@ -21,6 +21,7 @@ from mcp_broker.client.options import CallOptions, wished
 from mcp_broker.client.session import State, Wishes, shrunk
 from mcp_broker.client.sync import ATTACH, MAP_AHEAD, asked, pack, seconds
 from mcp_broker.client.targets import OVER, window_full
+from mcp_broker.wire.messages import Priority
 
 if TYPE_CHECKING:
     from mcp_broker.auth.profile import Profile
@@ -143,7 +144,12 @@ class AsyncClient:
         return future
 
     async def map(
-        self, tool: str, arguments: Iterable[Mapping[str, Any]], *, timeout_s: float | None = None
+        self,
+        tool: str,
+        arguments: Iterable[Mapping[str, Any]],
+        *,
+        timeout_s: float | None = None,
+        priority: int = Priority.NORMAL,
     ) -> AsyncGenerator[Any, None]:
         """Yield the results of many calls, in order; up to 128 are under way at a time.
 
@@ -151,9 +157,10 @@ class AsyncClient:
             CallError: at the place of the call that failed; the calls after it are cancelled.
         """
         ahead: deque[AsyncCallFuture] = deque()
+        options: CallOptions = {} if priority == Priority.NORMAL else {"priority": priority}
         try:
             for one in arguments:
-                ahead.append(await self.submit(tool, one, timeout_s=timeout_s))
+                ahead.append(await self.submit(tool, one, timeout_s=timeout_s, **options))
                 if len(ahead) >= MAP_AHEAD:
                     yield await ahead.popleft()
             while ahead:

@@ -22,6 +22,9 @@ class CallOptions(TypedDict, total=False):
     idempotency_key: str | None
     #: the call goes on when this client goes away; ``attach`` with its id takes it up again
     detach: bool
+    #: 0 (high), 1 (normal) or 2 (low), see :class:`mcp_broker.Priority`: how soon it is served where calls wait; above
+    #: what the token allows it counts as what that allows
+    priority: int
 
 
 def wished(options: CallOptions) -> Wishes | None:

@@ -17,6 +17,7 @@ from mcp_broker.client.session import State, Wishes
 from mcp_broker.client.stream import PartStream
 from mcp_broker.client.targets import Connected
 from mcp_broker.wire import payload
+from mcp_broker.wire.messages import Priority
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -115,7 +116,8 @@ class Client:
             A :class:`concurrent.futures.Future` that knows its ``call_id`` and, once done, its ``usage``.
 
         Raises:
-            Overloaded: the window stayed full for ``timeout_s``.
+            Overloaded: the window stayed full for ``timeout_s``. A full queue at the broker is an Overloaded of the
+                future; nothing tries again by itself: see ``details["retry_after_s"]``.
             TypeError, ValueError: the arguments hold something that cannot be sent.
         """
         future = CallFuture(self._threads)
@@ -123,7 +125,12 @@ class Client:
         return future
 
     def map(
-        self, tool: str, arguments: Iterable[Mapping[str, Any]], *, timeout_s: float | None = None
+        self,
+        tool: str,
+        arguments: Iterable[Mapping[str, Any]],
+        *,
+        timeout_s: float | None = None,
+        priority: int = Priority.NORMAL,
     ) -> Iterator[Any]:
         """Yield the results of many calls, in order; up to 128 are under way at a time.
 
@@ -131,9 +138,10 @@ class Client:
             CallError: at the place of the call that failed; the calls after it are cancelled.
         """
         ahead: deque[CallFuture] = deque()
+        options: CallOptions = {} if priority == Priority.NORMAL else {"priority": priority}
         try:
             for one in arguments:
-                ahead.append(self.submit(tool, one, timeout_s=timeout_s))
+                ahead.append(self.submit(tool, one, timeout_s=timeout_s, **options))
                 if len(ahead) >= MAP_AHEAD:
                     yield ahead.popleft().result()
             while ahead:

@@ -79,6 +79,13 @@ def test_clearance_and_admin_are_nothing_unless_said(forge: Forge) -> None:
     assert (said.clearance, said.admin) == (0, False)
 
 
+def test_weight_and_priority_are_as_usual_unless_said(forge: Forge) -> None:
+    said = forge.verify(forge.sign())
+    assert (said.weight, said.priority) == (1, 1)
+    said = forge.verify(issue(forge, weight=5, priority=0))
+    assert (said.weight, said.priority) == (5, 0)
+
+
 def test_list_of_audiences_is_as_good_as_its_members(forge: Forge) -> None:
     assert forge.verify(forge.sign({"aud": ["elsewhere", AUDIENCE]})).audience == AUDIENCE
     assert reason(forge, forge.sign({"aud": ["elsewhere"]})) == "wrong_audience"
@@ -211,6 +218,12 @@ def test_every_required_claim_is_required(forge: Forge, name: str) -> None:
         ({"clearance": 1.0}, "bad_claim"),
         ({"clearance": True}, "bad_claim"),
         ({"clearance": "10"}, "bad_claim"),
+        ({"weight": 0}, "bad_claim"),
+        ({"weight": 101}, "bad_claim"),
+        ({"weight": 1.5}, "bad_claim"),
+        ({"priority": 3}, "bad_claim"),
+        ({"priority": -1}, "bad_claim"),
+        ({"priority": True}, "bad_claim"),
         ({"admin": 1}, "bad_claim"),
         ({"admin": "true"}, "bad_claim"),
         ({"scope": ["text.*"]}, "bad_claim"),
@@ -347,6 +360,9 @@ def test_machine_clock_has_no_say(forge: Forge) -> None:
         {"scopes": ["text.* sql.*"]},
         {"clearance": 11},
         {"clearance": True},
+        {"weight": 0},
+        {"weight": 101},
+        {"priority": 3},
         {"scopes": [f"tool{number}.*" for number in range(1000)]},
     ],
     ids=str,
@@ -386,7 +402,9 @@ JSON = st.recursive(
 
 
 @given(
-    payload=st.dictionaries(st.sampled_from([*claims.REQUIRED, "clearance", "admin"]), JSON, max_size=4),
+    payload=st.dictionaries(
+        st.sampled_from([*claims.REQUIRED, "clearance", "admin", "weight", "priority"]), JSON, max_size=4
+    ),
     header=st.dictionaries(st.sampled_from(["alg", "typ", "kid", "crit", "x"]), JSON, max_size=1),
 )
 def test_any_signed_json_is_claims_or_unauthenticated(

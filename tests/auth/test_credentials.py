@@ -193,6 +193,8 @@ def test_profile_name_cannot_leave_its_folder(authority: Authority, name: str) -
         {"scopes": ["te*"]},
         {"ttl_s": 91 * DAY},
         {"clearance": 11},
+        {"weight": 0},
+        {"priority": 3},
         {"endpoints": []},
         {"endpoints": ["http://127.0.0.1"]},
     ],
@@ -227,7 +229,7 @@ def test_profile_goes_where_it_is_wanted(authority: Authority, tmp_path: Path) -
 
 def test_default_profile_may_do_everything(authority: Authority) -> None:
     said = verify(authority, authority.ensure_default(ENDPOINTS))
-    assert (said.scopes, said.admin, said.clearance) == (("*",), True, 10)
+    assert (said.scopes, said.admin, said.clearance, said.priority) == (("*",), True, 10, 0)
     assert said.expires_wall - said.issued_wall == limits.TOKEN_TTL_S
 
 

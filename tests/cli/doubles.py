@@ -57,6 +57,7 @@ class FakeClient:
     answer: Answer = lambda _tool, arguments: arguments
     definitions: list[dict[str, Any]] = field(default_factory=lambda: [WORD_COUNT, ADD])
     calls: list[tuple[str, dict[str, Any], float | None]] = field(default_factory=list)
+    priorities: list[int] = field(default_factory=list)
     tools_asked: int = 0
     future: Future[Any] | None = None
 
@@ -65,8 +66,16 @@ class FakeClient:
         return self.answer(tool, arguments)
 
     def submit(
-        self, tool: str, arguments: dict[str, Any], /, *, timeout_s: float | None, on_progress: Any = None
+        self,
+        tool: str,
+        arguments: dict[str, Any],
+        /,
+        *,
+        timeout_s: float | None,
+        on_progress: Any = None,
+        priority: int = 1,
     ) -> Future[Any]:
+        self.priorities.append(priority)
         if on_progress is not None:
             on_progress(None, "begins")
             on_progress(0.5, "half way")
@@ -81,8 +90,16 @@ class FakeClient:
         return future
 
     def stream(
-        self, tool: str, arguments: dict[str, Any], /, *, timeout_s: float | None, on_progress: Any = None
+        self,
+        tool: str,
+        arguments: dict[str, Any],
+        /,
+        *,
+        timeout_s: float | None,
+        on_progress: Any = None,
+        priority: int = 1,
     ) -> Iterator[Any]:
+        self.priorities.append(priority)
         yield from self.call(tool, arguments, timeout_s)
 
     def tools(

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mcp_broker.cli import output, schema
+from mcp_broker import Priority
+from mcp_broker.cli import output, schema, settings
 from mcp_broker.errors import InvalidArgument, ToolFailed
 from tests.cli.doubles import ADD, FakeClient
 
@@ -56,6 +57,16 @@ def test_timeout_is_passed_on(run: Run, client: FakeClient) -> None:
     run("call", "add", "{}")
     assert [timeout_s for _, _, timeout_s in client.calls] == [1.5, None]
     assert run("call", "add", "{}", "--timeout", "0").code == 2
+
+
+def test_priority_is_passed_on_by_its_name(run: Run, client: FakeClient) -> None:
+    client.answer = lambda _tool, _arguments: []
+    run("call", "add", "{}")
+    run("call", "add", "{}", "--priority", "high")
+    run("call", "add", "{}", "--stream", "--priority", "low")
+    assert client.priorities == [Priority.NORMAL, Priority.HIGH, Priority.LOW]
+    assert run("call", "add", "{}", "--priority", "urgent").code == 2
+    assert tuple(priority.name.lower() for priority in Priority) == settings.PRIORITIES
 
 
 def test_bytes_are_base64_and_raw_as_they_are(

@@ -18,6 +18,7 @@ from typing import IO, Any
 
 import pytest
 
+from mcp_broker import Client, RateLimited
 from mcp_broker.auth.credentials import Authority
 from mcp_broker.auth.profile import load_profile
 
@@ -91,12 +92,12 @@ def command(*arguments: str | Path, timeout_s: float = 30.0) -> subprocess.Compl
 class Started:
     """`mcp-broker start` and the lines that it printed."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, config: str = CONFIG) -> None:
         self.state_dir = folder / "state"
         self.lines: list[str] = []
         self._new: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         (folder / "mine.py").write_text(TOOLS)
-        (folder / "broker.toml").write_text(CONFIG)
+        (folder / "broker.toml").write_text(config)
         self.began = time.monotonic()
         self.process = subprocess.Popen(
             [
@@ -408,3 +409,40 @@ def test_stop_ends_everything_and_why_still_knows(tmp_path: Path) -> None:
     assert "SIGKILL" in told.stdout
     assert "nothing runs" in command("stop", "--state-dir", started.state_dir).stderr
     assert command("status", "--state-dir", started.state_dir).returncode == 4
+
+
+LIMITED = """
+[limits]
+rate_per_s = 0.01
+burst = 5
+[pools.mine]
+module = "mine"
+path = ["."]
+rate_per_s = 0.01
+burst = 2
+[pools.text]
+module = "mcp_broker_workers.text"
+"""
+
+
+def test_rates_of_the_configuration_hold_and_refusals_are_counted(tmp_path: Path) -> None:
+    started = Started(tmp_path, LIMITED)
+    try:
+        started.wait_for("Ctrl-C here ends it")
+        issue = ("credentials", "issue", "eager", "--allow", "*", "--state-dir", started.state_dir)
+        profile = command(*issue).stdout.strip()
+
+        def limits_met(tool: str, arguments: dict[str, Any], times: int) -> list[str]:
+            outcomes = [client.submit(tool, arguments).exception() for _ in range(times)]
+            return [
+                error.details["limit"] if isinstance(error, RateLimited) else repr(error)
+                for error in outcomes
+            ]
+
+        with Client.connect(profile) as client:
+            assert limits_met("add", {"a": 1, "b": 2}, 3) == ["None", "None", "tool_rate"]
+            words = limits_met("text.word_count", {"text": "a"}, 4)
+            assert words == ["None", "None", "None", "principal_rate"]
+        assert status(started)["calls"]["refused"] == {"RATE_LIMITED": 2}
+    finally:
+        started.end()

@@ -10,6 +10,7 @@ from mcp_broker import errors, limits
 from mcp_broker.client.session import ClientSession, PendingCall, State, Wishes
 from mcp_broker.client.session.machine import BACKOFF_MAX_S
 from mcp_broker.wire import messages, payload
+from mcp_broker.wire.messages import Priority
 
 EMPTY = b"\x80"
 SESSION = b"s" * 16
@@ -492,6 +493,27 @@ def test_a_call_whose_time_is_over_is_not_said_again() -> None:
     assert [one.call_id for one in message.calls] == [call.call_id]
     session.expire(1.5)
     assert ends(session) == [(late, "DEADLINE_EXCEEDED")]
+
+
+def test_priority_travels_with_the_call_and_must_be_one() -> None:
+    session = opened()
+    for priority in (Priority.HIGH, Priority.NORMAL, 2):
+        session.submit("t", 5.0, EMPTY, 0.0, wishes=Wishes(priority=priority))
+    [message] = sent(session)
+    assert [call.extra for call in message.calls] == [
+        messages.CallExtra(priority=0), None, messages.CallExtra(priority=2)
+    ]  # fmt: skip
+    for wrong in (3, -1, "high"):
+        with pytest.raises(errors.InvalidArgument, match="a priority is"):
+            session.submit("t", 5.0, EMPTY, 0.0, wishes=Wishes(priority=wrong))  # type: ignore[arg-type]
+
+
+def test_priority_is_still_there_when_a_call_is_sent_again() -> None:
+    session = opened()
+    session.submit("t", 5.0, EMPTY, 0.0, wishes=Wishes(priority=Priority.LOW))
+    [message] = sent(session)
+    session.disconnected("cut", [message])
+    assert session.book.queue[0].call.extra == messages.CallExtra(priority=2)
 
 
 def test_parts_that_come_before_the_call_is_said_again_count() -> None:

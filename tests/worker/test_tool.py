@@ -266,3 +266,22 @@ def test_validation_costs_about_a_microsecond() -> None:
         best = min(best, (time.perf_counter() - began) / 2000)
     # 0.3 on the machine that this was written on; the bar is for one that is busy
     assert best < 5e-6
+
+
+def test_bounds_of_a_tool_are_in_its_definition() -> None:
+    @tool(name="web.fetch", concurrency_max=4, rate_per_s=2.5, burst=10)
+    def fetch(url: str) -> str:
+        return url
+
+    definition = fetch.definition
+    assert (definition.concurrency_max, definition.rate_per_s, definition.burst) == (4, 2.5, 10)
+    assert word_count.definition.concurrency_max is None
+
+
+@pytest.mark.parametrize("bound", [{"concurrency_max": 0}, {"rate_per_s": 0}, {"burst": -1}])
+def test_bound_that_would_let_nothing_through_is_its_authors_fault(bound: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match="cannot be registered"):
+
+        @tool(name="web.fetch", **bound)
+        def fetch(url: str) -> str:
+            return url

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from mcp_broker import errors, ids, limits
 from mcp_broker.wire import encoding, payload
-from mcp_broker.wire.messages import CallExtra
+from mcp_broker.wire.messages import CallExtra, Priority
 from mcp_broker.wire.structs import Slim
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ class Wishes(Slim):
         detach: the call goes on without its client.
         attach_to: no new call: the detached one with this id.
         encoding: how the arguments are encoded; None: as they are.
+        priority: how soon it is served while it waits.
     """
 
     idle_timeout_s: float | None = None
@@ -74,12 +75,13 @@ class Wishes(Slim):
     detach: bool = False
     attach_to: bytes | None = None
     encoding: str | None = None
+    priority: int = Priority.NORMAL
 
     def extra(self) -> CallExtra | None:
         """Return what the broker is to hear of it.
 
         Raises:
-            InvalidArgument: there can be no such time-out, key or id (the caller's fault).
+            InvalidArgument: there can be no such time-out, key, id or priority (the caller's fault).
         """
         idle_ms = None
         if self.idle_timeout_s is not None:
@@ -94,15 +96,23 @@ class Wishes(Slim):
         attach = self.attach_to is not None
         if attach and len(self.attach_to or b"") != ids.CALL_ID_BYTES:
             raise errors.InvalidArgument(f"a call id has {ids.CALL_ID_BYTES} bytes")
-        if idle_ms is None and key is None and not self.detach and not attach and self.encoding is None:
-            return None
-        return CallExtra(
+        if self.priority not in _PRIORITIES:
+            raise errors.InvalidArgument(
+                f"a priority is 0 (high), 1 (normal) or 2 (low), not {self.priority!r}"
+            )
+        extra = CallExtra(
             idle_timeout_ms=idle_ms,
             idempotency_key=key,
             detach=bool(self.detach),
             attach=attach,
             encoding=self.encoding,
+            priority=int(self.priority),
         )
+        return None if extra == _PLAIN else extra
+
+
+_PRIORITIES: Final = frozenset(Priority)
+_PLAIN: Final = CallExtra()
 
 
 def shrunk(packed: bytes, wishes: Wishes | None) -> tuple[bytes, Wishes | None]:
