@@ -24,15 +24,10 @@ class Waiting(Slim):
     calls: int = 0
     bytes: int = 0
 
-    def add(self, size: int) -> None:
-        """Count one more."""
-        self.calls += 1
+    def add(self, calls: int, size: int) -> None:
+        """Count so many more, with so many bytes; negative: less."""
+        self.calls += calls
         self.bytes += size
-
-    def take(self, size: int) -> None:
-        """Count one less."""
-        self.calls -= 1
-        self.bytes -= size
 
 
 class Bound(NamedTuple):
@@ -48,6 +43,7 @@ class Bound(NamedTuple):
         return "bytes" if waiting.bytes + size > self.bytes else None
 
 
+_NOTHING: Final = Waiting()
 POOL: Final = Bound(limits.QUEUE_CALLS_MAX, limits.QUEUE_BYTES_MAX)
 PRINCIPAL: Final = Bound(limits.PRINCIPAL_QUEUE_CALLS_MAX, limits.PRINCIPAL_QUEUE_BYTES_MAX)
 BROKER: Final = Bound(limits.BROKER_QUEUE_CALLS_MAX, limits.BROKER_QUEUE_BYTES_MAX)
@@ -68,26 +64,36 @@ class Budget:
         self.total = Waiting()
         self.principals: dict[str, Waiting] = {}
 
-    def add(self, principal: str, size: int) -> None:
-        """Count a call that begins to wait."""
-        self.total.add(size)
+    def add(self, principal: str, calls: int, size: int) -> None:
+        """Count calls of a principal that begin to wait, and the bytes of their arguments; negative: that wait no more."""
+        self.total.add(calls, size)
         mine = self.principals.get(principal)
         if mine is None:
             mine = self.principals[principal] = Waiting()
-        mine.add(size)
-
-    def take(self, principal: str, size: int) -> None:
-        """Count a call that waits no more."""
-        self.total.take(size)
-        mine = self.principals[principal]
-        mine.take(size)
+        mine.add(calls, size)
         if not mine.calls:
             del self.principals[principal]
+
+    def room(self, principal: str, waiting: Waiting) -> tuple[int, int]:
+        """Return how many calls more, and bytes, a principal may let wait for a pool where so many are."""
+        total, mine = self.total, self.principals.get(principal) or _NOTHING
+        return (
+            min(
+                self.pool.calls - waiting.calls,
+                self.principal.calls - mine.calls,
+                self.broker.calls - total.calls,
+            ),
+            min(
+                self.pool.bytes - waiting.bytes,
+                self.principal.bytes - mine.bytes,
+                self.broker.bytes - total.bytes,
+            ),
+        )
 
     def refusal(self, call: Call, pool: Pool) -> messages.Outcome | None:
         """Return how a call ends for which there is no room to wait, or None."""
         size, principal = call.bytes_held(), call.session.grant.caller.principal
-        mine = self.principals.get(principal) or Waiting()
+        mine = self.principals.get(principal) or _NOTHING
         for name, where, bound, waiting in (
             ("pool", f"for pool {pool.name!r}", self.pool, pool.waiting),
             ("principal", f"of {principal}", self.principal, mine),

@@ -275,12 +275,11 @@ class Backlog(Generic[T]):
         """Tell whether :meth:`take` would return anything."""
         return self._free > 0 or any(gate.waiting and gate.held < gate.limit for gate in self._gates)
 
-    def add(
+    def add(  # noqa: PLR0917 (names at every call would cost as much as the rest)
         self,
         key: bytes,
         item: T,
         now: float,
-        *,
         principal: str,
         weight: int = 1,
         level: int = 0,

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from mcp_broker.core.bucket import Rate
     from mcp_broker.core.calls import Call
+    from mcp_broker.core.clients import ClientSession
     from mcp_broker.core.registry import Tool
     from mcp_broker.wire.node import PoolReport
 
@@ -54,24 +55,38 @@ class Pool:
 
     # -- what waits -----------------------------------------------------------------------------------
 
-    def queue(self, call: Call, now: float, *, front: bool = False) -> None:
-        """Let a call wait for credit; in front: it was given to a worker before, which did not start it."""
-        grant = call.session.grant
-        if front:
-            self.backlog.requeue(call.call_id, call, call.tool.gate)
-        else:
-            wanted = call.extra.priority if call.extra is not None else _NORMAL
-            self.backlog.add(
-                call.call_id,
-                call,
-                now,
-                principal=grant.caller.principal,
-                weight=grant.weight,
+    def queue(self, calls: list[Call], now: float) -> list[Call]:
+        """Let calls wait for credit, as many as there is room for; return the others."""
+        left: list[Call] = []
+        at, total = 0, len(calls)
+        while at < total:
+            # what is the same for all calls of a session is asked once
+            session = calls[at].session
+            grant = session.grant
+            principal, weight, highest = grant.caller.principal, grant.weight, grant.priority
+            room, room_bytes = self._budget.room(principal, self.waiting)
+            count = size = 0
+            while at < total and calls[at].session is session:
+                call = calls[at]
+                at += 1
+                held = call.bytes_held()
+                if count >= room or size + held > room_bytes:
+                    left.append(call)
+                    continue
+                count += 1
+                size += held
                 # 0 is the highest: nobody comes before what its token allows
-                level=max(wanted, grant.priority),
-                gate=call.tool.gate,
-                cost=1 + call.bytes_held() // limits.COST_BYTES,
-            )
+                level = max(_NORMAL if call.extra is None else call.extra.priority, highest)
+                cost = 1 + held // limits.COST_BYTES
+                self.backlog.add(call.call_id, call, now, principal, weight, level, call.tool.gate, cost)
+            if count:
+                self.waiting.add(count, size)
+                self._budget.add(principal, count, size)
+        return left
+
+    def requeue(self, call: Call) -> None:
+        """Let a call wait in front of all others that was given to a worker before, which did not start it."""
+        self.backlog.requeue(call.call_id, call, call.tool.gate)
         self.count_in(call)
 
     def unqueue(self, call: Call) -> None:
@@ -82,22 +97,31 @@ class Pool:
     def take(self, most: int, now: float) -> list[Call]:
         """Take out the calls that are served now, up to ``most``; none, if all that wait are behind closed gates."""
         calls = self.backlog.take(most, now)
-        for call in calls:
-            self.count_out(call)
         self._drained += len(calls)
+        session: ClientSession | None = None
+        count = size = 0
+        for call in calls:
+            if call.session is not session:
+                if session is not None:
+                    self._count(session, -count, -size)
+                session, count, size = call.session, 0, 0
+            count += 1
+            size += call.bytes_held()
+        if session is not None:
+            self._count(session, -count, -size)
         return calls
 
     def count_in(self, call: Call) -> None:
         """A call of this pool waits, here or elsewhere."""
-        size = call.bytes_held()
-        self.waiting.add(size)
-        self._budget.add(call.session.grant.caller.principal, size)
+        self._count(call.session, 1, call.bytes_held())
 
     def count_out(self, call: Call) -> None:
         """It waits no more."""
-        size = call.bytes_held()
-        self.waiting.take(size)
-        self._budget.take(call.session.grant.caller.principal, size)
+        self._count(call.session, -1, -call.bytes_held())
+
+    def _count(self, session: ClientSession, calls: int, size: int) -> None:
+        self.waiting.add(calls, size)
+        self._budget.add(session.grant.caller.principal, calls, size)
 
     def regate(self, tools: Iterable[Tool], now: float) -> None:
         """Its tools have changed: count anew what passes their gates, and let what waits, wait by them."""
@@ -114,8 +138,9 @@ class Pool:
         calls = list(self.backlog.values())
         for call in calls:
             self.unqueue(call)
-        for call in calls:
-            self.queue(call, now)
+        for call in reversed(self.queue(calls, now)):
+            # there was more than may wait, by calls that had been given to workers before
+            self.requeue(call)
 
     # -- who serves it -----------------------------------------------------------------------------------
 

@@ -83,12 +83,14 @@ class Dispatcher:
         return [call for call in calls if call.tool.gate is None]
 
     def _queue(self, calls: list[Call], pool: Pool, now: float) -> None:
-        for call in calls:
-            if pool.gates and self.budget.refusal(call, pool) is not None:
-                # those before it came to wait only because their gates are looked at when all are in
-                self.pump(pool, now)
+        left = pool.queue(calls, now)
+        if left and pool.gates:
+            # some came to wait only because their gates are looked at when all are in
+            self.pump(pool, now)
+            left = pool.queue(left, now)
+        for call in left:
             if self._may_wait(call, pool):
-                pool.queue(call, now)
+                pool.queue([call], now)
 
     def _may_wait(self, call: Call, pool: Pool) -> bool:
         """Tell whether there is room for a call to wait; if not, it ends here."""
@@ -278,7 +280,7 @@ class Dispatcher:
         pools: dict[Pool, None] = {}
         for call in reversed(self.arrears.caught_up(session)):
             if call.tool.pool is not None:
-                call.tool.pool.queue(call, now, front=True)
+                call.tool.pool.requeue(call)
                 pools[call.tool.pool] = None
         for pool in pools:
             self.pump(pool, now)
@@ -310,7 +312,7 @@ class Dispatcher:
     def _requeue(self, calls: list[Call], pool: Pool, now: float) -> None:
         for call in reversed(calls):
             call.step(CallEvent.REQUEUED)
-            pool.queue(call, now, front=True)
+            pool.requeue(call)
         self.pump(pool, now)
 
     def forget(self, worker: Worker, certificate: Certificate, now: float) -> None:
