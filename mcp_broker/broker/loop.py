@@ -30,7 +30,7 @@ _RETRY_S: Final = 0.005
 #: a received body below this is copied out of libzmq's buffer; above, the buffer itself is forwarded
 _COPY_BYTES: Final = limits.INLINE_BYTES_MAX
 
-_BODY_RULE: Final = "a second frame belongs to a message of exactly one call, outcome or part"
+_BODY_RULE: Final = "a second frame belongs to a message of exactly one call, chunk, outcome or part"
 
 Door = Callable[[bytes, str, zmq.Frame, Any, float], None]
 
@@ -170,7 +170,7 @@ class Loop:
         except WireError as error:
             self._refused_bytes(self._clients, routing_id, user_id, frame, error, now)
             return
-        if body is not None and type(message) is not messages.Calls:
+        if body is not None and not _may_have_body(message):
             self._misbehaved(self._clients, routing_id, _BODY_RULE, now)
         elif type(message) is messages.Hello:
             self._hello(routing_id, user_id, message, now)
@@ -340,6 +340,11 @@ class Loop:
             self._machine.clientele.unreachable(routing_id, now)
         else:
             self._machine.crew.unreachable(routing_id)
+
+
+def _may_have_body(message: messages.FromClient) -> bool:
+    """Tell whether a second frame may belong to a client's message; of CALLS the machine knows more."""
+    return type(message) is messages.Calls or (type(message) is messages.Chunks and len(message.chunks) == 1)
 
 
 def _has_room_for(message: messages.FromWorker, body: Body | None) -> bool:

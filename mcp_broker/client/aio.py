@@ -16,16 +16,18 @@ from typing import TYPE_CHECKING, Any, Final, Self, Unpack
 from mcp_broker import errors, limits
 from mcp_broker.client import connection, progress
 from mcp_broker.client.awaitables import AsyncCallFuture, AsyncPartStream
+from mcp_broker.client.feeder import feed_later
 from mcp_broker.client.link import Link
 from mcp_broker.client.options import CallOptions, wished
 from mcp_broker.client.session import State, Wishes, shrunk
+from mcp_broker.client.sources import pack_rest
 from mcp_broker.client.sync import ATTACH, MAP_AHEAD, asked, pack, seconds
 from mcp_broker.client.targets import OVER, window_full
 from mcp_broker.wire.messages import Priority
 
 if TYPE_CHECKING:
     from mcp_broker.auth.profile import Profile
-    from mcp_broker.client.session import PendingCall
+    from mcp_broker.client.session import PendingCall, Upload
     from mcp_broker.transport import Connection
 
 #: messages of which one turn of the loop takes the outcomes, before others have their turn
@@ -65,6 +67,8 @@ class AsyncClient:
         self._turn_is_due = False
         #: tasks that wait for a place in the window, or for the session
         self._waiting: deque[asyncio.Future[None]] = deque()
+        #: tasks that send arguments in chunks
+        self._feeders: set[asyncio.Task[None]] = set()
         self._closed = False
 
     @classmethod
@@ -241,7 +245,10 @@ class AsyncClient:
     ) -> None:
         if self._generation != connection.generation:
             raise errors.BrokerError("this client belongs to the process that connected it; connect one here")
-        packed = pack(arguments)
+        try:
+            packed = pack(arguments)
+        except TypeError as error:
+            packed, wishes = pack_rest(arguments, wishes, error)
         session = self._session
         if len(packed) >= limits.COMPRESS_BYTES_MIN and session.compresses:
             packed, wishes = shrunk(packed, wishes)
@@ -250,10 +257,30 @@ class AsyncClient:
         waiter.pending = session.submit(
             tool, timeout_s, packed, monotonic(), waiter, streamed=streamed, wishes=wishes
         )
+        if wishes is not None and wishes.upload is not None:
+            task = self._loop.create_task(feed_later(self, waiter.pending, wishes.upload))
+            self._feeders.add(task)
+            task.add_done_callback(self._feeders.discard)
         if not session.book.in_flight:
             self._turn()
         else:
             self._turn_soon()
+
+    async def room_for_chunk(self, pending: PendingCall, upload: Upload) -> bool:
+        """Wait until a chunk may be sent; False if the call has ended."""
+        while not (upload.has_room or pending.has_ended):
+            await self._news()
+        return not pending.has_ended
+
+    def feed(self, pending: PendingCall, data: bytes) -> None:
+        """Send the next chunk of a call's argument; no bytes: that was all."""
+        self._session.book.uploads.add(pending, data)
+        self._turn_soon()
+
+    def fail(self, pending: PendingCall, error: Exception) -> None:
+        """End a call whose argument cannot be read."""
+        self._session.book.spoil(pending, error)
+        self._turn_soon()
 
     async def _room(self, timeout_s: float) -> None:
         session = self._session
@@ -352,4 +379,9 @@ class AsyncClient:
             for end in ended:
                 # future and call hold each other: taken apart here, they cost the collector nothing
                 waiter, end.pending.waiter = end.pending.waiter, None
+                if end.pending.upload is not None:
+                    book.uploads.raised.append(end.pending)
                 waiter.settle(end.value, end.error, end.usage)
+        if book.uploads.raised:
+            book.uploads.raised = []
+            self._wake()

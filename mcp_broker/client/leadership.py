@@ -21,7 +21,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
 from mcp_broker import errors, limits
-from mcp_broker.client import connection
+from mcp_broker.client import connection, feeder
 from mcp_broker.client.serving import Serving
 from mcp_broker.client.session import shrunk
 from mcp_broker.client.targets import OVER, Room, Target, Unattended, window_full
@@ -106,6 +106,8 @@ class Leadership(Serving):
             waiter.pending = session.submit(
                 tool, timeout_s, packed, now, waiter, streamed=streamed, wishes=wishes
             )
+            if wishes is not None and wishes.upload is not None:
+                feeder.start(self, waiter.pending, wishes.upload)
             if waits:
                 return
             if not book.in_flight or len(book.queue) >= limits.BATCH_MAX:
@@ -130,6 +132,18 @@ class Leadership(Serving):
             self.session.took(pending)
             if self.session.book.credits:
                 self._push()
+
+    def feed(self, pending: PendingCall, data: bytes) -> None:
+        """Send the next chunk of a call's argument; no bytes: that was all."""
+        with self._lock:
+            self.session.book.uploads.add(pending, data)
+            self._push()
+
+    def fail(self, pending: PendingCall, error: Exception) -> None:
+        """End a call whose argument cannot be read."""
+        with self._lock:
+            self.session.book.spoil(pending, error)
+            self._push()
 
     def attend(self) -> None:
         """Somebody waits in a way that serves nothing: the helper leads from now on."""

@@ -125,7 +125,7 @@ class Link:
                 self.malformed += 1
                 continue
             session.receive(message, body, now)
-            if book.ended or book.arrived or book.progressed:
+            if book.ended or book.arrived or book.progressed or book.uploads.raised:
                 return True
             if session.state is not State.OPEN:
                 return False

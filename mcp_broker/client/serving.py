@@ -75,7 +75,7 @@ class Serving:
             self.session.cancel(self._orphans.popleft())
         more = self.link.serve(now)
         book = self.session.book
-        if book.ended or book.arrived or book.progressed or self._untold:
+        if book.ended or book.arrived or book.progressed or book.uploads.raised or self._untold:
             self._settle()
         elif self._rooms:
             self._tell_rooms()
@@ -102,10 +102,14 @@ class Serving:
         for end in ended:
             # future and call hold each other: taken apart here, they cost the collector nothing
             waiter, end.pending.waiter = end.pending.waiter, None
+            if end.pending.upload is not None:
+                book.uploads.raised.append(end.pending)
             if waiter.settle(end.value, end.error, end.usage):
                 self._untold.append(waiter.tell_strangers)
         if self._rooms:
             self._tell_rooms()
+        if book.uploads.raised:
+            self._tell_feeders()
         if self._polling:
             # the leader's own call may be among them
             self._kick()
@@ -129,6 +133,15 @@ class Serving:
         for room in self._rooms:
             if room.ready and room.seats:
                 for seat in room.seats:
+                    seat.set()
+
+    def _tell_feeders(self) -> None:
+        uploads = self.session.book.uploads
+        raised, uploads.raised = uploads.raised, []
+        for pending in raised:
+            if pending.upload is not None and pending.upload.seats:
+                seats, pending.upload.seats = pending.upload.seats, None
+                for seat in seats:
                     seat.set()
 
     def _kick(self) -> None:

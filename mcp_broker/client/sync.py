@@ -14,6 +14,7 @@ from mcp_broker.client.leadership import Leadership
 from mcp_broker.client.link import Link
 from mcp_broker.client.options import CallOptions, wished
 from mcp_broker.client.session import State, Wishes
+from mcp_broker.client.sources import pack_rest
 from mcp_broker.client.stream import PartStream
 from mcp_broker.client.targets import Connected
 from mcp_broker.wire import payload
@@ -89,6 +90,8 @@ class Client:
         """Call a tool and wait for its result; a streaming tool's parts come as a list.
 
         Args:
+            arguments: names and values. Where the tool takes a ByteStream: bytes, or a binary file or an iterator of
+                bytes, which is read in a thread of its own while the tool runs. What that raises cancels the call.
             timeout_s: how long the call may take, in seconds; 30 if None.
             options: see :class:`~mcp_broker.client.options.CallOptions`.
 
@@ -97,9 +100,8 @@ class Client:
             TypeError, ValueError: the arguments hold something that cannot be sent.
         """
         future = CallFuture(self._threads)
-        self._threads.submit(
-            tool, seconds(timeout_s), pack(arguments), future, waits=True, wishes=wished(options)
-        )
+        packed, wishes = prepared(arguments, options)
+        self._threads.submit(tool, seconds(timeout_s), packed, future, waits=True, wishes=wishes)
         return future.result()
 
     def submit(
@@ -121,7 +123,8 @@ class Client:
             TypeError, ValueError: the arguments hold something that cannot be sent.
         """
         future = CallFuture(self._threads)
-        self._threads.submit(tool, seconds(timeout_s), pack(arguments), future, wishes=wished(options))
+        packed, wishes = prepared(arguments, options)
+        self._threads.submit(tool, seconds(timeout_s), packed, future, wishes=wishes)
         return future
 
     def map(
@@ -164,9 +167,8 @@ class Client:
         call if it has not ended; so does dropping it.
         """
         stream = PartStream(self._threads)
-        self._threads.submit(
-            tool, seconds(timeout_s), pack(arguments), stream.inbox, streamed=True, wishes=wished(options)
-        )
+        packed, wishes = prepared(arguments, options)
+        self._threads.submit(tool, seconds(timeout_s), packed, stream.inbox, streamed=True, wishes=wishes)
         return stream
 
     def tools(
@@ -226,6 +228,18 @@ def pack(arguments: Mapping[str, Any] | None) -> bytes:
     if not isinstance(arguments, Mapping):
         raise TypeError(f"arguments are a map of names to values, not {type(arguments).__name__}")
     return payload.pack(dict(arguments))
+
+
+def prepared(arguments: Mapping[str, Any] | None, options: CallOptions) -> tuple[bytes, Wishes | None]:
+    """Pack a call's arguments, but for one that is a file or an iterator, which becomes a wish.
+
+    Raises:
+        TypeError, ValueError: they hold something that cannot be sent, or are no map (the caller's fault).
+    """
+    try:
+        return pack(arguments), wished(options)
+    except TypeError as error:
+        return pack_rest(arguments, wished(options), error)
 
 
 def seconds(timeout_s: float | None) -> float:

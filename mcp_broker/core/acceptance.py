@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mcp_broker import limits
 from mcp_broker.core import introspection
-from mcp_broker.core.calls import Call, fault
+from mcp_broker.core.calls import Call, Upload, fault
 from mcp_broker.core.clients import ClientSession, ClientState
 from mcp_broker.core.pools import unavailable
 from mcp_broker.errors import MalformedFrame
@@ -154,6 +154,12 @@ class Acceptance:
         self._ledger.accept([call])
         if extra.idle_timeout_ms is not None:
             self._ledger.watch(call, extra.idle_timeout_ms, now)
+        if extra.upload is not None:
+            call.upload = Upload()
+            if extra.detach or extra.idempotency_key is not None:
+                text = "a call with an upload can be neither detached nor keyed: what it is given is not kept"
+                self._ledger.finish(call, fault(call.call_id, "INVALID_ARGUMENT", text))
+                return []
         if extra.detach and call.tool.is_streaming:
             text = "a streaming tool cannot be detached: its parts are not kept"
             self._ledger.finish(call, fault(call.call_id, "INVALID_ARGUMENT", text, {"tool": call.tool.name}))

@@ -81,6 +81,7 @@ class Call(Slim):
         wanted: the same, as the caller has said.
         parts: parts of a streamed result forwarded so far.
         idle: its time-out of silence, if it has one.
+        upload: what came of the argument that comes in chunks, if one does.
         expected_bytes: its share of what its session may have to read, where its tool's results are large.
     """
 
@@ -102,6 +103,7 @@ class Call(Slim):
     limit: int = limits.STREAM_WINDOW_MAX
     wanted: int = limits.STREAM_WINDOW_MAX
     idle: Idle | None = None
+    upload: Upload | None = None
     expected_bytes: int = 0
 
     def step(self, event: CallEvent) -> None:
@@ -114,6 +116,11 @@ class Call(Slim):
         if after is None:
             raise InvalidTransition(f"call {self.call_id.hex()}: {event.name} in state {self.state.name}")
         self.state = after
+
+    @property
+    def may_run_again(self) -> bool:
+        """Tell whether nothing came of it, or went into it, that cannot come a second time."""
+        return not self.parts and (self.upload is None or not self.upload.limit)
 
     def packed_arguments(self) -> bytes:
         """Return the arguments' payload, wherever it came."""
@@ -139,6 +146,20 @@ class Idle(Slim):
     timeout_s: float
     touched_at: float
     slot: Slot[Call]
+
+
+class Upload(Slim):
+    """How far an argument that comes in chunks has come.
+
+    Attributes:
+        limit: chunks with an index below it may come; 0: its worker has not begun to read.
+        chunks: how many went on to the worker.
+        is_whole: the last one did.
+    """
+
+    limit: int = 0
+    chunks: int = 0
+    is_whole: bool = False
 
 
 def fault(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mcp_broker import limits
+from mcp_broker.core import uploads
 from mcp_broker.core.acceptance import Acceptance
 from mcp_broker.core.calls import fault
 from mcp_broker.core.clients import (
@@ -67,10 +68,9 @@ class Clientele:
             for call_id in message.call_ids:
                 self._cancel(session, call_id, now)
         elif isinstance(message, messages.Credit):
-            for credit in message.credits:
-                call = session.live.get(credit.call_id)
-                if call is not None:
-                    self._dispatcher.credit(call, credit)
+            self._credit(session, message)
+        elif isinstance(message, messages.Chunks):
+            self._chunks(session, message, body, now)
         elif isinstance(message, messages.Goodbye):
             self._close(session, "the client said goodbye", now)
         session.state = after
@@ -145,6 +145,9 @@ class Clientele:
             )
         )
         session.outbox.extend(welcome_first)
+        for call in session.live.values():
+            if call.upload is not None and call.upload.limit:
+                session.send(uploads.credit(call, call.upload, self._routing.epoch))
         if session.is_behind:
             self._dispatcher.relieve(session, now)
         return session
@@ -164,6 +167,23 @@ class Clientele:
         call = session.live.get(call_id)
         if call is not None:
             self._routing.end(call, fault(call_id, "CANCELLED", "cancelled by its caller"), "cancel", now)
+
+    def _credit(self, session: ClientSession, message: messages.Credit) -> None:
+        for credit in message.credits:
+            call = session.live.get(credit.call_id)
+            if call is not None:
+                self._dispatcher.credit(call, credit)
+
+    def _chunks(
+        self, session: ClientSession, message: messages.Chunks, body: Body | None, now: float
+    ) -> None:
+        for chunk in message.chunks:
+            call = session.live.get(chunk.call_id)
+            if call is None or call.upload is None:
+                continue
+            end = uploads.take(call, call.upload, chunk, body, self._routing.epoch)
+            if end is not None:
+                self._routing.end(call, end, "cancel", now)
 
     def unreachable(self, routing_id: bytes, now: float) -> None:
         """The socket could not reach this client any more."""

@@ -91,6 +91,7 @@ EVENT_OF_KIND: Final[dict[type, ClientEvent]] = {
     messages.Cancel: ClientEvent.CANCEL,
     messages.Ack: ClientEvent.ACK,
     messages.Credit: ClientEvent.CREDIT,
+    messages.Chunks: ClientEvent.CREDIT,
     messages.Heartbeat: ClientEvent.HEARTBEAT,
 }
 

@@ -10,7 +10,9 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from mcp_broker import limits
+from mcp_broker.core import uploads
 from mcp_broker.core.bucket import Rate
+from mcp_broker.core.calls import CallState
 from mcp_broker.core.clients import Verdict
 from mcp_broker.core.workers import EVENT_OF_KIND, WORKER_TABLE, Worker, WorkerEvent, WorkerState
 from mcp_broker.errors import InvalidArgument, InvalidTransition
@@ -101,6 +103,11 @@ class Crew:
         elif isinstance(message, messages.Progresses):
             for progress in message.progress:
                 self._dispatcher.progress(worker, progress, now)
+        elif isinstance(message, messages.Credit):
+            for credit in message.credits:
+                call = worker.held.get(credit.call_id)
+                if call is not None and call.state is not CallState.ENDED:
+                    uploads.grant(call, credit.limit, self._routing.epoch, now)
         elif isinstance(message, messages.Goodbye):
             self._disconnected(worker)
 

@@ -32,9 +32,15 @@ class Big:
 
     __slots__ = ("body", "item")
 
-    def __init__(self, item: Item, body: Body) -> None:
+    def __init__(self, item: Item | messages.Message, body: Body) -> None:
         self.item = item
         self.body = body
+
+
+class Whole(Big):
+    """A message that is complete, with its second frame."""
+
+    __slots__ = ()
 
 
 def runs(entries: list[Any]) -> Iterator[tuple[type, list[Any]]]:

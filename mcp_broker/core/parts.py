@@ -12,9 +12,12 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from mcp_broker import limits
+from mcp_broker.core.calls import fault
 from mcp_broker.core.outbox import Big
+from mcp_broker.wire import messages
 
 if TYPE_CHECKING:
+    from mcp_broker.core.calls import Call
     from mcp_broker.wire.messages import Part
 
 
@@ -75,3 +78,20 @@ def _size(entry: Part | Big) -> int:
     if isinstance(entry, Big):
         return len(entry.body)
     return len(entry.body) if entry.body is not None else 0
+
+
+def counted(call: Call, outcome: messages.Outcome) -> messages.Outcome:
+    """Return what a stream's end comes to whose worker counts its parts differently."""
+    if outcome.parts:
+        text = f"the tool sent {outcome.parts} parts, of which {call.parts} reached the broker"
+        return fault(call.call_id, "BROKER_LOST", text, {"parts": call.parts, "sent": outcome.parts})
+    # a worker of before that field: they came in order, and nothing says that one is missing
+    return messages.Outcome(
+        outcome.call_id,
+        outcome.code,
+        outcome.body,
+        outcome.usage,
+        outcome.fault,
+        call.parts,
+        outcome.encoding,
+    )

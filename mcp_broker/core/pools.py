@@ -15,6 +15,7 @@ from mcp_broker.core import outbox
 from mcp_broker.core.arrears import Arrears
 from mcp_broker.core.budget import Budget
 from mcp_broker.core.calls import Call, CallEvent, CallState, Ledger, fault
+from mcp_broker.core.parts import counted
 from mcp_broker.core.pool import Pool
 from mcp_broker.core.receipts import Receipt
 from mcp_broker.core.workers import WORKER_CODES
@@ -185,7 +186,7 @@ class Dispatcher:
                 self.arrears.small(call)
             if outcome.code == "OK" and (outcome.body is not None or body is not None):
                 if outcome.parts != call.parts:
-                    outcome = _counted(call, outcome)  # noqa: PLW2901
+                    outcome = counted(call, outcome)  # noqa: PLW2901
                 if body is not None and (instead := self.arrears.large(call, len(body))) is not None:
                     outcome, body = instead, None  # noqa: PLW2901
                 finish(call, outcome, body)
@@ -335,7 +336,9 @@ class Dispatcher:
             if len(call.killers) >= limits.POISON_DEATHS:
                 self.dead_letters.add(call, now)
                 self._ledger.finish(call, self._lost(call, worker, cause, certificate, "POISONED"))
-            elif call.tool.definition.idempotent and call.attempts < limits.ATTEMPTS_MAX and not call.parts:
+            elif (
+                call.tool.definition.idempotent and call.attempts < limits.ATTEMPTS_MAX and call.may_run_again
+            ):
                 again.append(call)
             else:
                 self._ledger.finish(call, self._lost(call, worker, cause, certificate, "WORKER_LOST"))
@@ -368,23 +371,6 @@ class Dispatcher:
         for call in [*pool.backlog.values(), *self.arrears.of_pool(pool)]:
             self.release(call)
             self._ledger.finish(call, unavailable(call.call_id, pool, reason))
-
-
-def _counted(call: Call, outcome: messages.Outcome) -> messages.Outcome:
-    """Return what a stream's end comes to whose worker counts its parts differently."""
-    if outcome.parts:
-        text = f"the tool sent {outcome.parts} parts, of which {call.parts} reached the broker"
-        return fault(call.call_id, "BROKER_LOST", text, {"parts": call.parts, "sent": outcome.parts})
-    # a worker of before that field: they came in order, and nothing says that one is missing
-    return messages.Outcome(
-        outcome.call_id,
-        outcome.code,
-        outcome.body,
-        outcome.usage,
-        outcome.fault,
-        call.parts,
-        outcome.encoding,
-    )
 
 
 def unavailable(call_id: bytes, pool: Pool, reason: str) -> messages.Outcome:

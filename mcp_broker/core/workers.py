@@ -143,6 +143,7 @@ EVENT_OF_KIND: Final[dict[type, WorkerEvent]] = {
     messages.Outcomes: WorkerEvent.OUTCOMES,
     messages.Partial: WorkerEvent.PARTIAL,
     messages.Progresses: WorkerEvent.PARTIAL,
+    messages.Credit: WorkerEvent.PARTIAL,
     messages.Heartbeat: WorkerEvent.HEARTBEAT,
     messages.Goodbye: WorkerEvent.GOODBYE,
 }
@@ -245,6 +246,8 @@ class Worker:
             first = run[0]
             if kind is messages.Dispatch:
                 self._pack(epoch, run, packed)
+            elif kind is outbox.Whole:
+                packed.append((codec.encode(first.item), first.body))
             elif kind is outbox.Big:
                 message = messages.Dispatches(epoch, done, (first.item,))
                 packed.append((codec.encode(message), first.body))

@@ -66,6 +66,8 @@ class CallExtra(Record, kw_only=True, frozen=True):
     encoding: ShortText | None = None
     #: a :class:`Priority`
     priority: Annotated[int, Meta(ge=0, le=2)] = 1
+    #: the argument that comes in chunks, and is not among the arguments
+    upload: ShortText | None = None
 
     @property
     def is_special(self) -> bool:
@@ -76,6 +78,7 @@ class CallExtra(Record, kw_only=True, frozen=True):
             or self.attach
             or self.idempotency_key is not None
             or self.idle_timeout_ms is not None
+            or self.upload is not None
         )
 
 
@@ -134,6 +137,16 @@ class Part(Item, frozen=True):
     body: Inline | None
     #: how the body is encoded; None: as it is
     encoding: ShortText | None = None
+
+
+class Chunk(Item, frozen=True):
+    """The ``index``-th chunk (from 0) of an argument; ``data`` is not a payload, or None when it is the second frame."""
+
+    call_id: CallIdField
+    index: Count
+    data: Inline | None
+    #: nothing comes after it
+    last: bool = False
 
 
 class Progress(Item, frozen=True):
@@ -232,3 +245,4 @@ class GrantedLimits(Record, kw_only=True, frozen=True):
     stream_window: Count = limits.STREAM_WINDOW_MAX
     #: until the token expires; 0 for a worker
     token_ms: Count = 0
+    upload_window: Count = limits.UPLOAD_WINDOW_MAX

@@ -20,6 +20,7 @@ from mcp_broker.wire.items import (
     Caller,
     CallExtra,
     CallIdField,
+    Chunk,
     Count,
     Depth,
     Details,
@@ -173,8 +174,15 @@ class Progresses(Message, tag="PROGRESS", frozen=True):
     progress: Annotated[tuple[Progress, ...], Meta(min_length=1, max_length=limits.BATCH_MAX)]
 
 
+class Chunks(Message, tag="CHUNKS", frozen=True):
+    """Client to broker, broker to worker: chunks of arguments."""
+
+    epoch: Epoch
+    chunks: Annotated[tuple[Chunk, ...], Meta(min_length=1, max_length=limits.BATCH_MAX)]
+
+
 class Credit(Message, tag="CREDIT", frozen=True):
-    """Client to broker, broker to worker: more room for parts."""
+    """From the caller's side: more room for parts; from the worker's: for chunks."""
 
     epoch: Epoch
     credits: Annotated[tuple[StreamCredit, ...], Meta(min_length=1, max_length=limits.BATCH_MAX)]
@@ -220,14 +228,14 @@ class Error(Message, tag="ERROR", frozen=True):
 
 
 #: One table a socket and direction: what may come in there, and nothing else.
-FromClient = Hello | Renew | Goodbye | Calls | Cancel | Ack | Credit | Heartbeat
-ToClient = Welcome | Renewed | Goodbye | Outcomes | Partial | Progresses | Heartbeat | Error
-FromWorker = Register | Ready | Goodbye | Outcomes | Partial | Progresses | Heartbeat
-ToWorker = Welcome | Goodbye | Dispatches | Cancel | Ack | Credit | Drain | Heartbeat | Error
+FromClient = Hello | Renew | Goodbye | Calls | Cancel | Ack | Credit | Chunks | Heartbeat
+ToClient = Welcome | Renewed | Goodbye | Outcomes | Partial | Progresses | Credit | Heartbeat | Error
+FromWorker = Register | Ready | Goodbye | Outcomes | Partial | Progresses | Credit | Heartbeat
+ToWorker = Welcome | Goodbye | Dispatches | Cancel | Ack | Credit | Chunks | Drain | Heartbeat | Error
 
 AnyMessage = (
     Hello | Renew | Goodbye | Calls | Cancel | Ack | Credit | Heartbeat | Welcome | Renewed | Outcomes
-    | Partial | Progresses | Error | Register | Ready | Dispatches | Drain
+    | Partial | Progresses | Chunks | Error | Register | Ready | Dispatches | Drain
 )  # fmt: skip
 
 EMPTY_DETAILS: Final = b"\x80"

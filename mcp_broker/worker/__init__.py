@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from mcp_broker.worker.bytestream import ByteStream
 from mcp_broker.worker.context import ToolCaller, ToolContext
 from mcp_broker.worker.tool import Tool, tool
 
-__all__ = ["Tool", "ToolCaller", "ToolContext", "tool"]
+__all__ = ["ByteStream", "Tool", "ToolCaller", "ToolContext", "tool"]

@@ -23,6 +23,7 @@ from typing_extensions import TypedDict  # pydantic does not take typing's befor
 
 from mcp_broker.errors import InvalidArgument
 from mcp_broker.worker import faults
+from mcp_broker.worker.bytestream import ByteStream
 from mcp_broker.worker.context import ToolContext
 
 #: core schemas that accept look-alikes (text for a number) unless they are told not to
@@ -73,6 +74,7 @@ class Arguments:
         schema: JSON Schema of the arguments, an object.
         signature: for people, ``word_count(text: str, top: int = 10)``.
         context_parameter: the name of the parameter that takes the :class:`ToolContext`, or None.
+        stream_parameter: the name of the one that takes a :class:`ByteStream`, or None.
         check: the arguments of a call -> keyword arguments; raises pydantic's ValidationError.
 
     Raises:
@@ -82,6 +84,7 @@ class Arguments:
     def __init__(self, function: Callable[..., Any], hints: dict[str, Any], tool: str) -> None:
         self._tool = tool
         self.context_parameter: str | None = None
+        self.stream_parameter: str | None = None
         fields: dict[str, Any] = {}
         defaults: dict[str, Any] = {}
         for parameter in inspect.signature(function).parameters.values():
@@ -90,6 +93,12 @@ class Arguments:
                 self.context_parameter = parameter.name
                 continue
             _check(parameter, tool)
+            if hint is ByteStream or ByteStream in typing.get_args(hint):
+                if self.stream_parameter is not None:
+                    raise TypeError(
+                        f"{tool}: {self.stream_parameter} and {parameter.name} are both ByteStreams; a tool has one at most"
+                    )
+                self.stream_parameter = parameter.name
             if parameter.default is parameter.empty:
                 fields[parameter.name] = Required[hint]
             else:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pydantic_core import ValidationError
 
 from mcp_broker import limits
-from mcp_broker.errors import CallError, MalformedFrame, PayloadTooLarge
+from mcp_broker.errors import CallError, InvalidArgument, MalformedFrame, PayloadTooLarge
 from mcp_broker.wire import codec, encoding, messages, payload
 from mcp_broker.wire.structs import Slim
 from mcp_broker.worker import offspring, results
@@ -23,6 +23,7 @@ from mcp_broker.worker.interrupts import CallInterrupted, Interrupts
 from mcp_broker.worker.session import Pending, fault
 
 if TYPE_CHECKING:
+    from mcp_broker.worker.bytestream import ByteStream
     from mcp_broker.worker.catalogue import Catalogue
     from mcp_broker.worker.tool import Tool
 
@@ -139,6 +140,8 @@ class Execution:
         self.meter = Meter()
         #: takes what tools say of their progress; the shell's
         self.report: Callable[[Pending, float | None, str], object] | None = None
+        #: makes what a tool reads an upload from; the shell's
+        self.open_upload: Callable[[Pending], ByteStream] | None = None
 
     def prepare(self, pending: Pending, started_ns: int) -> tuple[Run, dict[str, Any]] | messages.Outcome:
         """Mark a call started and check it; an outcome is the answer of a call that need not run.
@@ -162,6 +165,8 @@ class Execution:
             if extra is not None and extra.encoding is not None:
                 packed = encoding.expand(packed, extra.encoding)
             arguments = payload.unpack_map(packed)
+            if extra is not None and extra.upload is not None:
+                arguments[extra.upload] = self._upload(run, extra.upload)
             arguments = plan.check(arguments)
         except MalformedFrame as error:
             text = f"{plan.tool.name}: {error}"
@@ -278,7 +283,14 @@ class Execution:
         """Make the outcome of an interrupted call, after the end of the processes that it started."""
         if self._is_alone:
             offspring.kill_since(run.started_ns)
-        usage = self.meter.usage(run.started_ns, time.monotonic_ns())
+        now_ns = time.monotonic_ns()
+        usage = self.meter.usage(run.started_ns, now_ns)
+        if now_ns * 1e-9 >= run.pending.deadline:
+            # the broker says so too, but this may be there first
+            text = "the call was interrupted, since its time was over"
+            return fault(
+                run.pending.dispatch.call_id, "DEADLINE_EXCEEDED", text, {"which": "timeout"}, usage=usage
+            )
         return fault(run.pending.dispatch.call_id, "CANCELLED", "the call was interrupted", usage=usage)
 
     def failed(self, run: Run, error: BaseException) -> messages.Outcome:
@@ -295,6 +307,14 @@ class Execution:
             except (TypeError, ValueError, OverflowError):  # details that cannot be sent
                 return fault(call_id, error.code, error.message, usage=usage, retryable=error.retryable)
         return fault(call_id, "TOOL_FAILED", *describe(error, run.plan.tool), usage=usage)
+
+    def _upload(self, run: Run, name: str) -> ByteStream:
+        tool = run.plan.tool
+        if tool.arguments.stream_parameter != name or self.open_upload is None:
+            raise InvalidArgument(
+                f"{tool.name} does not read {name!r} in chunks; give the value itself. Signature: {tool.signature}"
+            )
+        return self.open_upload(run.pending)
 
     def _context(self, pending: Pending) -> ToolContext:
         dispatch = pending.dispatch

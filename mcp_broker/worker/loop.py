@@ -107,21 +107,21 @@ class Loop(Shell):
         """Send a stream's parts as its caller takes them; return its outcome."""
         session, pending = self.session, run.pending
         session.flush()
-        while not self._is_unwanted(pending):
+        while not self.is_unwanted(pending):
             # made before there is credit for it: a stream that is at its end needs none to say so
             part = self.execution.step(run)
             if not isinstance(part, bytes):
                 return part
             if not session.may_send(pending, run.index):
                 self._await_credit(pending, run.index)
-            if not self._is_unwanted(pending) and session.part(pending, run.index, part):
+            if not self.is_unwanted(pending) and session.part(pending, run.index, part):
                 run.index += 1
                 self._send_or_lose()
         return self.execution.stop(run)
 
     def _await_credit(self, pending: Pending, index: int) -> None:
         session = self.session
-        while not (session.may_send(pending, index) or self._is_unwanted(pending)):
+        while not (session.may_send(pending, index) or self.is_unwanted(pending)):
             try:
                 left_s = min(self.connect(), max(0.0, pending.deadline - time.monotonic()))
                 self.send()
@@ -132,17 +132,6 @@ class Loop(Shell):
                     self.send()
             except LinkLost:
                 self.lost()
-
-    def _is_unwanted(self, pending: Pending) -> bool:
-        """Tell whether nobody takes this stream's parts any more."""
-        interrupts = self.interrupts
-        return (
-            pending.life != self.session.life
-            or pending.dispatch.call_id in self.session.cancelled
-            or interrupts.asked == pending.dispatch.seq
-            or interrupts.stopping
-            or time.monotonic() >= pending.deadline
-        )
 
     def _send_or_lose(self) -> None:
         try:

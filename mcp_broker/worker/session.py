@@ -19,13 +19,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from enum import Enum
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from mcp_broker import limits
 from mcp_broker.errors import WireError
 from mcp_broker.wire import codec, encoding, messages, payload
 from mcp_broker.wire.structs import Slim
 from mcp_broker.worker.pace import Pace
+
+if TYPE_CHECKING:
+    from mcp_broker.worker.uploads import Received
 
 #: an envelope and its second frame, if any
 Frames = tuple[bytes, bytes | None]
@@ -85,6 +88,7 @@ class Session:
         inbox: calls that wait, in the order of their seq.
         cancelled: ids of calls that the broker cancelled and that were not waiting any more.
         credits: call id -> parts that the caller takes, where a CREDIT came.
+        uploads: call id -> what came of the argument that a running call reads in chunks.
         kept: outcomes that were not acknowledged, message by message, oldest first.
         running: calls that have started, by id.
         outgoing: messages to send, in order.
@@ -104,6 +108,8 @@ class Session:
         self._seq = 0
         self.cancelled: set[bytes] = set()
         self.credits: dict[bytes, int] = {}
+        self.uploads: dict[bytes, Received] = {}
+        self._upload_window = limits.UPLOAD_WINDOW_MAX
         self.outgoing: list[Frames] = []
         self.refusal = ""
         self.life = 0
@@ -153,6 +159,7 @@ class Session:
         self.inbox.clear()
         self.cancelled.clear()
         self.credits.clear()
+        self.uploads.clear()
         self.outgoing.clear()
         self._numbered = 0
         self._epoch = 0
@@ -198,6 +205,8 @@ class Session:
             for credit in message.credits:
                 if credit.call_id in self.running or self._waits(credit.call_id):
                     self.credits[credit.call_id] = max(credit.limit, self.credits.get(credit.call_id, 0))
+        elif isinstance(message, messages.Chunks):
+            self._chunks(message, body)
         elif isinstance(message, messages.Cancel):
             self._cancel(message.call_ids)
         elif isinstance(message, messages.Ack):
@@ -209,6 +218,12 @@ class Session:
         elif isinstance(message, messages.Goodbye):
             self.lost()
 
+    def _chunks(self, message: messages.Chunks, body: bytes | memoryview | None) -> None:
+        for chunk in message.chunks:
+            received = self.uploads.get(chunk.call_id)
+            if received is not None:
+                received.add(chunk.data if chunk.data is not None else bytes(body or b""), last=chunk.last)
+
     def _waits(self, call_id: bytes) -> bool:
         return any(pending.dispatch.call_id == call_id for pending in self.inbox)
 
@@ -217,6 +232,7 @@ class Session:
         self._epoch = message.epoch
         self.worker_id = message.name
         self.window = message.granted.stream_window
+        self._upload_window = message.granted.upload_window
         self._tells_progress = "progress" in message.capabilities
         self.outgoing.append((codec.encode(messages.Ready(self._epoch, self.pace.announce())), None))
         for kept in self.kept:
@@ -271,6 +287,8 @@ class Session:
             self.cancelled.discard(call_id)
         if self.credits:
             self.credits.pop(call_id, None)
+        if self.uploads:
+            self.uploads.pop(call_id, None)
         outbox = self._outbox
         size = len(outcome.body) if outcome.body is not None else 0
         if outcome.fault is not None:
@@ -303,9 +321,27 @@ class Session:
 
     def progress(self, pending: Pending, fraction: float | None, message: str) -> None:
         """Say how far a call has come, if anybody listens."""
-        if pending.life == self.life and self._tells_progress:
+        is_open = self.state is State.SERVING or self.state is State.DRAINING
+        if is_open and self._tells_progress and pending.dispatch.call_id in self.running:
             item = messages.Progress(pending.dispatch.call_id, fraction, message)
             self.outgoing.append((codec.encode(messages.Progresses(self._epoch, (item,))), None))
+
+    def read(self, pending: Pending) -> bytes | None:
+        """Return the next chunk of a running call's upload, and tell the caller when it may send more.
+
+        No bytes at the end; None while the chunk is not there yet. Raises ConnectionError when it cannot come any more.
+        """
+        received = self.uploads.get(pending.dispatch.call_id)
+        if received is None:
+            raise ConnectionError(
+                "the argument's bytes cannot be read any more: the connection or the call ended"
+            )
+        data = received.take()
+        limit = received.raised(self._upload_window)
+        if limit is not None:
+            credit = messages.StreamCredit(pending.dispatch.call_id, limit)
+            self.outgoing.append((codec.encode(messages.Credit(self._epoch, (credit,))), None))
+        return data
 
     def may_send(self, pending: Pending, index: int) -> bool:
         """Tell whether the caller takes the part with this index."""

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import threading
 import time
+from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from mcp_broker import limits
 from mcp_broker.errors import ConfigError
+from mcp_broker.worker.bytestream import ByteStream
+from mcp_broker.worker.interrupts import CallInterrupted
 from mcp_broker.worker.link import Link, LinkLost
 from mcp_broker.worker.session import Session, State
+from mcp_broker.worker.uploads import Received
 
 if TYPE_CHECKING:
     from mcp_broker.worker.execution import Execution
@@ -43,6 +48,7 @@ class Shell:
         self._retry_at = 0.0
         self._thread = threading.get_ident()
         execution.report = self.report
+        execution.open_upload = self.open_upload
 
     def connect(self) -> float:
         """Open the link if its time has come; return how long to wait at most, seconds."""
@@ -118,6 +124,50 @@ class Shell:
 
     def report_from_afar(self, pending: Pending, fraction: float | None, message: str) -> None:
         """Take progress from a thread that may not touch the link: this one's is inside the tool, so it is lost."""
+
+    def open_upload(self, pending: Pending) -> ByteStream:
+        """Begin to take a running call's upload."""
+        self.session.uploads[pending.dispatch.call_id] = Received(deque())
+        return ByteStream.over(functools.partial(self.read, pending), None)
+
+    def read(self, pending: Pending) -> bytes:
+        """Wait for the next chunk of a call's upload, in the middle of its tool's code; no bytes at the end.
+
+        Raises:
+            CallInterrupted: nobody wants the call any more.
+            ConnectionError: the bytes cannot come any more.
+            RuntimeError: this is another thread than the tool was called in (its author's fault).
+        """
+        if threading.get_ident() != self._thread:
+            raise RuntimeError(
+                "a ByteStream is read in the thread that its tool was called in, or by `async for`"
+            )
+        with self.interrupts.shielded():
+            while (data := self.session.read(pending)) is None:
+                if self.is_unwanted(pending):
+                    raise CallInterrupted
+                try:
+                    left_s = min(self.connect(), max(0.0, pending.deadline - time.monotonic()))
+                    self.send()
+                    if self.link.is_open and self.link.wait(left_s):
+                        self.take()
+                except LinkLost:
+                    self.lost()
+            # a connection that is gone is noticed by the next turn
+            with contextlib.suppress(LinkLost):
+                self.send()
+        return data
+
+    def is_unwanted(self, pending: Pending) -> bool:
+        """Tell whether nobody takes what a running call says, or gives what it reads, any more."""
+        interrupts = self.interrupts
+        return (
+            pending.life != self.session.life
+            or pending.dispatch.call_id in self.session.cancelled
+            or interrupts.asked == pending.dispatch.seq
+            or interrupts.stopping
+            or time.monotonic() >= pending.deadline
+        )
 
     def has_ended(self) -> bool:
         """Tell whether the worker is to exit now."""

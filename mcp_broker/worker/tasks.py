@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import inspect
 import time
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from mcp_broker.wire import messages
+from mcp_broker.worker.bytestream import ByteStream
 from mcp_broker.worker.execution import Execution, Finished, Run
 from mcp_broker.worker.interrupts import CallInterrupted, Interrupts
 from mcp_broker.worker.link import Link, LinkLost
 from mcp_broker.worker.shell import Shell
+from mcp_broker.worker.uploads import Received
 
 if TYPE_CHECKING:
     from mcp_broker.worker.session import Pending, Session
@@ -36,6 +40,13 @@ class ConcurrentLoop(Shell):
         """Have the loop's thread report it."""
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self.report, pending, fraction, message)
+
+    def open_upload(self, pending: Pending) -> ByteStream:
+        """Begin to take a running call's upload; ``async for`` lets other calls run meanwhile."""
+        self.session.uploads[pending.dispatch.call_id] = Received(deque())
+        return ByteStream.over(
+            functools.partial(self.read, pending), functools.partial(self._read_later, pending)
+        )
 
     def run(self, concurrency: int) -> None:
         """Serve until the broker drains the worker or SIGTERM comes.
@@ -182,6 +193,18 @@ class ConcurrentLoop(Shell):
                 raise asyncio.CancelledError
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._heard.wait(), left_s)
+
+    async def _read_later(self, pending: Pending) -> bytes:
+        while (data := self.session.read(pending)) is None:
+            # the turn sends the credit, and hears the answer
+            self._stirred.set()
+            left_s = pending.deadline - time.monotonic()
+            if left_s <= 0:
+                raise asyncio.CancelledError
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._heard.wait(), left_s)
+        self._stirred.set()
+        return data
 
     async def _send_part(self, run: Run, part: bytes) -> None:
         await self._credit(run)

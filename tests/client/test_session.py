@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import pytest
 
 from mcp_broker import errors, limits
-from mcp_broker.client.session import ClientSession, PendingCall, State, Wishes
+from mcp_broker.client.session import ClientSession, PendingCall, State, Upload, Wishes
 from mcp_broker.client.session.machine import BACKOFF_MAX_S
 from mcp_broker.wire import messages, payload
 from mcp_broker.wire.messages import Priority
@@ -528,6 +529,83 @@ def test_parts_that_come_before_the_call_is_said_again_count() -> None:
     session.receive(outcomes(1, call), None, 1.0)
     [end] = session.book.ended
     assert end.value == [0, 1]
+
+
+def uploading(session: ClientSession) -> tuple[PendingCall, Upload]:
+    upload = Upload("a source", deque())
+    call = session.submit("t", 5.0, EMPTY, 0.0, wishes=Wishes(upload=upload, upload_name="data"))
+    [calls] = sent(session)
+    assert calls.calls[0].extra == messages.CallExtra(upload="data")
+    return call, upload
+
+
+def limit(call: PendingCall, number: int) -> messages.Credit:
+    return messages.Credit(7, (messages.StreamCredit(call.call_id, number),))
+
+
+def chunks(session: ClientSession) -> list[tuple[int, bytes | None, bytes | None, bool]]:
+    return [
+        (message.chunks[0].index, message.chunks[0].data, body, message.chunks[0].last)
+        for message, body in session.outgoing(0.0)
+        if isinstance(message, messages.Chunks)
+    ]
+
+
+def test_chunks_are_sent_when_the_worker_reads_large_ones_in_the_second_frame() -> None:
+    session = opened()
+    call, upload = uploading(session)
+    rooms = [upload.has_room]
+    session.receive(limit(call, 2), None, 0.0)
+    assert session.book.uploads.raised == [call]
+    large = bytes(limits.CHUNK_BYTES_MAX)
+    session.book.uploads.add(call, b"abc")
+    rooms.append(upload.has_room)
+    session.book.uploads.add(call, large)
+    rooms.append(upload.has_room)
+    assert rooms == [False, True, False]
+    assert session.has_outgoing
+    assert chunks(session) == [(0, b"abc", None, False), (1, None, large, False)]
+    session.receive(limit(call, 3), None, 0.0)
+    session.book.uploads.add(call, b"")
+    assert chunks(session) == [(2, b"", None, True)]
+
+
+def test_resumed_upload_sends_again_what_no_limit_has_confirmed() -> None:
+    session = opened()
+    session.book.uploads.window = 4
+    call, _ = uploading(session)
+    session.receive(limit(call, 4), None, 0.0)
+    for number in range(4):
+        session.book.uploads.add(call, bytes([number]))
+    chunks(session)
+    session.receive(limit(call, 6), None, 0.0)
+    session.book.uploads.add(call, b"\4")
+    session.disconnected("cut")
+    reopen(session, 1.0, resumed=True)
+    assert [index for index, *_ in chunks(session)] == [2, 3, 4]
+
+
+def test_source_that_raises_cancels_its_call_and_is_the_cause() -> None:
+    session = opened()
+    call, _ = uploading(session)
+    fault = ValueError("disk on fire")
+    session.book.spoil(call, fault)
+    [end] = session.book.ended
+    assert isinstance(end.error, errors.Cancelled)
+    assert "ValueError: disk on fire" in end.error.message
+    assert end.error.__cause__ is fault
+    assert sent(session) == [messages.Cancel(7, (call.call_id,))]
+    session.book.uploads.add(call, b"late")
+    session.receive(limit(call, 4), None, 0.0)
+    assert (sent(session), session.book.uploads.raised) == ([], [])
+
+
+@pytest.mark.parametrize("also", [{"detach": True}, {"idempotency_key": "k"}])
+def test_upload_can_be_neither_detached_nor_keyed(also: dict[str, Any]) -> None:
+    session = opened()
+    wishes = Wishes(upload=Upload("a source", deque()), upload_name="data", **also)
+    with pytest.raises(errors.InvalidArgument, match="neither detached"):
+        session.submit("t", 5.0, EMPTY, 0.0, wishes=wishes)
 
 
 def test_plain_call_of_a_streaming_tool_collects_its_parts() -> None:

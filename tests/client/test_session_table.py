@@ -25,6 +25,7 @@ MESSAGES: dict[Any, messages.ToClient] = {
     messages.Goodbye: messages.Goodbye(EPOCH, "over"),
     messages.Error: messages.Error(EPOCH, "UNAUTHENTICATED", "no", EMPTY, fatal=True),
     messages.Renewed: messages.Renewed(EPOCH, 1000),
+    messages.Credit: messages.Credit(EPOCH, (messages.StreamCredit(b"c" * 16, 16),)),
     messages.Progresses: messages.Progresses(EPOCH, (messages.Progress(b"c" * 16, 0.5),)),
 }
 

@@ -234,6 +234,18 @@ VECTORS: Final = (
         "to_client",
         m.Progresses(EPOCH, (m.Progress(FIRST, 0.25, "row 1 of 4"), m.Progress(SECOND, None))),
     ),
+    Vector(
+        "calls_upload",
+        "from_client",
+        m.Calls(
+            EPOCH, 2, (m.Call(FIRST, "file.store", 30_000, payload.pack({}), m.CallExtra(upload="data")),)
+        ),
+    ),
+    Vector(
+        "chunks", "from_client", m.Chunks(EPOCH, (m.Chunk(FIRST, 0, b"abc"), m.Chunk(FIRST, 1, b"", True)))
+    ),
+    Vector("chunks_body", "to_worker", m.Chunks(EPOCH, (m.Chunk(SECOND, 7, None),))),
+    Vector("credit_upload", "from_worker", m.Credit(EPOCH, (m.StreamCredit(FIRST, 16),))),
     Vector("credit", "from_client", m.Credit(EPOCH, (m.StreamCredit(FIRST, 24), m.StreamCredit(SECOND, 17)))),
     Vector("cancel", "from_client", m.Cancel(EPOCH, (FIRST, SECOND))),
     Vector("heartbeat", "to_client", m.Heartbeat(EPOCH)),
@@ -392,6 +404,9 @@ INVALID: Final[tuple[tuple[str, str, str, bytes, bytes, int], ...]] = (
         b"",
         0,
     ),
+    ("chunk_is_text", "from_client", BAD, _pack("CHUNKS", EPOCH, [[FIRST, 0, "abc"]]), b"", 0),
+    ("no_chunks", "from_client", BAD, _pack("CHUNKS", EPOCH, []), b"", 0),
+    ("chunk_to_client", "to_client", UNKNOWN, _pack("CHUNKS", EPOCH, [[FIRST, 0, b"abc"]]), b"", 0),
     ("progress_over_one", "from_worker", BAD, _pack("PROGRESS", EPOCH, [[FIRST, 1.5, ""]]), b"", 0),
     ("progress_not_a_number", "from_worker", BAD, _pack("PROGRESS", EPOCH, [[FIRST, float("nan"), ""]]), b"", 0),
     ("idle_timeout_zero", "from_client", BAD, _pack("CALLS", EPOCH, 0, [[FIRST, "a.b", 1, b"\x80", {"idle_timeout_ms": 0}]]), b"", 0),

@@ -32,7 +32,7 @@ ITEMS = (
         messages.Outcome,
         messages.Usage,
     ),
-    *(messages.Fault, messages.Part, messages.Progress, messages.StreamCredit, messages.Held),
+    *(messages.Fault, messages.Part, messages.Chunk, messages.Progress, messages.StreamCredit, messages.Held),
     *(messages.ToolDefinition, messages.GrantedLimits),
 )
 HEADINGS: dict[str, type[msgspec.Struct]] = {

@@ -9,6 +9,7 @@ from mcp_broker.client.session.calls import CallBook, Packed
 from mcp_broker.client.session.machine import ClientSession
 from mcp_broker.client.session.pending import Ended, PendingCall, Stage, Wishes, shrunk
 from mcp_broker.client.session.table import TABLE, Cell, Event, State
+from mcp_broker.client.session.uploads import Upload
 
 __all__ = [
     "TABLE",
@@ -21,6 +22,7 @@ __all__ = [
     "PendingCall",
     "Stage",
     "State",
+    "Upload",
     "Wishes",
     "shrunk",
 ]

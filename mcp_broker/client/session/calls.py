@@ -30,6 +30,7 @@ from mcp_broker.client.session.pending import (
     read,
     read_outcome,
 )
+from mcp_broker.client.session.uploads import Uploads
 from mcp_broker.wire import messages
 from mcp_broker.wire.messages import Call, Message, Outcome, Part, Progress
 from mcp_broker.wire.structs import replaced
@@ -78,6 +79,7 @@ class CallBook:
         self.ended: list[Ended] = []
         self.arrived: list[tuple[PendingCall, Any]] = []
         self.progressed: dict[bytes, tuple[PendingCall, float | None, str]] = {}
+        self.uploads = Uploads(self.calls)
         self.due = math.inf
         self.late = 0
         self.stream_window: int = limits.STREAM_WINDOW_MAX
@@ -104,7 +106,8 @@ class CallBook:
         size = len(arguments)
         if size > limits.BODY_BYTES_MAX:
             raise errors.PayloadTooLarge(
-                f"the arguments of {tool} take {size:,} bytes; the limit is {limits.BODY_BYTES_MAX:,}",
+                f"the arguments of {tool} take {size:,} bytes; the limit is {limits.BODY_BYTES_MAX:,}. Send less, or "
+                "give a file or an iterator of bytes where the tool takes a ByteStream",
                 {"limit_bytes": limits.BODY_BYTES_MAX, "bytes": size},
             )
         if not 0 < timeout_s <= limits.CALL_TIMEOUT_S_MAX:
@@ -127,7 +130,7 @@ class CallBook:
             call, body = Call(call_id, tool, timeout_ms, None, extra), arguments
         pending = PendingCall(call, call_id, body, now, deadline, waiter, streamed)
         if wishes is not None:
-            pending.on_progress = wishes.on_progress
+            pending.on_progress, pending.upload = wishes.on_progress, wishes.upload
         self.calls[call_id] = pending
         self.queue.append(pending)
         self.due = min(self.due, deadline)
@@ -145,6 +148,12 @@ class CallBook:
         self.cancels.append(pending.call_id)
         self.due = min(self.due, pending.deadline + GRACE_S)
         return True
+
+    def spoil(self, pending: PendingCall, error: Exception) -> None:
+        """End a call whose argument cannot be read, as its caller's source says."""
+        text = f"cancelled, since its argument could not be read: {type(error).__name__}: {error}"
+        if self.abandon(pending, "CANCELLED", text) and self.ended[-1].error is not None:
+            self.ended[-1].error.__cause__ = error
 
     def took(self, pending: PendingCall) -> None:
         """A part was taken: one more may come. The broker hears of it every half window."""
@@ -165,7 +174,7 @@ class CallBook:
             items = tuple(messages.StreamCredit(call_id, limit) for call_id, limit in run)
             out.append((messages.Credit(epoch, items), None))
         self.credits = {}
-        return out
+        return out + self.uploads.requests(epoch)
 
     def batches(self, epoch: int, ack: int, room: int, now: float) -> Iterator[Packed]:
         """Yield CALLS for the queued calls that fit ``room`` places of the window, and count them as sent."""
@@ -227,7 +236,7 @@ class CallBook:
                 self.cancels.append(pending.call_id)
                 # the broker may never have had it, and is then silent about it
                 self._move(pending, _ENDED)
-            elif pending.stage is _SENT and elsewhere and (pending.streamed or pending.next_index):
+            elif pending.stage is _SENT and elsewhere and _is_streaming(pending):
                 self._fail(pending, "BROKER_LOST", "the broker was replaced in the middle of the stream")
             elif pending.stage is _SENT:
                 self._move(pending, _QUEUED)
@@ -236,6 +245,7 @@ class CallBook:
                     # the broker sends again the parts that this does not cover
                     self.credits[pending.call_id] = pending.limit
         self.queue.extendleft(reversed(again))
+        self.uploads.resume()
 
     # -- from the broker ----------------------------------------------------------------------------------
 
@@ -379,6 +389,12 @@ def _later(pending: PendingCall, now: float) -> Call:
 
 
 _FLYING: Final = frozenset({_SENT, _ABANDONED})
+
+
+def _is_streaming(pending: PendingCall) -> bool:
+    """Tell whether another broker could not go on with it."""
+    has_begun = pending.upload is not None and pending.upload.limit > 0
+    return pending.streamed or pending.next_index > 0 or has_begun
 
 
 def _runs(items: list[T]) -> Iterator[list[T]]:

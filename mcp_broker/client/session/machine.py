@@ -28,8 +28,8 @@ from typing import Any, Final
 
 from mcp_broker import errors, limits
 from mcp_broker.client.session.calls import CallBook, Packed
-from mcp_broker.client.session.pending import PendingCall, Wishes, read_details
-from mcp_broker.client.session.table import TABLE, Event, State
+from mcp_broker.client.session.pending import PendingCall, Wishes, again, read_details
+from mcp_broker.client.session.table import FINAL_REFUSALS, TABLE, Event, State
 from mcp_broker.wire import encoding, messages
 
 #: outcomes that may be unacknowledged before an ACK of its own goes out
@@ -82,8 +82,7 @@ class ClientSession:
         self.dial_at: float | None = None
         self.attempts = 0
         self.places = 1
-        self.wanted = False
-        self.compresses = False
+        self.wanted = self.compresses = False
         self.why_lost = "nothing was tried yet"
         self.refusal: errors.BrokerError | None = None
         self._heard_at = 0.0
@@ -202,7 +201,10 @@ class ClientSession:
         book = self.book
         if book.queue and book.in_flight < self.granted.window:
             return True
-        return bool(book.cancels or book.credits) or self.received - self._acked >= ACK_EVERY
+        return (
+            bool(book.cancels or book.credits or book.uploads.chunks)
+            or self.received - self._acked >= ACK_EVERY
+        )
 
     def outgoing(self, now: float) -> list[Packed]:
         """Return what is to be sent now, in order, and count it as sent."""
@@ -211,7 +213,7 @@ class ClientSession:
         if self.state is not _OPEN:
             return out
         book = self.book
-        if book.cancels or book.credits:
+        if book.cancels or book.credits or book.uploads.chunks:
             out += book.requests(self.epoch)
         if book.queue:
             if not book.in_flight:
@@ -292,8 +294,8 @@ class ClientSession:
         self._enter(State.CLOSED)
 
     def _submit(self, *call: Any) -> PendingCall:
-        tool, timeout_s, arguments, now, waiter, streamed, wishes = call
-        return self.book.submit(tool, timeout_s, arguments, now, waiter, streamed=streamed, wishes=wishes)
+        *rest, streamed, wishes = call
+        return self.book.submit(*rest, streamed=streamed, wishes=wishes)
 
     def _cancel(self, pending: PendingCall) -> bool:
         return self.book.abandon(pending, "CANCELLED", "cancelled by its caller")
@@ -316,6 +318,7 @@ class ClientSession:
         is_another, self.epoch = message.epoch != self.epoch, message.epoch
         self.granted = message.granted
         self.book.stream_window = message.granted.stream_window
+        self.book.uploads.window = message.granted.upload_window
         self.name = message.name
         self.compresses = encoding.ZSTD in message.capabilities
         self.attempts = 0
@@ -356,6 +359,9 @@ class ClientSession:
     def _progress(self, message: messages.Progresses, _: bytes | memoryview | None) -> None:
         self.book.progress(message.progress)
 
+    def _credit(self, message: messages.Credit, _: bytes | memoryview | None) -> None:
+        self.book.uploads.credit(message.credits)
+
     def _heartbeat(self, _: messages.Heartbeat, __: bytes | memoryview | None) -> None:
         self._control = [messages.Ack(self.epoch, self.received)]
         self._acked = self.received
@@ -385,15 +391,6 @@ class ClientSession:
         self.book.end_sent(why)
         self.session_id = None
         self.received = 0
-
-
-#: answers to HELLO that another attempt would not change
-FINAL_REFUSALS: Final = frozenset({"UNAUTHENTICATED", "FORBIDDEN", "UNSUPPORTED_VERSION"})
-
-
-def again(error: errors.BrokerError) -> errors.BrokerError:
-    """Make an exception of the same kind, since one exception object holds one traceback."""
-    return type(error)(error.message, dict(error.details), retryable=error.retryable)
 
 
 #: the table with its methods looked up once: the hot path is one dict access

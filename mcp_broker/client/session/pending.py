@@ -12,6 +12,7 @@ from mcp_broker.wire.messages import CallExtra, Priority
 from mcp_broker.wire.structs import Slim
 
 if TYPE_CHECKING:
+    from mcp_broker.client.session.uploads import Upload
     from mcp_broker.wire.messages import Call, Outcome, Usage
 
 
@@ -38,6 +39,7 @@ class PendingCall(Slim):
         taken: parts that its caller has taken.
         waiter: whom the shell tells; opaque here.
         on_progress: whom the shell tells how far it has come; opaque here, None: nobody.
+        upload: the argument that is sent in chunks, if one is.
     """
 
     call: Call
@@ -54,6 +56,12 @@ class PendingCall(Slim):
     taken: int = 0
     collected: list[Any] | None = None
     on_progress: Any = None
+    upload: Upload | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        """Tell whether its caller has its end."""
+        return self.stage is Stage.ABANDONED or self.stage is Stage.ENDED
 
 
 class Wishes(Slim):
@@ -67,6 +75,7 @@ class Wishes(Slim):
         attach_to: no new call: the detached one with this id.
         encoding: how the arguments are encoded; None: as they are.
         priority: how soon it is served while it waits.
+        upload, upload_name: the argument that is sent in chunks.
     """
 
     idle_timeout_s: float | None = None
@@ -76,6 +85,8 @@ class Wishes(Slim):
     attach_to: bytes | None = None
     encoding: str | None = None
     priority: int = Priority.NORMAL
+    upload: Upload | None = None
+    upload_name: str | None = None
 
     def extra(self) -> CallExtra | None:
         """Return what the broker is to hear of it.
@@ -93,6 +104,10 @@ class Wishes(Slim):
             raise errors.InvalidArgument(
                 f"an idempotency_key has 1 to {limits.IDEMPOTENCY_KEY_CHARS_MAX} characters"
             )
+        if self.upload_name is not None and (key is not None or self.detach):
+            raise errors.InvalidArgument(
+                "a call that is given a file or an iterator can be neither detached nor have an idempotency_key"
+            )
         attach = self.attach_to is not None
         if attach and len(self.attach_to or b"") != ids.CALL_ID_BYTES:
             raise errors.InvalidArgument(f"a call id has {ids.CALL_ID_BYTES} bytes")
@@ -107,6 +122,7 @@ class Wishes(Slim):
             attach=attach,
             encoding=self.encoding,
             priority=int(self.priority),
+            upload=self.upload_name,
         )
         return None if extra == _PLAIN else extra
 
@@ -184,3 +200,8 @@ def read_details(packed: bytes) -> dict[str, Any]:
         return payload.unpack_map(packed)
     except errors.MalformedFrame:
         return {}
+
+
+def again(error: errors.BrokerError) -> errors.BrokerError:
+    """Make an exception of the same kind, since one exception object holds one traceback."""
+    return type(error)(error.message, dict(error.details), retryable=error.retryable)

@@ -59,6 +59,7 @@ class Cell(Enum):
     OUTCOMES = "_outcomes"
     PARTIAL = "_partial"
     PROGRESS = "_progress"
+    CREDIT = "_credit"
     HEARTBEAT = "_heartbeat"
     GOODBYE = "_goodbye"
     REFUSED_HELLO = "_refused_hello"
@@ -73,13 +74,13 @@ EVENTS: Final[tuple[Event | type[messages.Message], ...]] = (
     *(Event.DIAL, Event.CONNECTED, Event.DISCONNECTED, Event.BACK_OFF, Event.REFUSE),
     *(Event.SUBMIT, Event.CANCEL, Event.TAKE, Event.EXPIRE, Event.CLOSE),
     *(messages.Welcome, messages.Outcomes, messages.Partial, messages.Heartbeat),
-    *(messages.Goodbye, messages.Error, messages.Renewed, messages.Progresses),
+    *(messages.Goodbye, messages.Error, messages.Renewed, messages.Progresses, messages.Credit),
 )
 
 _CALLS: Final = (Cell.SUBMIT, Cell.CANCEL, Cell.TAKE, Cell.EXPIRE, Cell.CLOSE)
 #: before WELCOME counts only the answer to HELLO; a broker that has no HELLO yet has nothing to say
-_SILENT: Final = (_I, _I, _I, _I, _I, _I, _I, _I)
-_HEARD: Final = (Cell.WELCOME, _I, _I, _I, Cell.GOODBYE, Cell.REFUSED_HELLO, _I, _I)
+_SILENT: Final = (_I, _I, _I, _I, _I, _I, _I, _I, _I)
+_HEARD: Final = (Cell.WELCOME, _I, _I, _I, Cell.GOODBYE, Cell.REFUSED_HELLO, _I, _I, _I)
 _SERVED: Final = (
     _I,
     Cell.OUTCOMES,
@@ -89,6 +90,7 @@ _SERVED: Final = (
     Cell.ERROR,
     _I,
     Cell.PROGRESS,
+    Cell.CREDIT,
 )
 
 _LINES: Final[dict[State, tuple[Cell, ...]]] = {
@@ -104,3 +106,6 @@ _LINES: Final[dict[State, tuple[Cell, ...]]] = {
 TABLE: Final[Mapping[State, Mapping[Event | type[messages.Message], Cell]]] = {
     state: dict(zip(EVENTS, line, strict=True)) for state, line in _LINES.items()
 }
+
+#: answers to HELLO that another attempt would not change
+FINAL_REFUSALS: Final = frozenset({"UNAUTHENTICATED", "FORBIDDEN", "UNSUPPORTED_VERSION"})
