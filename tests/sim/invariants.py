@@ -178,17 +178,30 @@ class Invariants:
             self.hold(
                 sum(sent.size for sent in session.unacked) == session.unacked_bytes, "bytes are miscounted"
             )
-        for pool in machine.dispatcher.pools.values():
-            # calls that were given back wait besides
-            most = limits.QUEUE_CALLS_MAX + limits.BATCH_MAX + limits.WORKER_DEPTH_MAX * len(pool.workers)
-            self.hold(len(pool.backlog) <= most, f"{len(pool.backlog)} calls wait for pool {pool.name}")
-            self.hold(
-                pool.backlog_bytes <= limits.QUEUE_BYTES_MAX + limits.BODY_BYTES_MAX,
-                "a pool's queue is too large",
-            )
+        self._check_budget(machine)
         self._check_ghosts(machine)
         self._check_workers(machine)
         self._check_clients()
+
+    def _check_budget(self, machine: Routing) -> None:
+        """No more calls wait than may; those that workers gave back wait besides."""
+        budget, workers = machine.dispatcher.budget, len(machine.crew.by_id)
+        besides = limits.WORKER_DEPTH_MAX * workers
+        for waiting, calls, size in (
+            (budget.total, limits.BROKER_QUEUE_CALLS_MAX, limits.BROKER_QUEUE_BYTES_MAX),
+            *(
+                (pool.waiting, limits.QUEUE_CALLS_MAX, limits.QUEUE_BYTES_MAX)
+                for pool in machine.dispatcher.pools.values()
+            ),
+            *(
+                (one, limits.PRINCIPAL_QUEUE_CALLS_MAX, limits.PRINCIPAL_QUEUE_BYTES_MAX)
+                for one in budget.principals.values()
+            ),
+        ):
+            self.hold(waiting.calls <= calls + besides, f"{waiting.calls} calls wait, {calls} may")
+            self.hold(
+                waiting.bytes <= size + limits.BODY_BYTES_MAX * (1 + workers), f"{waiting.bytes} bytes wait"
+            )
 
     def _check_ghosts(self, machine: Routing) -> None:
         held = {call_id for worker in machine.crew.by_id.values() for call_id in worker.held}
@@ -236,6 +249,7 @@ class Invariants:
             self.hold(record.code or record.client.is_gone, f"call {record.call_id.hex()} never ended")
         self.hold(not machine.ledger.calls, f"the broker still has {len(machine.ledger.calls)} calls")
         self.hold(machine.ledger.deadline() is None, "the broker still waits for a deadline")
+        self.hold(not machine.dispatcher.budget.total.calls, "calls are counted as waiting")
         self.hold(not machine.dispatcher.ghosts, f"ghosts are left: {len(machine.dispatcher.ghosts)}")
         self.hold(not machine.reconciliation.orphans, "calls that nobody asked for are left")
         self.hold(not machine.reconciliation.doubts, "calls in doubt are left")

@@ -330,10 +330,7 @@ class ClientSession:
                 # another broker under the same supervisor: it finds out what became of our calls
                 self.book.resume(elsewhere=True)
             else:
-                # a stranger, or one that has given the session up and forgotten its calls
-                self.book.end_sent(
-                    "the broker does not know the session any more; whether the call ran is unknown"
-                )
+                self.book.end_sent("no broker knows the session any more; whether the call ran is unknown")
             self.session_id = message.session_id
             self.received = 0
         self.lineage = message.lineage
