@@ -291,6 +291,37 @@ def test_call_that_a_free_worker_can_take_is_not_refused_because_capped_ones_fil
     assert call in world.dispatched("echo-1")
 
 
+def test_refused_call_with_a_key_leaves_the_key_free() -> None:
+    world = World()
+    world.machine.dispatcher.budget = Budget(Bound(1, 1000), ROOMY, ROOMY)
+    session = enter(world, "alice")
+    world.ready(depth=0)
+    first = world.call("alice")
+    refused = world.call("alice", idempotency_key="k")
+    assert world.faults(session)[refused]["code"] == "OVERLOADED"
+    world.worker_says("echo-1", messages.Ready(EPOCH, 1))
+    world.answer("echo-1", first)
+    again = world.call("alice", idempotency_key="k")
+    assert world.dispatched("echo-1") == [first, again]
+    world.check()
+
+
+def test_calls_that_follow_one_which_may_not_wait_end_with_it() -> None:
+    world = World()
+    budget = world.machine.dispatcher.budget = Budget(Bound(1, 1000), ROOMY, ROOMY)
+    session = enter(world, "alice")
+    world.ready(depth=0)
+    leader, *followers = [world.call("alice", idempotency_key="k") for _ in range(300)]
+    # the one that would run in its place finds no room any more
+    budget.pool = Bound(0, 0)
+    world.client_says("alice", messages.Cancel(EPOCH, (leader,)))
+    ends = world.outcomes(session)
+    assert ends.pop(leader) == "CANCELLED"
+    assert ends == dict.fromkeys(followers, "OVERLOADED")
+    assert not world.machine.idempotency.records
+    world.check()
+
+
 def test_time_to_try_again_follows_how_fast_the_backlog_drains() -> None:
     world = World()
     world.machine.dispatcher.budget = Budget(Bound(200, 10_000), ROOMY, ROOMY)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mcp_broker.core.budget import Bound, Budget
 from mcp_broker.core.clients import ClientState
 from mcp_broker.wire import messages
 from tests.core.support import EPOCH, FakeGrant, World
@@ -22,12 +23,15 @@ _STEP = st.tuples(
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(_STEP, max_size=60))
-def test_every_accepted_call_ends_exactly_once_whatever_happens(steps: list[tuple[str, int]]) -> None:
+@given(st.lists(_STEP, max_size=60), st.sampled_from([None, 1, 2, 4]), st.sampled_from([2, 5, 1000]))
+def test_every_accepted_call_ends_exactly_once_whatever_happens(
+    steps: list[tuple[str, int]], cap: int | None, room: int
+) -> None:
     """A small simulation: the invariants hold after each step, and at the end nothing is left."""
     world = World()
+    world.machine.dispatcher.budget = Budget(Bound(room, 1000))
     session = world.hello()
-    world.ready("echo-0", depth=3, idempotent=True)
+    world.ready("echo-0", depth=3, idempotent=True, concurrency_max=cap)
     lives = 1
     ended: list[bytes] = []
     submitted: list[bytes] = []
@@ -45,13 +49,13 @@ def test_every_accepted_call_ends_exactly_once_whatever_happens(steps: list[tupl
         worker = workers[number % len(workers)] if workers else None
         held = list(worker.held) if worker is not None else []
         if verb == "call" and session.state is ClientState.OPEN:
-            submitted.append(world.call(timeout_s=number + 0.1))
+            submitted.append(world.call(timeout_s=number + 0.1, priority=number % 3))
         elif verb in {"answer", "fail"} and worker is not None and held:
             world.answer(worker.worker_id, held[0], "OK" if verb == "answer" else "TOOL_FAILED")
         elif verb == "die" and worker is not None:
             world.died(worker.worker_id, started_seq=number)
         elif verb == "join":
-            world.ready(f"echo-{lives}", depth=3, idempotent=True)
+            world.ready(f"echo-{lives}", depth=3, idempotent=True, concurrency_max=cap)
             lives += 1
         elif verb == "cancel" and submitted:
             world.client_says("c1", messages.Cancel(EPOCH, (submitted[number % len(submitted)],)))
