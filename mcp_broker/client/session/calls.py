@@ -236,7 +236,7 @@ class CallBook:
                 self.cancels.append(pending.call_id)
                 # the broker may never have had it, and is then silent about it
                 self._move(pending, _ENDED)
-            elif pending.stage is _SENT and elsewhere and _is_streaming(pending):
+            elif pending.stage is _SENT and elsewhere and pending.is_streaming:
                 self._fail(pending, "BROKER_LOST", "the broker was replaced in the middle of the stream")
             elif pending.stage is _SENT:
                 self._move(pending, _QUEUED)
@@ -389,12 +389,6 @@ def _later(pending: PendingCall, now: float) -> Call:
 
 
 _FLYING: Final = frozenset({_SENT, _ABANDONED})
-
-
-def _is_streaming(pending: PendingCall) -> bool:
-    """Tell whether another broker could not go on with it."""
-    has_begun = pending.upload is not None and pending.upload.limit > 0
-    return pending.streamed or pending.next_index > 0 or has_begun
 
 
 def _runs(items: list[T]) -> Iterator[list[T]]:

@@ -59,6 +59,12 @@ class PendingCall(Slim):
     upload: Upload | None = None
 
     @property
+    def is_streaming(self) -> bool:
+        """Tell whether another broker could not go on with it."""
+        has_begun = self.upload is not None and self.upload.limit > 0
+        return self.streamed or self.next_index > 0 or has_begun
+
+    @property
     def has_ended(self) -> bool:
         """Tell whether its caller has its end."""
         return self.stage is Stage.ABANDONED or self.stage is Stage.ENDED
