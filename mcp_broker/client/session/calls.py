@@ -382,9 +382,7 @@ def _later(pending: PendingCall, now: float) -> Call:
     """Pack a call anew: with what is left of its time, and a mark if it may have run."""
     call = pending.call
     left_ms = max(1, math.ceil((pending.deadline - now) * 1000))
-    extra = call.extra
-    if pending.sends:
-        extra = replaced(extra or messages.CallExtra(), again=True)
+    extra = replaced(call.extra or messages.CallExtra(), again=True) if pending.sends else call.extra
     return Call(call.call_id, call.tool, left_ms, call.arguments, extra)
 
 
