@@ -185,7 +185,8 @@ class Invariants:
 
     def _check_budget(self, machine: Routing) -> None:
         """No more calls wait than may; those that workers gave back wait besides."""
-        budget, workers = machine.dispatcher.budget, len(machine.crew.by_id)
+        # a worker that has died since gave its calls back too
+        budget, workers = machine.dispatcher.budget, len(self._world.supervisor.slots())
         besides = limits.WORKER_DEPTH_MAX * workers
         for waiting, calls, size in (
             (budget.total, limits.BROKER_QUEUE_CALLS_MAX, limits.BROKER_QUEUE_BYTES_MAX),

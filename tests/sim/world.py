@@ -241,11 +241,14 @@ class World:
 
     @property
     def _is_up(self) -> bool:
-        """Tell whether every process runs, and is known to the others."""
+        """Tell whether every process runs, is known to the others, and has nothing left to stop."""
         broker, workers = self.supervisor.broker, self.supervisor.workers()
         if broker is None or not self.supervisor.is_up or len(workers) != len(self.supervisor.slots()):
             return False
-        return all(known.is_registered for known in broker.machine.crew.by_id.values())
+        machine = broker.machine
+        # a call that has ended may yet take its worker along
+        is_free = not machine.dispatcher.ghosts and not machine.reconciliation.orphans
+        return is_free and all(known.is_registered for known in machine.crew.by_id.values())
 
     @property
     def _is_owed(self) -> bool:
