@@ -21,6 +21,7 @@ KINDS: Final[dict[str, str]] = {
     "operator": "it was stopped on purpose",
     "deadline": "mcp-broker killed it, because its call was past its deadline",
     "cancel": "mcp-broker killed it, because its call was cancelled and did not end",
+    "silence": "mcp-broker killed it, because it did not speak to a new broker and nobody waited for its call",
     "limit": "mcp-broker killed it, because it exceeded a limit",
     "unknown": "unknown; nothing that could be observed tells more",
 }

@@ -181,7 +181,7 @@ class Crew:
         """Take a message about workers."""
         if isinstance(message, node.Admit):
             for admitted in message.workers:
-                self._admit(admitted)
+                self._admit(admitted, now)
             self.admission_complete = True
         elif isinstance(message, node.Died):
             self._routing.reconciliation.had_started(message.certificate, message.started_calls)
@@ -202,12 +202,13 @@ class Crew:
                 if pool.failure:
                     self._dispatcher.fail_backlog(pool, pool.failure)
 
-    def _admit(self, admitted: node.Admitted) -> None:
+    def _admit(self, admitted: node.Admitted, now: float) -> None:
         if admitted.worker_id in self.by_id:
             return
         pool = self._dispatcher.pool(admitted.pool)
         worker = Worker(admitted.worker_id, admitted.thumbprint, pool, self.dirty)
-        worker.is_silent = not self.admission_complete
+        if not self.admission_complete:
+            self._routing.reconciliation.expects(worker, now)
         pool.workers[worker.worker_id] = worker
         self.by_id[worker.worker_id] = worker
         self.by_thumbprint[worker.thumbprint] = worker
@@ -261,6 +262,10 @@ class Crew:
             # the supervisor spares a call that has not started: it waits behind another, and may start before the
             # worker reads that it need not
             self._stop_later(worker, call_id, seq, why, now)
+
+    def give_up(self, worker: Worker) -> None:
+        """End a worker that an earlier broker had, and that does not speak to this one."""
+        self._interrupt(worker, node.WHATEVER, "kill", "silence")
 
     def _is_orphan(self, worker: Worker, call_id: bytes, seq: int) -> bool:
         return self._routing.reconciliation.is_running(worker, call_id, seq)

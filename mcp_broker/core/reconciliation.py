@@ -10,7 +10,8 @@ what is true of a call that is sent again:
 - none of these, and every worker of the pool that could hold it has spoken or died: it has never started, and runs;
 - none of these yet: it is *in doubt*, and waits for the workers that have not spoken, or for its deadline.
 
-What workers hold and no client asks for in time is let go. Source: docs/protocol.md, "Worker sessions"; ADR 5.
+What workers hold and no client asks for in time is let go; a worker that does not speak in time, because it runs a
+call that nobody waits for, is ended. Source: docs/protocol.md, "Worker sessions"; ADR 5.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from mcp_broker import limits
 from mcp_broker.core.calls import Call, CallState, fault
+from mcp_broker.core.workers import WorkerState
 from mcp_broker.wire import codec, messages
 from mcp_broker.wire.structs import Slim
 
@@ -59,8 +61,15 @@ class Reconciliation:
         self.doubts: dict[bytes, Call] = {}
         #: calls that workers had started when they died -> their certificate
         self._started: dict[bytes, Certificate] = {}
+        #: ended calls whose outcomes were let go, oldest first: they must not run again
+        self._unclaimed: dict[bytes, None] = {}
 
     # -- what workers and their node say ----------------------------------------------------------
+
+    def expects(self, worker: Worker, now: float) -> None:
+        """Wait for the word of a worker that an earlier broker admitted."""
+        worker.is_silent = True
+        self._routing.timers.add(now + limits.ORPHAN_S, self._unheard, worker)
 
     def registered(self, worker: Worker, held: tuple[messages.Held, ...], now: float) -> None:
         """Take a worker's word about what it holds; of all else that it was given it started nothing."""
@@ -85,7 +94,7 @@ class Reconciliation:
         if orphan is None or orphan.worker is not worker or orphan.outcome is not None:
             return False
         if orphan.is_unwanted:
-            del self.orphans[outcome.call_id]
+            self._forget(outcome.call_id)
             return True
         orphan.seq, orphan.outcome, orphan.body, orphan.receipt = 0, outcome, body, receipt
         receipt.left += 1
@@ -96,7 +105,8 @@ class Reconciliation:
             self._claim(call, orphan)
         else:
             # its caller has another outcome: nobody will ask for this one
-            del self.doubts[outcome.call_id], self.orphans[outcome.call_id]
+            del self.doubts[outcome.call_id]
+            self._forget(outcome.call_id)
             receipt.left -= 1
         return True
 
@@ -146,7 +156,7 @@ class Reconciliation:
                 return True
             self._claim(call, orphan)
             return True
-        return self._lost(call) or self._doubt(call)
+        return self._lost(call) or self._was_let_go(call) or self._doubt(call)
 
     def _doubt(self, call: Call) -> bool:
         pool = call.tool.pool
@@ -171,6 +181,17 @@ class Reconciliation:
         details: dict[str, Any] = {"worker": certificate.worker_id, "tool": call.tool.name, "attempts": 1}
         details["certificate"] = codec.as_plain(certificate)
         self._ledger.finish(call, fault(call.call_id, "WORKER_LOST", text, details))
+        return True
+
+    def _was_let_go(self, call: Call) -> bool:
+        """End a call that has ended already, and whose outcome nobody asked for in time; False: none, or it may run again."""
+        if call.call_id not in self._unclaimed or call.tool.definition.idempotent:
+            return False
+        text = (
+            f"{call.tool.name} ended while its client was away for over {limits.ORPHAN_S:g} s; its outcome was let go, and it "
+            "was not run again, because the tool is not declared idempotent"
+        )
+        self._ledger.finish(call, fault(call.call_id, "BROKER_LOST", text, {"tool": call.tool.name}))
         return True
 
     def _claim(self, call: Call, orphan: Orphan) -> None:
@@ -222,9 +243,30 @@ class Reconciliation:
                 orphan.is_unwanted = True
                 self._routing.crew.stop_call(worker, call_id, orphan.seq, "cancel", now)
                 continue
-            del self.orphans[call_id]
+            call = self.doubts.get(call_id)
+            if call is not None and call.state is not _ENDED:
+                # somebody asks for it, and it is on its way
+                continue
+            self.doubts.pop(call_id, None)
+            self._forget(call_id)
             if orphan.receipt is not None:
                 orphan.receipt.left -= 1
+
+    def _forget(self, call_id: bytes) -> None:
+        del self.orphans[call_id]
+        self._unclaimed[call_id] = None
+        if len(self._unclaimed) > limits.STARTED_MAX:
+            del self._unclaimed[next(iter(self._unclaimed))]
+
+    def _unheard(self, worker: Worker, now: float) -> None:
+        """A worker has not spoken: the call that it runs keeps it from that, and nobody may be waiting for it."""
+        if not worker.is_silent or worker.state >= WorkerState.DYING:
+            return
+        if not any(
+            call.tool.pool is worker.pool and call.state is not _ENDED for call in self.doubts.values()
+        ):
+            self._routing.crew.give_up(worker)
+        self._routing.timers.add(now + limits.ORPHAN_S, self._unheard, worker)
 
 
 def _cut(call: Call) -> messages.Outcome:

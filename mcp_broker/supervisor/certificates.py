@@ -21,7 +21,11 @@ _MISSING_MODULE: Final = re.compile(r"No module named '([\w.]+)'")
 _WORKER_SAYS: Final = "mcp-broker worker: "
 _POOL_SAYS: Final = re.compile(r"^pool \S+: ")
 _SHIPPED: Final = "mcp_broker_workers."
-_WHY: Final = {"deadline": "its call was past its deadline", "cancel": "its call was cancelled"}
+_WHY: Final = {
+    "deadline": "its call was past its deadline",
+    "cancel": "its call was cancelled",
+    "silence": "it had not spoken to the broker that replaced another, and nobody waited for its call",
+}
 
 
 @dataclass(frozen=True, slots=True)

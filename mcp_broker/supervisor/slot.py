@@ -163,11 +163,12 @@ class Slot:
             self._ground.strayed()
             return
         started = life.marks.started_seq
+        seq = started if order.seq == node.WHATEVER else order.seq
         # not started: CANCEL reaches it in time; and one call at a time means that an earlier one has ended.
         # Either way the process now runs somebody else's call, or none.
-        if order.seq > started or (self._table.concurrency == 1 and order.seq < started):
+        if seq > started or (self._table.concurrency == 1 and seq < started):
             return
-        life.interrupted = Interrupted(order.seq, order.stage, order.why)
+        life.interrupted = Interrupted(seq, order.stage, order.why)
         if order.stage == "term":
             life.process.signal(signal.SIGTERM)
         else:

@@ -7,7 +7,7 @@ worker protocol. Source: docs/protocol.md, "Node link".
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -160,11 +160,15 @@ class WorkerRefused(NodeMessage, tag="REFUSED", frozen=True):
     reason: str
 
 
+#: the number of no call: a worker is to end whatever it runs
+WHATEVER: Final = 0
+
+
 class Interrupt(NodeMessage, tag="INTERRUPT", frozen=True):
-    """Broker: end the worker's call ``seq``.
+    """Broker: end the worker's call ``seq``, or :data:`WHATEVER` it runs.
 
     ``stage`` is "raise" (a signal that raises in the tool, if that call still runs), "term" or "kill".
-    ``why`` is "deadline" or "cancel", for the certificate.
+    ``why`` is "deadline", "cancel" or "silence", for the certificate.
     """
 
     worker_id: str

@@ -205,6 +205,55 @@ def test_what_nobody_asks_for_is_killed_if_it_does_not_stop() -> None:
     assert not world.machine.reconciliation.orphans
 
 
+def test_worker_that_stays_silent_is_ended_once_nobody_can_be_waiting_for_its_call() -> None:
+    world = successor("echo-1", "echo-2")
+    world.hello()
+    registers(world, "echo-2")
+    again(world)
+    world.later(bounds.ORPHAN_S + 0.1)
+    assert world.interrupts() == []
+    world.later(30.0)
+    (order,) = world.interrupts()[:1]
+    assert (order.worker_id, order.seq, order.stage, order.why) == (
+        "echo-1",
+        node.WHATEVER,
+        "kill",
+        "silence",
+    )
+
+
+def test_worker_of_a_new_broker_may_take_its_time_to_start() -> None:
+    world = World()
+    world.machine.from_node(node.Admit(()), world.now)
+    late = node.Admitted(thumbprint="key-late", worker_id="late", pool="echo")
+    world.machine.from_node(node.Admit((late,)), world.now)
+    world.later(bounds.ORPHAN_S * 3)
+    assert world.interrupts() == []
+
+
+@pytest.mark.parametrize(("tool", "code"), [("echo.echo", "BROKER_LOST"), ("echo.safe", None)])
+def test_call_whose_outcome_was_let_go_is_not_run_again_unless_it_may_be(tool: str, code: str | None) -> None:
+    world = successor("echo-1")
+    session = world.hello()
+    registers(world, "echo-1", messages.Held(ID, 0, "tester"))
+    world.answer("echo-1", ID)
+    world.later(bounds.ORPHAN_S + 1)
+    again(world, tool=tool)
+    assert world.outcomes(session) == ({ID: code} if code else {})
+    assert world.dispatched("echo-1") == ([] if code else [ID])
+
+
+def test_outcome_that_somebody_asks_for_is_not_let_go_while_it_is_on_its_way() -> None:
+    world = successor("echo-1")
+    session = world.hello()
+    registers(world, "echo-1", messages.Held(ID, 0, "tester"))
+    again(world)
+    world.later(bounds.ORPHAN_S + 1)
+    world.answer("echo-1", ID)
+    assert world.outcomes(session) == {ID: "OK"}
+    world.check()
+
+
 def test_outcome_of_another_principals_call_is_nobody_elses() -> None:
     world = successor("echo-1")
     session = world.hello()

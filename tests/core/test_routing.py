@@ -97,7 +97,7 @@ def test_a_call_that_starts_after_its_end_is_stopped_too() -> None:
     assert stages[:2] in (["term", "kill"], ["kill", "term"])
     world.answer("echo-1", ended, "CANCELLED")
     world.machine.to_node.clear()
-    world.later(1)
+    world.later(bounds.ORPHAN_S)
     assert world.interrupts() == []
     assert len(world.machine.timers) == 0
 

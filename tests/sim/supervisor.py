@@ -102,7 +102,8 @@ class Slot:
             life.interrupt()
             return
         started = life.marks.started_seq
-        if order.seq > started or (self._pool.concurrency == 1 and order.seq < started):
+        seq = started if order.seq == node.WHATEVER else order.seq
+        if seq > started or (self._pool.concurrency == 1 and seq < started):
             return
         if order.stage == "term":
             life.terminate()

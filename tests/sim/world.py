@@ -36,7 +36,7 @@ _CALM_S: Final = 3.5
 _IDLE_S: Final = 6.5
 
 #: what lasts too long for a run to see its end
-_SHORT: Final = {"ORPHAN_S": 4.0}
+_SHORT: Final = {"ORPHAN_S": 1.5}
 #: bounds so tight that a small world meets them
 _TIGHT: Final = {
     "BATCH_MAX": 8,
@@ -219,10 +219,6 @@ class World:
         quiet_at = self.agenda.now
         self._run_until(lambda: self.agenda.now >= quiet_at + _CALM_S)
         self.supervisor.want_all()
-        for worker in self.supervisor.workers():
-            if worker.is_lost:
-                # what an operator has to do by hand, for now
-                worker.die("killed by an operator")
         self._run_until(lambda: self._is_up and not self._is_owed)
         self.note("world", "asks each tool once more")
         for client in self.clients:
