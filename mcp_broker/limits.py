@@ -64,6 +64,8 @@ CANCEL_KILL_S: Final = 0.25
 #: CURVE handshake: a silent connection is closed after it.
 HANDSHAKE_MS: Final = 1000
 DRAIN_S: Final = 10.0
+#: A broker that has drained waits so long for clients to say that they read their last outcomes.
+PART_S: Final = 0.5
 CONNECT_S: Final = 5.0
 
 # -- flow -----------------------------------------------------------------------------------------

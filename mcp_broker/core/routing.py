@@ -64,7 +64,7 @@ class Routing:
         self.clientele = Clientele(self)
         self.crew = Crew(self)
         self.draining = False
-        self._drain_until = 0.0
+        self._drain_until = self._part_at = 0.0
         self.drained = False
         self.boot: node.Boot | None = None
         #: facts of the process around it, for `status`
@@ -106,8 +106,8 @@ class Routing:
         for other in (self.ledger.deadline(), self.timers.deadline()):
             if other is not None and other < at:
                 at = other
-        if self.draining and self._drain_until < at:
-            at = self._drain_until
+        if self.draining:
+            at = min(at, self._part_at or self._drain_until)
         return at
 
     def expire(self, now: float) -> None:
@@ -140,6 +140,18 @@ class Routing:
             for pool in self.dispatcher.pools.values():
                 pool.measure(now)
         if self.draining and not self.drained and (not self.ledger.calls or now >= self._drain_until):
+            self._part(now)
+
+    def _part(self, now: float) -> None:
+        """Stop once clients have said that they read the last outcomes, or the time for that is over.
+
+        What libzmq has received and nobody has read is lost when its connection ends.
+        """
+        owes = any(session.outbox or session.unacked for session in self.clientele.open.values())
+        if not self._part_at:
+            self._part_at = now + limits.PART_S
+            self.clientele.beat(messages.Heartbeat(self.epoch), everyone=True)
+        if not owes or now >= self._part_at:
             self.drained = True
             self._say_goodbye()
 

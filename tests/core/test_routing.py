@@ -301,6 +301,30 @@ def test_call_that_is_sent_again_while_the_broker_drains_goes_on() -> None:
     world.check()
 
 
+@pytest.mark.parametrize("does_acknowledge", [True, False])
+def test_broker_that_drains_stays_until_its_last_outcomes_are_acknowledged_or_for_a_moment(
+    does_acknowledge: bool,
+) -> None:
+    world = World()
+    session = world.hello()
+    world.ready()
+    call_id = world.call()
+    world.machine.from_node(node.Shutdown(5.0), world.now)
+    world.answer("echo-1", call_id)
+    world.later(0.1)
+    # the client answers this one with ACK
+    heard = [type(message) for message, _ in world.heard_by(session)]
+    assert heard[-1] is messages.Heartbeat
+    assert messages.Outcomes in heard
+    assert world.machine.drained is False
+    assert world.machine.deadline() <= world.now + bounds.PART_S
+    if does_acknowledge:
+        world.client_says("c1", messages.Ack(EPOCH, 1))
+    world.later(0.01 if does_acknowledge else bounds.PART_S)
+    assert bool(world.machine.drained)
+    assert [type(message) for message, _ in world.heard_by(session)][-1] is messages.Goodbye
+
+
 def test_call_with_an_id_in_use_by_another_session_is_refused() -> None:
     world = World()
     world.hello("c1")

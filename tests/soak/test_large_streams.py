@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Self
 
 import pytest
 
+from bench import kernel
 from mcp_broker import limits
-from tests.support.load import MIB, broker_rss, percentile
+from tests.support.load import MIB, percentile
 from tests.support.running import CONFIG
 from tests.support.waiting import wait_for
 
@@ -86,15 +87,16 @@ class Pulse:
 def test_bytes_without_end_leave_memory_and_others_alone(running: Running, soak: Soak) -> None:
     chunks, samples = soak.count(sample=256, full=4096), soak.count(sample=100, full=500)
     block = bytes(range(256)) * (CHUNK // 256)
+    pid = running.status()["broker"]["pid"]
     with running.client() as client, running.client() as other:
         with Pulse(other) as idle:
             wait_for(lambda: len(idle.times) >= samples, within_s=60, what="enough echoes to compare with")
-        before = highest = broker_rss(running)
+        before = highest = kernel.sample(pid).rss_bytes
         with Pulse(other) as uploading:
             began = time.perf_counter()
             future = client.submit("big.size", {"data": (block for _ in range(chunks))}, timeout_s=600)
             while not future.done():
-                highest = max(highest, broker_rss(running))
+                highest = max(highest, kernel.sample(pid).rss_bytes)
                 concurrent.futures.wait([future], 0.05)
             took_in = time.perf_counter() - began
             assert future.result() == chunks * CHUNK
@@ -102,7 +104,9 @@ def test_bytes_without_end_leave_memory_and_others_alone(running: Running, soak:
             began, received = time.perf_counter(), 0
             for part in client.stream("big.random", {"chunks": chunks, "size": CHUNK}, timeout_s=600):
                 received += len(part)
-                highest = max(highest, broker_rss(running)) if received % (16 * CHUNK) == 0 else highest
+                highest = (
+                    max(highest, kernel.sample(pid).rss_bytes) if received % (16 * CHUNK) == 0 else highest
+                )
             took_out = time.perf_counter() - began
         assert received == chunks * CHUNK
     size = chunks * CHUNK / MIB

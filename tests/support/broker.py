@@ -213,7 +213,7 @@ class Peer:
         self._decoder = decoder
         self.socket = context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.LINGER, 0)
-        self.socket.setsockopt(zmq.RECONNECT_IVL, -1)
+        self.socket.setsockopt(zmq.RECONNECT_IVL, 86_400_000)
         self.socket.setsockopt(zmq.ROUTING_ID, routing_id)
         self.socket.curve_serverkey = z85.encode(server.public)
         self.socket.curve_publickey = z85.encode(key.public)
