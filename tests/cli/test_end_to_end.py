@@ -319,7 +319,7 @@ def test_interrupt_cancels_the_call(broker: Started) -> None:
             "--state-dir",
             str(broker.state_dir),
         ],
-        env=environment(),
+        env=environment() | {"PYTHONFAULTHANDLER": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -327,7 +327,12 @@ def test_interrupt_cancels_the_call(broker: Started) -> None:
     try:
         wait_for_busy(broker)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=5)
+        try:
+            _, err = process.communicate(timeout=5)
+        except subprocess.TimeoutExpired:
+            # it says where it stands
+            process.send_signal(signal.SIGABRT)
+            _, err = process.communicate(timeout=5)
     finally:
         process.kill()
     assert process.returncode == 130, err
