@@ -72,15 +72,6 @@ class Worker(Shell):
         self.world.agenda.at(until, handler)
         return True
 
-    @property
-    def is_lost(self) -> bool:
-        """Tell whether it runs a call without end that nobody can stop any more.
-
-        Its connection broke, or its broker died, meanwhile: who is to stop the call does not know of it now, and its
-        outcome would be dropped.
-        """
-        return any(job.plan.is_endless and (self.wire is None or self.wire.is_cut) for job in self.jobs)
-
     # -- the loop -------------------------------------------------------------------------------------
 
     @property
