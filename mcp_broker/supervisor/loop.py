@@ -25,14 +25,13 @@ from typing import TYPE_CHECKING, Final
 from mcp_broker import proctable
 from mcp_broker.auth.credentials import Authority
 from mcp_broker.core import children
-from mcp_broker.core.restart import Policy
 from mcp_broker.errors import SupervisionError
 from mcp_broker.supervisor import events, reclaim
 from mcp_broker.supervisor.broker import BrokerChild
+from mcp_broker.supervisor.fleet import Fleet
 from mcp_broker.supervisor.launch.local import LocalLauncher
 from mcp_broker.supervisor.lock import Lock
 from mcp_broker.supervisor.poller import Poller
-from mcp_broker.supervisor.pool import Pool
 from mcp_broker.supervisor.ports import Ports
 from mcp_broker.supervisor.records import Counters, Deaths
 from mcp_broker.supervisor.signals import Signals
@@ -44,7 +43,6 @@ if TYPE_CHECKING:
 
     from mcp_broker.config import Config
     from mcp_broker.supervisor.launch import Launcher
-    from mcp_broker.supervisor.slot import Slot
 
 _log = logging.getLogger("mcp_broker.supervisor")
 
@@ -95,7 +93,6 @@ class Supervisor:
         self._is_dirty = False
         self._is_table_complete = False
         self._sweeps_left = 0
-        self._pool_states: dict[str, str] = {}
         self._drain_deadline = 0.0
 
     # -- life ----------------------------------------------------------------------------------------
@@ -140,12 +137,7 @@ class Supervisor:
         self.worker_server_public = self._authority.workers.public
         self.poller = Poller()
         self._started_wall = time.time()
-        wanted = self._config.limits
-        policy = Policy(intensity=wanted.restarts, period_s=wanted.restart_period_s)
-        self._pools = {
-            name: Pool(self, name, table, policy, wanted.start_s)
-            for name, table in self._config.pools.items()
-        }
+        self._fleet = Fleet(self, self._config, self._on_event)
         self._broker = BrokerChild(self)
         signals = Signals(_STOP_SIGNALS, self.poller, lambda _number: self._stop())
         try:
@@ -156,11 +148,10 @@ class Supervisor:
 
     def _loop(self) -> None:
         self._broker.tell(children.Wanted())
-        for pool in self._pools.values():
-            pool.start()
+        self._fleet.start()
         # the broker's first table must be complete: until it comes, an unknown key is told to try again
         self._is_table_complete = True
-        self._broker.send(self._admissions())
+        self._broker.send(self._fleet.admissions())
         self._sample_at = time.monotonic() + _SAMPLE_S
         self._tidy()
         while self._phase is not Phase.STOPPED:
@@ -177,22 +168,17 @@ class Supervisor:
         broker = self._broker.child.deadline()
         if broker is not None:
             deadlines.append(broker)
-        for pool in self._pools.values():
-            deadlines.extend(pool.deadlines())
+        deadlines.extend(self._fleet.deadlines())
         return min(deadlines)
 
     def _expire(self, now: float) -> None:
         self._broker.expire(now)
-        for pool in self._pools.values():
-            for slot in pool.slots:
-                slot.expire(now)
+        self._fleet.expire(now)
         if self._phase is Phase.DRAINING and now >= self._drain_deadline:
             self._stop_workers()
         if now >= self._sample_at:
             self._sample_at = now + _SAMPLE_S
-            for slot in self._slots():
-                if slot.life is not None:
-                    slot.life.sample()
+            self._fleet.sample()
             self._is_dirty = True
             # adopted orphans that ended by themselves are zombies until somebody looks
             self._sweeps_left = max(self._sweeps_left, 1)
@@ -202,11 +188,11 @@ class Supervisor:
         if self._sweeps_left:
             left = reclaim.sweep(self._alive(), self._bystanders)
             self._sweeps_left = self._sweeps_left - 1 if left else 0
-        self._announce_pools()
+        self._fleet.announce()
         if self._is_dirty:
             self._is_dirty = False
-            self._broker.send(self._report())
-        if self._phase is Phase.STOPPING_WORKERS and all(pool.is_stopped for pool in self._pools.values()):
+            self._broker.send(self._fleet.report())
+        if self._phase is Phase.STOPPING_WORKERS and self._fleet.is_stopped:
             self._phase = Phase.STOPPING_BROKER
             self._broker.tell(children.Unwanted())
         if self._phase is Phase.STOPPING_BROKER and not self._broker.child.is_alive:
@@ -216,8 +202,7 @@ class Supervisor:
         # after an orderly stop there is nothing left to do here
         self._phase = Phase.STOPPED
         self._broker.tell(children.Unwanted())
-        for pool in self._pools.values():
-            pool.stop()
+        self._fleet.stop()
         self._kill_all()
         for _ in range(_SWEEPS_MAX):
             self.poller.turn(0.0)
@@ -251,12 +236,10 @@ class Supervisor:
     def _stop_workers(self) -> None:
         if self._phase < Phase.STOPPING_WORKERS:
             self._phase = Phase.STOPPING_WORKERS
-            for pool in self._pools.values():
-                pool.stop()
+            self._fleet.stop()
 
     def _kill_all(self) -> None:
-        for slot in self._slots():
-            slot.kill()
+        self._fleet.kill()
         self._broker.kill()
 
     @property
@@ -319,26 +302,20 @@ class Supervisor:
 
     def briefing(self) -> list[node.FromSupervisor]:
         """Return what follows BOOT. The first broker gets its table of keys when all are made."""
-        table = [self._admissions()] if self._is_table_complete else []
+        table = [self._fleet.admissions()] if self._is_table_complete else []
         deaths = node.Deaths(self._deaths.recent, self._deaths.started_calls)
-        tools = [node.Tools(pool.name, pool.tools) for pool in self._pools.values() if pool.tools]
-        return [*table, deaths, *tools, self._report()]
+        return [*table, deaths, *self._fleet.tools(), self._fleet.report()]
 
     def heard(self, message: node.ToSupervisor) -> None:
         """Take a message of the broker."""
         if isinstance(message, node.Serving):
             self._on_event(self._serving())
         elif isinstance(message, node.WorkerUp):
-            for pool in self._pools.values():
-                pool.worker_up(message.worker_id, message.tools)
+            self._fleet.worker_up(message.worker_id, message.tools)
         elif isinstance(message, node.WorkerRefused):
-            for pool in self._pools.values():
-                pool.worker_refused(message.worker_id, message.reason)
+            self._fleet.worker_refused(message.worker_id, message.reason)
         elif isinstance(message, node.Interrupt):
-            for pool in self._pools.values():
-                slot = pool.find(message.worker_id)
-                if slot is not None:
-                    slot.interrupt(message)
+            self._fleet.interrupt(message)
         elif self._phase is Phase.DRAINING:
             self._stop_workers()
 
@@ -367,33 +344,12 @@ class Supervisor:
             pid=os.getpid(),
             broker_pid=self._broker.pid,
             epoch=self._broker.epoch,
-            pools=tuple(self._pools),
+            pools=self._fleet.names,
             state_dir=self._state_dir,
         )
 
-    def _announce_pools(self) -> None:
-        for pool in self._pools.values():
-            before, now = self._pool_states.get(pool.name), pool.state
-            if now == before:
-                continue
-            self._pool_states[pool.name] = now
-            if now == "ready":
-                self._on_event(events.PoolReady(pool.name, pool.ready, pool.tool_names))
-            elif any(slot.child.state is children.State.FATAL for slot in pool.slots):
-                self._on_event(events.PoolFailed(pool.name, pool.reason))
-
-    def _report(self) -> node.Report:
-        return node.Report(tuple(pool.report() for pool in self._pools.values()))
-
-    def _admissions(self) -> node.Admit:
-        return node.Admit(tuple(slot.life.admitted for slot in self._slots() if slot.life is not None))
-
-    def _slots(self) -> list[Slot]:
-        return [slot for pool in self._pools.values() for slot in pool.slots]
-
     def _alive(self) -> dict[int, str]:
-        lives = (slot.life for slot in self._slots() if slot.life is not None)
-        alive = {life.process.pid: life.worker_id for life in lives if life.process is not None}
+        alive = self._fleet.alive()
         if self._broker.process is not None:
             alive[self._broker.pid] = self._broker.process.name
         return alive

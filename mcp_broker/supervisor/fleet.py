@@ -1,0 +1,139 @@
+"""All pools of a supervisor: who of them is meant, and what they amount to."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mcp_broker.core.children import State
+from mcp_broker.core.restart import Policy
+from mcp_broker.supervisor import events
+from mcp_broker.supervisor.pool import Pool
+from mcp_broker.wire import node
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from mcp_broker.config import Config
+    from mcp_broker.supervisor.slot import Ground, Slot
+    from mcp_broker.wire.messages import ToolDefinition
+
+
+class Fleet:
+    """The pools of one node.
+
+    Args:
+        ground: what their slots stand on.
+        on_event: told when a pool is ready or given up.
+    """
+
+    def __init__(self, ground: Ground, config: Config, on_event: Callable[[events.Event], None]) -> None:
+        wanted = config.limits
+        policy = Policy(intensity=wanted.restarts, period_s=wanted.restart_period_s)
+        self.pools = {
+            name: Pool(ground, name, table, policy, wanted.start_s) for name, table in config.pools.items()
+        }
+        self._on_event = on_event
+        #: as it was announced last
+        self._states: dict[str, str] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The pools' names, in the order of the configuration."""
+        return tuple(self.pools)
+
+    @property
+    def slots(self) -> list[Slot]:
+        """Every slot of every pool."""
+        return [slot for pool in self.pools.values() for slot in pool.slots]
+
+    def find(self, worker_id: str) -> Slot | None:
+        """Return the slot whose present life has this id."""
+        found = (pool.find(worker_id) for pool in self.pools.values())
+        return next((slot for slot in found if slot is not None), None)
+
+    # -- orders --------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Want every pool up."""
+        for pool in self.pools.values():
+            pool.start()
+
+    def stop(self) -> None:
+        """Want every pool down."""
+        for pool in self.pools.values():
+            pool.stop()
+
+    def kill(self) -> None:
+        """SIGKILL every worker, now."""
+        for slot in self.slots:
+            slot.kill()
+
+    # -- what happens --------------------------------------------------------------------------------
+
+    def worker_up(self, worker_id: str, tools: tuple[ToolDefinition, ...]) -> None:
+        """Take the broker's word that a worker is ready."""
+        for pool in self.pools.values():
+            pool.worker_up(worker_id, tools)
+
+    def worker_refused(self, worker_id: str, reason: str) -> None:
+        """Take the broker's word that a worker will not become ready."""
+        for pool in self.pools.values():
+            pool.worker_refused(worker_id, reason)
+
+    def interrupt(self, order: node.Interrupt) -> None:
+        """End one call of a worker; about one that is gone it means nothing."""
+        slot = self.find(order.worker_id)
+        if slot is not None:
+            slot.interrupt(order)
+
+    def deadlines(self) -> Iterator[float]:
+        """Return the instants at which pools have something to do."""
+        for pool in self.pools.values():
+            yield from pool.deadlines()
+
+    def expire(self, now: float) -> None:
+        """Do what is due."""
+        for slot in self.slots:
+            slot.expire(now)
+
+    def sample(self) -> None:
+        """Read what the workers cost now."""
+        for slot in self.slots:
+            if slot.life is not None:
+                slot.life.sample()
+
+    # -- what they amount to ---------------------------------------------------------------------------
+
+    @property
+    def is_stopped(self) -> bool:
+        """No process is left, and none will come."""
+        return all(pool.is_stopped for pool in self.pools.values())
+
+    def alive(self) -> dict[int, str]:
+        """Return the worker processes: pid -> worker id."""
+        lives = (slot.life for slot in self.slots if slot.life is not None)
+        return {life.process.pid: life.worker_id for life in lives if life.process is not None}
+
+    def admissions(self) -> node.Admit:
+        """Return every key that may come in."""
+        return node.Admit(tuple(slot.life.admitted for slot in self.slots if slot.life is not None))
+
+    def tools(self) -> list[node.Tools]:
+        """Return what each pool served so far."""
+        return [node.Tools(pool.name, pool.tools) for pool in self.pools.values() if pool.tools]
+
+    def report(self) -> node.Report:
+        """Return what the broker tells those who ask."""
+        return node.Report(tuple(pool.report() for pool in self.pools.values()))
+
+    def announce(self) -> None:
+        """Say which pools became ready, or are given up, since the last time."""
+        for pool in self.pools.values():
+            before, now = self._states.get(pool.name), pool.state
+            if now == before:
+                continue
+            self._states[pool.name] = now
+            if now == "ready":
+                self._on_event(events.PoolReady(pool.name, pool.ready, pool.tool_names))
+            elif any(slot.child.state is State.FATAL for slot in pool.slots):
+                self._on_event(events.PoolFailed(pool.name, pool.reason))
