@@ -93,7 +93,7 @@ def markdown(document: dict[str, Any], cells: Sequence[Sequence[str]]) -> str:
     lines = [
         "# Results",
         "",
-        "Written by `python -m bench --markdown bench/RESULTS.md`; not edited by hand.",
+        "Written by `python -m bench --markdown bench/RESULTS.md`; not edited by hand. What was tried: [LOG.md](LOG.md).",
         "",
         f"- {about['date']}; {machine['cores']} cores of {machine['cpu']}, Linux {machine['kernel']}",
         f"- {versions}",
