@@ -1,0 +1,124 @@
+"""The tables of the configuration file, as frozen and validated values."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from mcp_broker import limits
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+RatePerS = Annotated[float, Field(gt=0, le=limits.RATE_MAX, strict=False)]
+Burst = Annotated[int, Field(ge=1, le=limits.RATE_MAX)]
+
+
+class Table(BaseModel):
+    """One table of the file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class BrokerTable(Table):
+    """``[broker]``: where it listens."""
+
+    #: an address, not a name: nothing is looked up
+    host: str = "127.0.0.1"
+    #: 0: any free port, then the same one at every start
+    client_port: Port = 0
+    worker_port: Port = 0
+
+
+class AuthTable(Table):
+    """``[auth]``: nothing can be set yet."""
+
+
+class LimitsTable(Table):
+    """``[limits]``: bounds of the whole, see :mod:`mcp_broker.limits` for the rest."""
+
+    #: how long running calls may take to end when the supervisor is told to stop
+    drain_s: Annotated[float, Field(ge=0, le=3600, strict=False)] = limits.DRAIN_S
+    #: from the start of a worker process to its being ready
+    start_s: Annotated[float, Field(gt=0, le=3600, strict=False)] = 30.0
+    #: deaths of a pool's processes (before they are ready, or idle) within the period that are answered by a restart
+    restarts: Annotated[int, Field(ge=0, le=1000)] = 5
+    restart_period_s: Annotated[float, Field(gt=0, le=86_400, strict=False)] = 60.0
+    #: calls a second that a principal may make, over all its sessions and tools; without it as many as it likes
+    rate_per_s: RatePerS | None = None
+    #: of these, calls at once after a pause; one second's calls if absent
+    burst: Burst | None = None
+
+    @model_validator(mode="after")
+    def _burst_of_a_rate(self) -> LimitsTable:
+        return _checked_burst(self)
+
+
+class StateTable(Table):
+    """``[state]``: where things are kept."""
+
+    #: the state directory, when neither the command line nor the environment names one
+    dir: str | None = None
+
+
+class ObserveTable(Table):
+    """``[observe]``: what is logged."""
+
+    log_level: Annotated[str, Field(pattern="^(debug|info|warning|error)$")] = "info"
+
+
+class PoolTable(Table):
+    """``[pools.NAME]``: workers of one kind."""
+
+    #: the module that defines the tools
+    module: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")]
+    #: folders to import it from, ahead of what is installed; relative to the file
+    path: tuple[str, ...] = ()
+    #: another interpreter, which has this package installed
+    python: str | None = None
+    #: processes that are kept ready
+    min: Annotated[int, Field(ge=0, le=limits.WORKERS_MAX)] = 1
+    max: Annotated[int, Field(ge=0, le=limits.WORKERS_MAX)] | None = None
+    #: calls that one process runs at a time
+    concurrency: Annotated[int, Field(ge=1, le=limits.WORKER_DEPTH_MAX)] = 1
+    isolation: str = "process"
+    #: calls a second that each of its tools takes, all callers together, in place of what the tool itself says
+    rate_per_s: RatePerS | None = None
+    #: of these, calls at once after a pause; one second's calls if absent
+    burst: Burst | None = None
+    #: handed to the tools unchanged
+    options: dict[str, Any] = {}
+    #: added to the worker's environment
+    env: dict[str, str] = {}
+
+    @model_validator(mode="after")
+    def _know_what_we_cannot(self) -> PoolTable:
+        if self.isolation != "process":
+            raise ValueError(
+                f"isolation = {self.isolation!r} is not supported yet; this version has 'process'"
+            )
+        if self.max is not None and self.max < self.min:
+            raise ValueError(f"max = {self.max} is below min = {self.min}")
+        if self.max is not None and self.max > self.min:
+            raise ValueError("max above min is not supported yet: pools do not grow by themselves")
+        return _checked_burst(self)
+
+
+T = TypeVar("T", LimitsTable, PoolTable)
+
+
+def _checked_burst(table: T) -> T:
+    if table.burst is not None and table.rate_per_s is None:
+        raise ValueError("burst says nothing without rate_per_s; set both or neither")
+    return table
+
+
+class Config(Table):
+    """The whole file."""
+
+    broker: BrokerTable = BrokerTable()
+    auth: AuthTable = AuthTable()
+    limits: LimitsTable = LimitsTable()
+    state: StateTable = StateTable()
+    observe: ObserveTable = ObserveTable()
+    #: without any pool in the file: the shipped tools
+    pools: dict[str, PoolTable] = {}
