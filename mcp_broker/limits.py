@@ -190,6 +190,12 @@ TOKEN_LEEWAY_S: Final = 5
 #: Both ends are ours; the largest message is a report of WORKERS_MAX workers or DEATHS_MAX certificates.
 NODE_BYTES_MAX: Final = 16 * 1024 * 1024
 
+#: One packet of a worker's tether: a kind and a few short fields.
+TETHER_BYTES_MAX: Final = 4096
+#: What a worker may say on its tether, a second and at once: it says little, and the supervisor has one thread for all.
+TETHER_MESSAGES_PER_S: Final = 100.0
+TETHER_MESSAGES_BURST: Final = 200
+
 #: Heartbeats (each HEARTBEAT_S) between two to a client without, and to a worker without, calls.
 IDLE_BEATS: Final = 20
 WORKER_IDLE_BEATS: Final = 4

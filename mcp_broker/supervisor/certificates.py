@@ -46,6 +46,7 @@ class Circumstances:
         was_ready: it had registered.
         is_operators: it was told to stop.
         fault: why we stopped it although it was wanted, or "".
+        violation: what it did that no worker of ours does, for which it was killed, or "".
     """
 
     started_seq: int
@@ -53,6 +54,7 @@ class Circumstances:
     is_operators: bool
     fault: str
     interrupted: Interrupted | None
+    violation: str = ""
 
 
 def certify(process: Process, pool: str, module: str, end: Exit, known: Circumstances) -> Certificate:
@@ -79,6 +81,8 @@ def certify(process: Process, pool: str, module: str, end: Exit, known: Circumst
 
 def _cause(end: Exit, known: Circumstances, stderr: str, module: str) -> tuple[str, str]:
     how = _how(end)
+    if known.violation:
+        return "violation", f"stopped because {known.violation} ({how})"
     if known.is_operators:
         return "operator", f"stopped by the operator ({how})"
     if known.fault:

@@ -18,8 +18,10 @@ from mcp_broker.errors import SupervisionError
 from mcp_broker.supervisor import reclaim
 from mcp_broker.supervisor.certificates import IMPORT_FAILED, Circumstances, Interrupted, certify
 from mcp_broker.supervisor.launch import WorkerOrder
+from mcp_broker.supervisor.tether import Tether, new_ends
 from mcp_broker.wire import codec, node
 from mcp_broker.wire.marks import MARKS_BYTES, Marks
+from mcp_broker.wire.tether import Warm
 
 if TYPE_CHECKING:
     from mcp_broker.config import PoolTable
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from mcp_broker.supervisor.launch import Launcher
     from mcp_broker.supervisor.poller import Poller
     from mcp_broker.supervisor.process import Exit, Process
-
+    from mcp_broker.supervisor.tether import Handlers
 _log = logging.getLogger("mcp_broker.supervisor")
 
 
@@ -80,17 +82,22 @@ class Life:
         self._page = mmap.mmap(self.marks_fd, MARKS_BYTES)
         self._view = memoryview(self._page)
         self.marks = Marks(self._view)
-        #: the read end goes to the worker; while we live, nobody closes the write end
-        self.life_fd, self._our_end = os.pipe2(os.O_CLOEXEC)
+        self.our_end, self.their_end = new_ends()
+        self.tether: Tether | None = None
         self.process: Process | None = None
+        #: what it did that no worker of ours does, for which we killed it
+        self.violation = ""
+        #: a spare whose tools are imported
+        self.is_warm = False
         self.interrupted: Interrupted | None = None
         self.rss_kib = 0
         self.cpu_s = 0.0
 
-    def started(self, process: Process) -> None:
-        """Keep the process, and let go of what only it needs."""
+    def started(self, process: Process, tether: Tether) -> None:
+        """Keep the process and the tether to it, and let go of what only it needs."""
         self.process = process
-        os.close(self.life_fd)
+        self.tether = tether
+        self.their_end.close()
         os.close(self.marks_fd)
 
     @property
@@ -106,10 +113,12 @@ class Life:
 
     def end(self) -> None:
         """Let go of everything."""
-        if self.process is None:
-            os.close(self.life_fd)
+        if self.tether is None:
+            self.their_end.close()
+            self.our_end.close()
             os.close(self.marks_fd)
-        os.close(self._our_end)
+        else:
+            self.tether.close()
         self.marks.release()
         self._view.release()
         self._page.close()
@@ -220,7 +229,7 @@ class Slot:
             pool=self._table,
             boot=codec.encode(boot),
             pass_fds=(life.marks_fd,),
-            life_fd=life.life_fd,
+            tether_fd=life.their_end.fileno(),
             scratch=life.scratch,
         )
         try:
@@ -228,9 +237,21 @@ class Slot:
         except SupervisionError as error:
             self._never_lived(life, error)
             return
-        life.started(process)
+        handlers: Handlers = {Warm: self._warmed}
+        life.started(process, Tether(life.our_end, ground.poller, handlers, self._violated))
         reclaim.record(ground.run_dir, process)
         self.tell(children.Spawned())
+
+    def _warmed(self, _message: Warm) -> None:
+        if self.life is not None:
+            self.life.is_warm = True
+            self._ground.changed()
+
+    def _violated(self, what: str) -> None:
+        """A tool took its worker over: what it might say next is not waited for."""
+        if self.life is not None:
+            self.life.violation = what
+            self.kill()
 
     def _never_lived(self, life: Life, error: SupervisionError) -> None:
         self.life = None
@@ -263,6 +284,7 @@ class Slot:
             is_operators=is_operators or is_dismissed,
             fault=child.reason if child.state is children.State.STOPPING else "",
             interrupted=self._meant_interrupt(life),
+            violation=life.violation,
         )
         certificate = certify(life.process, self._pool, self._table.module, end, known)
         # the caller of the call that died waits for this: the rest comes after it

@@ -15,7 +15,7 @@ from mcp_broker import limits
 from mcp_broker.errors import MalformedFrame, UnknownKind, WireError
 from mcp_broker.wire import messages, node
 
-T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 #: what msgspec raises for bytes that are not of a type
 _BROKEN: Final = (msgspec.DecodeError, RecursionError, UnicodeDecodeError, OverflowError)
@@ -24,7 +24,7 @@ _BROKEN: Final = (msgspec.DecodeError, RecursionError, UnicodeDecodeError, Overf
 encode: Final[Callable[[msgspec.Struct], bytes]] = msgspec.msgpack.Encoder().encode
 
 
-class Decoder(Generic[T]):
+class Decoder(Generic[T_co]):
     """Decodes what may arrive at one door.
 
     Args:
@@ -36,11 +36,11 @@ class Decoder(Generic[T]):
     def __init__(
         self, union: object, bytes_max: int = limits.ENVELOPE_BYTES_MAX, long_kind: type | None = None
     ) -> None:
-        self._decode: Callable[[bytes | memoryview], T] = msgspec.msgpack.Decoder(union).decode
+        self._decode: Callable[[bytes | memoryview], T_co] = msgspec.msgpack.Decoder(union).decode
         self._bytes_max = bytes_max
         self._long_kind = long_kind
 
-    def decode(self, frame: bytes | memoryview) -> T:
+    def decode(self, frame: bytes | memoryview) -> T_co:
         """Turn one frame into a message.
 
         Raises:

@@ -22,7 +22,7 @@ class Certificate(Record, kw_only=True, frozen=True):
     pid: int
     #: one sentence for people, "unknown" rather than a guess
     cause: str
-    #: closed set: exit, signal, boot_failure, operator, deadline, cancel, limit, unknown
+    #: closed set: exit, signal, boot_failure, operator, deadline, cancel, limit, violation, unknown
     kind: str
     exit_code: int | None = None
     signal: str | None = None
@@ -208,3 +208,5 @@ class WorkerBoot(Record, kw_only=True, frozen=True):
     marks_fd: int
     #: private writable folder of this worker
     scratch: str
+    #: it says WARM when its tools are imported, and connects to the broker when it is told to GO
+    is_spare: bool = False

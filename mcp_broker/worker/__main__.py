@@ -1,4 +1,4 @@
-"""``python -m mcp_broker.worker --boot-fd N [--life-fd N]``: started by the supervisor, never by hand."""
+"""``python -m mcp_broker.worker --boot-fd N --tether-fd N``: started by the supervisor, never by hand."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mcp_broker.worker.process import main
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m mcp_broker.worker", description=__doc__)
     parser.add_argument("--boot-fd", type=int, required=True, help="inherited fd with the boot record")
-    parser.add_argument("--life-fd", type=int, help="inherited pipe; its end of file ends the worker")
+    parser.add_argument("--tether-fd", type=int, required=True, help="inherited socket to the supervisor")
     return parser.parse_args()
 
 
@@ -34,4 +34,4 @@ def _leave(code: int) -> NoReturn:
 
 if __name__ == "__main__":
     given = _arguments()
-    _leave(main(given.boot_fd, given.life_fd))
+    _leave(main(given.boot_fd, given.tether_fd))

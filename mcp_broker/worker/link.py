@@ -90,8 +90,8 @@ class Link:
                 self.drain_wake()
         return self.is_readable()
 
-    def wait_closed(self, timeout_s: float) -> None:
-        """Wait without a connection, for a wake-up or the end of the time."""
+    def wait_closed(self, timeout_s: float | None) -> None:
+        """Wait without a connection, for a wake-up or the end of the time (None: for ever)."""
         if select.select([self.wake_fd], [], [], timeout_s)[0]:
             self.drain_wake()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import gc
@@ -17,11 +18,13 @@ from typing import TYPE_CHECKING, Final
 from mcp_broker.errors import ConfigError, WireError
 from mcp_broker.wire import codec
 from mcp_broker.wire.marks import MARKS_BYTES, Marks
+from mcp_broker.wire.tether import Go, Warm
 from mcp_broker.worker import catalogue
 from mcp_broker.worker.execution import Execution
 from mcp_broker.worker.interrupts import Interrupts
 from mcp_broker.worker.link import Link
 from mcp_broker.worker.session import Session
+from mcp_broker.worker.tether import Tether
 
 if TYPE_CHECKING:
     from mcp_broker.wire.node import WorkerBoot
@@ -47,28 +50,14 @@ def read_boot(fd: int) -> WorkerBoot:
         ) from error
 
 
-def die_with_parent(life_fd: int | None) -> None:
-    """Make sure that no worker outlives its supervisor.
-
-    Args:
-        life_fd: a pipe whose other end only the supervisor holds; its end of file is the supervisor's.
-    """
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its supervisor ends. Changing the uid undoes it."""
     parent = os.getppid()
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         # it died before the kernel knew that we wanted to hear of it
         os._exit(0)
-    if life_fd is not None:
-        os.set_inheritable(life_fd, False)
-        threading.Thread(target=_watch, args=(life_fd,), name="life", daemon=True).start()
-
-
-def _watch(life_fd: int) -> None:
-    # a process whose GIL is held by C code is ended by the death signal instead
-    while os.read(life_fd, 1):
-        pass
-    os._exit(0)
 
 
 def open_marks(fd: int) -> Marks:
@@ -78,14 +67,26 @@ def open_marks(fd: int) -> Marks:
     return Marks(memoryview(page))
 
 
-def serve(boot: WorkerBoot) -> None:
+def serve(boot: WorkerBoot, tether: Tether) -> None:
     """Import the tools and answer calls until the broker drains the worker.
+
+    Args:
+        tether: not listening yet.
 
     Raises:
         ConfigError: the module cannot serve (the operator's or its author's fault).
     """
     wake_read, wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     interrupts = Interrupts(open_marks(boot.marks_fd), wake_write)
+    is_called = threading.Event()
+
+    def go() -> None:
+        is_called.set()
+        with contextlib.suppress(BlockingIOError):  # full of wake-ups
+            os.write(wake_write, b"\0")
+
+    tether.on(Go, go)
+    tether.watch()
     tools = catalogue.load(boot.module, boot.path)
     # not before the import: until here SIGTERM ends the process at once, as it should
     interrupts.install()
@@ -101,6 +102,10 @@ def serve(boot: WorkerBoot) -> None:
     # what was imported stays: no collection need look at it again
     gc.collect()
     gc.freeze()
+    if boot.is_spare:
+        tether.say(Warm())
+        while not (is_called.is_set() or interrupts.stopping):
+            link.wait_closed(None)
     if has_tasks:
         from mcp_broker.worker.tasks import ConcurrentLoop
 
@@ -111,15 +116,15 @@ def serve(boot: WorkerBoot) -> None:
         Loop(session, link, execution, interrupts).run()
 
 
-def main(boot_fd: int, life_fd: int | None) -> int:
+def main(boot_fd: int, tether_fd: int) -> int:
     """Be a worker; return the exit code."""
     faulthandler.enable(all_threads=False)
-    die_with_parent(life_fd)
+    die_with_parent()
     pool = "?"
     try:
         boot = read_boot(boot_fd)
         pool = boot.pool
-        serve(boot)
+        serve(boot, Tether(tether_fd))
     except ConfigError as error:
         print(f"mcp-broker worker: pool {pool}: {error}", file=sys.stderr)  # noqa: T201 (its log is its stderr)
         return EXIT_BOOT

@@ -58,7 +58,7 @@ def test_nothing_lives_a_second_after_the_supervisor_was_killed(start: Start) ->
     wait_for(lambda: not of_instance(node.state_dir), "the end of all", 1.0)
 
 
-def test_the_pipe_alone_ends_a_worker_without_death_signal(start: Start) -> None:
+def test_the_tether_alone_ends_a_worker_without_death_signal(start: Start) -> None:
     node = start({"deaf": True})
     node.event("PoolReady")
     worker = node.worker()
@@ -73,7 +73,7 @@ def test_the_next_start_removes_what_a_killed_supervisor_left(start: Start, tmp_
     left = node.worker()["id"]
     node.popen.kill()
     node.popen.wait()
-    assert is_running(daemon), "neither pipe nor death signal reaches it"
+    assert is_running(daemon), "neither tether nor death signal reaches it"
     assert (node.state_dir / "run" / left).is_dir()
     again = start()
     again.event("PoolReady")
@@ -126,7 +126,7 @@ def test_a_worker_sees_none_of_our_environment_files_or_terminal(start: Start, t
     assert seen["umask"] == 0o077
     assert seen["sid"] == seen["pid"]
     kinds = sorted(file.split(":")[0] for file in seen["fds"] if "marks" not in file)
-    assert kinds == ["/dev/null", "pipe", "pipe", "pipe"], "neither lock, link nor listening sockets"
+    assert kinds == ["/dev/null", "pipe", "pipe", "socket"], "neither lock, link nor listening sockets"
 
 
 def test_no_secret_key_stands_in_arguments_or_environment(start: Start) -> None:

@@ -233,3 +233,12 @@ def test_an_interrupt_raises_in_its_call_only_and_names_the_reason(start: Start,
     assert certificate["cause"] == "stopped because its call was past its deadline (killed by SIGKILL)"
     node.event("PoolReady")
     assert sum(one["kind"] == "DIED" for one in node.order()) == 1
+
+
+def test_a_worker_that_says_nonsense_on_its_tether_is_killed_and_its_certificate_says_so(
+    start: Start,
+) -> None:
+    node = start({"says_on_tether": ["91a3585858"], "do": "hang"}, head="[limits]\nrestarts = 0\n")
+    certificate = node.event("WorkerDied")["certificate"]
+    assert (certificate["kind"], certificate["signal"]) == ("violation", "SIGKILL")
+    assert certificate["cause"].startswith("stopped because what it sent on its tether is no message")

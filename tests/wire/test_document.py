@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+import typing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ import pytest
 from zmq.utils import z85
 
 from mcp_broker import limits
-from mcp_broker.wire import messages, node
+from mcp_broker.wire import messages, node, tether
 from mcp_broker.wire.items import Record
 from tests.wire.field_tables import Row, rows
 from tests.wire.make_vectors import FOLDER
@@ -106,6 +107,13 @@ def test_node_kinds_are_those_of_the_code() -> None:
     written = [(line[0], line[1]) for line in table(section("Node link"))]
     sides = (("supervisor", node.FromSupervisor), ("broker", node.ToSupervisor))
     assert written == [(side, messages.kind_of(kind)) for side, union in sides for kind in union.__args__]
+
+
+def test_tether_kinds_are_those_of_the_code() -> None:
+    written = [(line[0], line[1]) for line in table(section("Tether"))]
+    sides = (("worker", tether.FromWorker), ("supervisor", tether.ToWorker))
+    kinds = [(side, kind) for side, union in sides for kind in typing.get_args(union) or (union,)]
+    assert written == [(side, messages.kind_of(kind)) for side, kind in kinds]
 
 
 def test_thumbprint_of_the_document_is_right() -> None:

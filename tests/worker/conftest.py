@@ -6,6 +6,7 @@ import itertools
 import mmap
 import os
 import select
+import socket
 import subprocess
 import sys
 import time
@@ -140,7 +141,8 @@ class WorkerProcess:
             **settings,
         )
         boot_read, boot_write = os.pipe()
-        life_read, self.life = os.pipe()
+        self.tether, their_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.tether.settimeout(PATIENCE_S)
         os.write(boot_write, codec.encode(boot))
         os.close(boot_write)
         self.process = subprocess.Popen(
@@ -150,14 +152,15 @@ class WorkerProcess:
                 "mcp_broker.worker",
                 "--boot-fd",
                 str(boot_read),
-                "--life-fd",
-                str(life_read),
+                "--tether-fd",
+                str(their_end.fileno()),
             ],
-            pass_fds=(boot_read, life_read, marks_fd),
+            pass_fds=(boot_read, their_end.fileno(), marks_fd),
             stderr=subprocess.PIPE,
             text=True,
         )
-        for fd in (boot_read, life_read, marks_fd):
+        their_end.close()
+        for fd in (boot_read, marks_fd):
             os.close(fd)
 
     @property
@@ -178,8 +181,7 @@ class WorkerProcess:
         self.process.wait(PATIENCE_S)
         if self.process.stderr is not None:
             self.process.stderr.close()
-        if self.life >= 0:
-            os.close(self.life)
+        self.tether.close()
         self.marks.release()
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mcp_broker.wire import messages, payload
+from mcp_broker.wire import codec, messages, payload, tether
 
 if TYPE_CHECKING:
     from tests.worker.conftest import ScriptedBroker, Start
@@ -269,12 +269,33 @@ def test_sigterm_ends_an_idle_worker(source: str, broker: ScriptedBroker, start:
 
 
 @pytest.mark.parametrize("source", [PLAIN, ASYNC], ids=["plain", "async"])
-def test_end_of_the_life_pipe_ends_the_worker(source: str, broker: ScriptedBroker, start: Start) -> None:
+def test_end_of_the_tether_ends_the_worker(source: str, broker: ScriptedBroker, start: Start) -> None:
     worker = start(source)
     broker.welcome()
-    os.close(worker.life)
-    worker.life = -1
+    worker.tether.close()
     assert worker.ended() == 0
+
+
+@pytest.mark.parametrize("source", [PLAIN, ASYNC], ids=["plain", "async"])
+def test_a_spare_says_that_it_is_warm_and_connects_when_it_is_told_to_go(
+    source: str, broker: ScriptedBroker, start: Start
+) -> None:
+    spare = start(source, is_spare=True)
+    assert tether.from_worker.decode(spare.tether.recv(4096)) == tether.Warm()
+    assert broker.socket.poll(0) == 0, "the broker has not heard of it"
+    spare.tether.send(codec.encode(tether.Go()))
+    assert [tool.name for tool in broker.welcome().tools]
+
+
+def test_a_spare_that_waits_ends_with_sigterm_and_with_its_tether(
+    broker: ScriptedBroker, start: Start
+) -> None:
+    for end in (lambda worker: os.kill(worker.pid, signal.SIGTERM), lambda worker: worker.tether.close()):
+        spare = start(PLAIN, is_spare=True)
+        assert spare.tether.recv(4096)
+        end(spare)
+        assert spare.ended() == 0
+    assert broker.socket.poll(0) == 0
 
 
 @pytest.mark.parametrize("source", [PLAIN, ASYNC], ids=["plain", "async"])

@@ -23,7 +23,7 @@ class WorkerOrder:
     Args:
         boot: the packed WorkerBoot record; it holds the secret key, so it goes by descriptor only.
         pass_fds: further descriptors that the worker inherits under the numbers that the record names.
-        life_fd: the read end of a pipe whose end of file means that the supervisor is gone.
+        tether_fd: the worker's end of its tether.
         scratch: its private folder, which exists: working directory, HOME and TMPDIR.
     """
 
@@ -32,7 +32,7 @@ class WorkerOrder:
     pool: PoolTable
     boot: bytes
     pass_fds: Sequence[int]
-    life_fd: int
+    tether_fd: int
     scratch: Path
 
 

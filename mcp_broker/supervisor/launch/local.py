@@ -51,14 +51,14 @@ class LocalLauncher:
             _write_all(boot_fd, order.boot)
             os.lseek(boot_fd, 0, os.SEEK_SET)
             python = order.pool.python or sys.executable
-            fds = ("--boot-fd", str(boot_fd), "--life-fd", str(order.life_fd))
+            fds = ("--boot-fd", str(boot_fd), "--tether-fd", str(order.tether_fd))
             return Process(
                 order.worker_id,
                 # -P: what a tool writes into its working directory is never imported
                 [python, "-P", *self._worker, *fds],
                 env={**_environment(order.worker_id, order.instance, order.scratch), **order.pool.env},
                 cwd=order.scratch,
-                pass_fds=(boot_fd, order.life_fd, *order.pass_fds),
+                pass_fds=(boot_fd, order.tether_fd, *order.pass_fds),
                 poller=poller,
                 on_exit=on_exit,
             )

@@ -42,8 +42,8 @@ def open_files() -> list[str]:
     return files
 
 
-def watch(life_fd: int) -> None:
-    while os.read(life_fd, 1):
+def watch(tether: socket.socket) -> None:
+    while tether.recv(4096):
         pass
     os._exit(0)
 
@@ -51,14 +51,17 @@ def watch(life_fd: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--boot-fd", type=int)
-    parser.add_argument("--life-fd", type=int)
+    parser.add_argument("--tether-fd", type=int)
     given = parser.parse_args()
     with open(given.boot_fd, "rb") as source:  # noqa: PTH123 (an inherited fd)
         boot = codec.decode_worker_boot(source.read())
     options: dict[str, Any] = boot.options
     if not options.get("deaf"):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    threading.Thread(target=watch, args=(given.life_fd,), daemon=True).start()
+    tether = socket.socket(fileno=given.tether_fd)
+    threading.Thread(target=watch, args=(tether,), daemon=True).start()
+    for packet in options.get("says_on_tether", ()):
+        tether.send(bytes.fromhex(packet))
     if "boot_exit" in options:
         print(options.get("says", "something is wrong"), file=sys.stderr, flush=True)  # noqa: T201
         sys.exit(options["boot_exit"])
