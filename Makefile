@@ -13,7 +13,7 @@ SOURCES = $(foreach folder,mcp_broker workers tests bench examples,\
 TYPED = $(patsubst workers,.venv/src/mcp_broker_workers,$(SOURCES))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test check fmt lint type fast process cov sim soak bench node lock clean
+.PHONY: help demo test check fmt lint type fast process cov sim soak chaos bench node lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z.]+):.*## */  \1\t/' | expand -t 12
@@ -54,6 +54,9 @@ sim: $(STAMP) ## all machines under random faults; SEED=n replays one seed, STEP
 WHICH := tests/soak
 soak: $(STAMP) ## load and soak tests with their full counts: about half an hour; WHICH=FILE for one
 	$(BIN)/pytest -m soak --soak --timeout 3600 -o faulthandler_timeout=0 -s $(WHICH)
+
+chaos: $(STAMP) ## kills, stops and shortages under load for ten minutes; SEED=n replays one, DURATION=n says for how long
+	$(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) $(if $(DURATION),--seconds $(DURATION))
 
 bench: $(STAMP) ## measure against zmq.proxy in the same run
 	$(BIN)/python -m bench

@@ -259,6 +259,13 @@ class Acceptance:
                 pool = self._dispatcher.pools[failed[0]]
                 self._refuse(session, unavailable(call_id, pool, pool.failure), now)
                 return None
+            starting = [] if similar else self._starting()
+            if starting:
+                names = ", ".join(starting)
+                text = f"there is no tool {name} yet; of these pools no worker has come so far: {names}"
+                details = {"reason": "starting", "pools": starting, "retry_after_s": limits.RETRY_AFTER_S}
+                self._refuse(session, fault(call_id, "UNAVAILABLE", text, details, retryable=True), now)
+                return None
             self._refuse(
                 session,
                 fault(
@@ -272,6 +279,16 @@ class Acceptance:
             return None
         session.allowed[name] = tool
         return tool
+
+    def _starting(self) -> list[str]:
+        """Return the pools whose tools nobody knows yet."""
+        pools = [
+            pool
+            for pool in self._dispatcher.pools.values()
+            if not pool.failure and pool.report is not None and pool.report.wanted
+        ]
+        known = {tool.pool for tool in self._registry.tools.values()}
+        return sorted(pool.name for pool in pools if pool not in known)
 
     def _similar(self, session: ClientSession, name: str, now: float) -> list[str]:
         """Return what the caller may have meant; nobody can make the broker spend its time on guessing."""

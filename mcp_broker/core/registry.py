@@ -45,14 +45,19 @@ class Tool:
 
     Attributes:
         result_bytes: what its next result may have, where late ones were large; else 0.
+        is_recalled: known from an earlier time only; no worker of this broker has brought it yet.
     """
 
-    __slots__ = ("bucket", "definition", "gate", "is_streaming", "level", "name", "pool", "result_bytes")
+    __slots__ = (
+        *("bucket", "definition", "gate", "is_recalled", "is_streaming", "level", "name", "pool"),
+        "result_bytes",
+    )
 
     def __init__(self, definition: ToolDefinition, pool: Pool | None) -> None:
         self.pool = pool
         self.name = definition.name
         self.result_bytes = 0
+        self.is_recalled = False
         #: what its calls have to pass, if it is bounded: to be taken by the broker, and to be given to workers
         self.bucket: Bucket | None = None
         self.gate: Gate | None = None
@@ -99,7 +104,9 @@ class Registry:
     def recall(self, pool: Pool, definitions: tuple[ToolDefinition, ...]) -> None:
         """Know a pool's tools before any of its workers has come, from an earlier broker's time."""
         for definition in definitions:
-            self.tools.setdefault(definition.name, Tool(definition, pool))
+            if definition.name not in self.tools:
+                tool = self.tools[definition.name] = Tool(definition, pool)
+                tool.is_recalled = True
         self._changed()
 
     def of(self, pool: Pool) -> list[Tool]:
@@ -143,7 +150,8 @@ class Registry:
             seen.add(name)
             _check_schemas(definition)
             known = self.tools.get(name)
-            if known is None:
+            if known is None or (known.is_recalled and known.pool is not pool):
+                # what nobody has brought this time may have moved to another pool meanwhile
                 continue
             if known.pool is not pool:
                 owner = known.pool.name if known.pool is not None else "the broker"
@@ -161,9 +169,12 @@ class Registry:
                 del self.tools[name]
         for definition in definitions:
             known = self.tools.get(definition.name)
-            if known is None:
+            if known is None or known.pool is not pool:
+                # calls that wait in the other pool are for its worker to answer
                 self.tools[definition.name] = Tool(definition, pool)
-            elif known.definition != definition:
+                continue
+            known.is_recalled = False
+            if known.definition != definition:
                 # the same object, so that calls that wait for it find the new definition
                 known.define(definition)
         self._changed()

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from mcp_broker.config import Config
+    from mcp_broker.supervisor.records import Definitions
     from mcp_broker.supervisor.slot import Ground, Slot
     from mcp_broker.wire.messages import ToolDefinition
 
@@ -23,15 +24,26 @@ class Fleet:
 
     Args:
         ground: what their slots stand on.
+        definitions: what the pools served last, in an earlier life.
         on_event: told when a pool is ready or given up.
     """
 
-    def __init__(self, ground: Ground, config: Config, on_event: Callable[[events.Event], None]) -> None:
+    def __init__(
+        self,
+        ground: Ground,
+        config: Config,
+        definitions: Definitions,
+        on_event: Callable[[events.Event], None],
+    ) -> None:
         wanted = config.limits
         policy = Policy(intensity=wanted.restarts, period_s=wanted.restart_period_s)
         self.pools = {
             name: Pool(ground, name, table, policy, wanted.start_s) for name, table in config.pools.items()
         }
+        self._definitions = definitions
+        for name, tools in definitions.load().items():
+            if name in self.pools:
+                self.pools[name].tools = tools
         self._on_event = on_event
         #: as it was announced last
         self._states: dict[str, str] = {}
@@ -72,8 +84,12 @@ class Fleet:
 
     def worker_up(self, worker_id: str, tools: tuple[ToolDefinition, ...]) -> None:
         """Take the broker's word that a worker is ready."""
+        before = self.tools()
         for pool in self.pools.values():
             pool.worker_up(worker_id, tools)
+        now = self.tools()
+        if now != before:
+            self._definitions.save(now)
 
     def worker_refused(self, worker_id: str, reason: str) -> None:
         """Take the broker's word that a worker will not become ready."""

@@ -33,7 +33,7 @@ from mcp_broker.supervisor.launch.local import LocalLauncher
 from mcp_broker.supervisor.lock import Lock
 from mcp_broker.supervisor.poller import Poller
 from mcp_broker.supervisor.ports import Ports
-from mcp_broker.supervisor.records import Counters, Deaths
+from mcp_broker.supervisor.records import Counters, Deaths, Definitions
 from mcp_broker.supervisor.signals import Signals
 from mcp_broker.wire import node
 
@@ -137,7 +137,7 @@ class Supervisor:
         self.worker_server_public = self._authority.workers.public
         self.poller = Poller()
         self._started_wall = time.time()
-        self._fleet = Fleet(self, self._config, self._on_event)
+        self._fleet = Fleet(self, self._config, Definitions(self._state_dir), self._on_event)
         self._broker = BrokerChild(self)
         signals = Signals(_STOP_SIGNALS, self.poller, lambda _number: self._stop())
         try:

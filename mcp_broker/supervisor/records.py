@@ -1,4 +1,4 @@
-"""What a state directory remembers from one supervisor to the next: epoch, lives, deaths."""
+"""What a state directory remembers from one supervisor to the next: epoch, lives, tools, deaths."""
 
 from __future__ import annotations
 
@@ -8,10 +8,17 @@ import os
 import secrets
 from collections import deque
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from mcp_broker import limits
+from mcp_broker.errors import WireError
 from mcp_broker.wire import codec, node
+from mcp_broker.wire.framing import FrameReader, frame
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from mcp_broker.wire.messages import ToolDefinition
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -75,6 +82,31 @@ class Counters:
 
 def _count(value: object) -> int:
     return value if isinstance(value, int) and value >= 0 else 0
+
+
+class Definitions:
+    """What each pool served last, so that calls can wait for workers that have not come yet.
+
+    Args:
+        state_dir: holds ``tools.bin``, TOOLS messages as on the node link.
+    """
+
+    def __init__(self, state_dir: Path) -> None:
+        self._path = state_dir / "tools.bin"
+
+    def load(self) -> dict[str, tuple[ToolDefinition, ...]]:
+        """Return the tools by pool; none from a file that is missing, torn or of another version."""
+        known: dict[str, tuple[ToolDefinition, ...]] = {}
+        with contextlib.suppress(OSError, WireError):
+            for body in FrameReader().feed(self._path.read_bytes()):
+                message = codec.from_supervisor.decode(body)
+                if isinstance(message, node.Tools):
+                    known[message.pool] = message.tools
+        return known
+
+    def save(self, pools: Iterable[node.Tools]) -> None:
+        """Keep what they serve now."""
+        write_atomically(self._path, b"".join(frame(codec.encode(tools)) for tools in pools))
 
 
 #: workers whose last calls are remembered for a broker that is started after their death: those of a bad minute

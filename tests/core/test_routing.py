@@ -200,6 +200,34 @@ def test_tool_registered_later_is_found_by_old_sessions() -> None:
     assert len(world.dispatched("echo-1")) == 1
 
 
+def test_tool_of_a_pool_that_is_starting_is_not_said_to_be_missing() -> None:
+    world = World()
+    session = world.hello()
+    starting = node.PoolReport(name="echo", state="starting", wanted=1)
+    world.machine.from_node(node.Report((starting,)), world.now)
+    early = world.call()
+    assert world.faults(session)[early]["pools"] == ["echo"]
+    world.ready()
+    missing = world.call(tool="echo.nothing")
+    assert world.outcomes(session) == {missing: "NOT_FOUND"}
+
+
+def test_tool_that_is_only_remembered_may_move_to_another_pool() -> None:
+    world = World()
+    session = world.hello()
+    world.machine.from_node(node.Tools("old", (definition("echo.echo"),)), world.now)
+    waiting = world.call()
+    world.ready()
+    moved = world.call()
+    assert world.dispatched("echo-1") == [moved]
+    world.admit("old-1", pool="old")
+    world.worker_says("old-1", messages.Register(0, "MCPB", (1,), (definition("echo.echo"),)))
+    assert any(isinstance(message, node.WorkerRefused) for message in world.machine.to_node)
+    failed = node.PoolReport(name="old", state="failed", wanted=1, reason="its tools are served elsewhere")
+    world.machine.from_node(node.Report((failed,)), world.now)
+    assert world.outcomes(session) == {waiting: "UNAVAILABLE"}
+
+
 def test_new_definition_of_a_live_tool_is_refused() -> None:
     world = World()
     world.ready("echo-1")

@@ -21,8 +21,8 @@ from mcp_broker.supervisor.lock import Lock, holder
 from mcp_broker.supervisor.poller import Poller
 from mcp_broker.supervisor.ports import Ports
 from mcp_broker.supervisor.process import Exit, Process
-from mcp_broker.supervisor.records import Counters, Deaths
-from mcp_broker.wire import codec, node
+from mcp_broker.supervisor.records import Counters, Deaths, Definitions
+from mcp_broker.wire import codec, messages, node
 from mcp_broker.wire.framing import FrameReader, frame
 from tests.supervisor.conftest import PATIENCE_S, is_running, wait_for
 
@@ -154,6 +154,21 @@ def test_deaths_survive_newest_first_and_bounded(tmp_path: Path) -> None:
     assert len(again.recent) == limits.DEATHS_MAX
     assert again.recent[0].worker_id == f"p-{2 * limits.DEATHS_MAX + 4}"
     assert len((tmp_path / "deaths.jsonl").read_bytes().splitlines()) <= 2 * limits.DEATHS_MAX
+
+
+def test_tools_are_known_to_the_next_supervisor_and_a_torn_file_is_none(tmp_path: Path) -> None:
+    assert Definitions(tmp_path).load() == {}
+    tools = tuple(
+        messages.ToolDefinition(name=name, version="1.0.0", capabilities=("test",))
+        for name in ("p.one", "p.two")
+    )
+    Definitions(tmp_path).save([node.Tools("p", tools), node.Tools("q", tools[:1])])
+    assert Definitions(tmp_path).load() == {"p": tools, "q": tools[:1]}
+    whole = (tmp_path / "tools.bin").read_bytes()
+    (tmp_path / "tools.bin").write_bytes(whole[:-1])
+    assert set(Definitions(tmp_path).load()) == {"p"}
+    (tmp_path / "tools.bin").write_bytes(b"\0\0\0\1\xc1" + whole)
+    assert Definitions(tmp_path).load() == {}
 
 
 def test_a_torn_line_costs_that_line_only(tmp_path: Path) -> None:
