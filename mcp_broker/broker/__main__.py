@@ -17,10 +17,11 @@ import zmq
 
 from mcp_broker import limits, transport
 from mcp_broker.auth import zap
-from mcp_broker.broker.admission import Admission
+from mcp_broker.broker.admission import WORKER_DOMAIN, Admission
+from mcp_broker.broker.endpoints import Endpoints
 from mcp_broker.broker.link import NodeLink, SupervisorGone
 from mcp_broker.broker.loop import Loop
-from mcp_broker.broker.sockets import CLIENT_DOMAIN, WORKER_DOMAIN, listening_router
+from mcp_broker.broker.sockets import CLIENT_DOMAIN, listening_router
 from mcp_broker.broker.tokens import TokenVerifier
 from mcp_broker.broker.zap_handler import ZapHandler
 from mcp_broker.core.routing import Routing
@@ -79,7 +80,8 @@ def _serve(link: NodeLink, boot: node.Boot, rest: list[node.FromSupervisor]) -> 
     context.set(zmq.MAX_SOCKETS, limits.SESSIONS_MAX + limits.WORKERS_MAX)
     admission = Admission()
     # before any bind: with no handler there, nobody could be refused for a reason
-    ZapHandler(context, {CLIENT_DOMAIN: zap.clients_rule(frozenset()), WORKER_DOMAIN: admission.rule})
+    admission.domains[CLIENT_DOMAIN] = zap.clients_rule(frozenset())
+    ZapHandler(context, admission.domains)
     clients = listening_router(
         context,
         fd=boot.client_fd,
@@ -99,7 +101,13 @@ def _serve(link: NodeLink, boot: node.Boot, rest: list[node.FromSupervisor]) -> 
     machine.software_version = metadata.version("mcp-broker")
     machine.from_node(boot, time.monotonic())
     tokens = TokenVerifier(boot.issuer_keys, issuer=boot.issuer, audience=boot.audience)
-    loop = Loop(machine, clients, workers, link, tokens, admission.take)
+    endpoints = Endpoints(workers, link.next_descriptor, admission)
+
+    def take(message: node.FromSupervisor) -> None:
+        admission.take(message)
+        endpoints.take(message)
+
+    loop = Loop(machine, clients, workers, link, tokens, take)
     loop.node_messages(rest, time.monotonic())
     gc.collect()
     gc.freeze()

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import array
 import socket
+from collections import deque
+from typing import Final
 
 from mcp_broker.errors import MalformedFrame
 from mcp_broker.wire import codec, node
 from mcp_broker.wire.framing import FrameReader, frame
 
-_READ_BYTES = 256 * 1024
+_READ_BYTES: Final = 256 * 1024
+#: the kernel ends a read after the bytes that came with descriptors, and our supervisor sends one at a time
+_ANCILLARY_BYTES: Final = socket.CMSG_SPACE(array.array("i").itemsize)
 
 
 class SupervisorGone(Exception):  # noqa: N818 (a fact, not a fault)
@@ -23,6 +28,8 @@ class NodeLink:
         self._socket.setblocking(False)
         self._reader = FrameReader()
         self._unsent = bytearray()
+        #: those that came with messages, in their order, and were not asked for yet
+        self._descriptors: deque[int] = deque()
 
     def fileno(self) -> int:
         """Return the fd to poll."""
@@ -35,14 +42,26 @@ class NodeLink:
             SupervisorGone: end of file.
         """
         try:
-            received = self._socket.recv(_READ_BYTES)
+            received, ancillary, _, _ = self._socket.recvmsg(
+                _READ_BYTES, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
+            )
         except BlockingIOError:
             return []
         except OSError as error:
             raise SupervisorGone from error
         if not received:
             raise SupervisorGone
+        for _, _, data in ancillary:
+            self._descriptors.extend(array.array("i", data))
         return [codec.from_supervisor.decode(body) for body in self._reader.feed(received)]
+
+    def next_descriptor(self) -> int:
+        """Return the descriptor that came with the earliest message that carries one, and was not taken yet.
+
+        Raises:
+            LookupError: there is none.
+        """
+        return self._descriptors.popleft()
 
     def wait_for_boot(self, timeout_s: float) -> tuple[node.Boot, list[node.FromSupervisor]]:
         """Block until BOOT is there; returns it and what came with it.

@@ -9,9 +9,8 @@ from zmq.utils import z85
 
 from mcp_broker import limits
 
-#: ZAP domains: one a socket, so that a client's key never opens the workers' door
+#: ZAP domains: one an address, so that a client's key never opens the workers' door
 CLIENT_DOMAIN: Final = "clients"
-WORKER_DOMAIN: Final = "workers"
 
 
 def listening_router(
@@ -27,7 +26,6 @@ def listening_router(
     socket = context.socket(zmq.ROUTER)
     socket.curve_server = True
     socket.curve_secretkey = z85.encode(secret)
-    socket.zap_domain = domain.encode()
     # without it, a missing ZAP handler would admit everyone
     socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
     # EHOSTUNREACH and EAGAIN instead of silent loss
@@ -44,6 +42,21 @@ def listening_router(
     socket.setsockopt(zmq.RCVHWM, limits.SOCKET_HWM)
     # the last outcomes and GOODBYE leave before the process does, but nobody can hold its end up
     socket.setsockopt(zmq.LINGER, 300)
+    bind_inherited(socket, fd, endpoint, domain)
+    return socket
+
+
+def bind_inherited(socket: zmq.Socket[bytes], fd: int, endpoint: str, domain: str) -> None:
+    """Serve one more listening socket that the supervisor has bound.
+
+    Args:
+        fd: belongs to libzmq from here on.
+        endpoint: as the fd is bound: ``tcp://HOST:PORT`` or ``ipc://PATH``.
+        domain: what the ZAP handler is asked for those who connect there; libzmq keeps it for each address.
+
+    Raises:
+        zmq.ZMQError: libzmq does not take it; the fd is still the caller's.
+    """
+    socket.zap_domain = domain.encode()
     socket.setsockopt(zmq.USE_FD, fd)
     socket.bind(endpoint)
-    return socket

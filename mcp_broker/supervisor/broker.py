@@ -49,6 +49,9 @@ class Owner(Protocol):
     def briefing(self) -> list[node.FromSupervisor]:
         """Return what follows BOOT: admitted keys, deaths, a report."""
 
+    def endpoints(self) -> list[tuple[node.Listen, int]]:
+        """Return the addresses that belong to one worker each, with their listening sockets."""
+
     def heard(self, message: node.ToSupervisor) -> None:
         """Take a message of the broker."""
 
@@ -79,10 +82,10 @@ class BrokerChild:
         """Its pid, 0 while there is none."""
         return 0 if self.process is None else self.process.pid
 
-    def send(self, message: node.FromSupervisor) -> None:
+    def send(self, message: node.FromSupervisor, descriptor: int | None = None) -> None:
         """Tell the broker, if there is one; the next one is briefed anew."""
         if self._link is not None:
-            self._link.send(message)
+            self._link.send(message, descriptor)
 
     def tell(self, event: children.Event) -> None:
         """Feed the machine, and do what it says."""
@@ -135,6 +138,8 @@ class BrokerChild:
         # all at once: it reads them in order when it comes up, and workers are started meanwhile
         for message in (boot, *owner.briefing()):
             self._link.send(message)
+        for listen, descriptor in owner.endpoints():
+            self._link.send(listen, descriptor)
         self.tell(children.Spawned())
 
     def _heard(self, message: node.ToSupervisor) -> None:

@@ -134,6 +134,15 @@ class Fleet:
         """Return every key that may come in."""
         return node.Admit(tuple(slot.life.admitted for slot in self.slots if slot.life is not None))
 
+    def endpoints(self) -> list[tuple[node.Listen, int]]:
+        """Return the addresses that belong to one worker each, with their listening sockets."""
+        lives = (slot.life for slot in self.slots if slot.life is not None)
+        return [
+            (life.listen(life.endpoint), life.endpoint.fileno())
+            for life in lives
+            if life.endpoint is not None
+        ]
+
     def tools(self) -> list[node.Tools]:
         """Return what each pool served so far."""
         return [node.Tools(pool.name, pool.tools) for pool in self.pools.values() if pool.tools]

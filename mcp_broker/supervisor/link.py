@@ -5,7 +5,10 @@ Source: docs/protocol.md, "Node link".
 
 from __future__ import annotations
 
+import array
+import os
 import socket
+from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from mcp_broker import limits
@@ -23,6 +26,36 @@ if TYPE_CHECKING:
 _READ_BYTES: Final = 256 * 1024
 #: A broker that takes nothing while this much waits for it is stuck.
 _BACKLOG_BYTES_MAX: Final = 2 * limits.NODE_BYTES_MAX
+
+
+class _Unsent:
+    """Bytes that wait to be sent, and the descriptor that goes with the first of them."""
+
+    __slots__ = ("data", "descriptor")
+
+    def __init__(self, data: bytes, descriptor: int | None) -> None:
+        self.data = bytearray(data)
+        self.descriptor = descriptor
+
+    def send(self, through: socket.socket) -> None:
+        """Send what goes now.
+
+        Raises:
+            OSError: nothing does.
+        """
+        if self.descriptor is None:
+            sent = through.send(self.data)
+        else:
+            rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [self.descriptor]))
+            sent = through.sendmsg([self.data], [rights])
+            self.close()
+        del self.data[:sent]
+
+    def close(self) -> None:
+        """Let go of the descriptor."""
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+            self.descriptor = None
 
 
 class Link:
@@ -48,16 +81,27 @@ class Link:
         self._on_message = on_message
         self._on_lost = on_lost
         self._reader = FrameReader()
-        self._unsent = bytearray()
+        self._unsent: deque[_Unsent] = deque()
+        self._unsent_bytes = 0
         self.is_open = True
         poller.add(end.fileno(), self._serve)
 
-    def send(self, message: FromSupervisor) -> None:
-        """Send now what the socket takes, and the rest when it takes more. A closed link drops it."""
+    def send(self, message: FromSupervisor, descriptor: int | None = None) -> None:
+        """Send now what the socket takes, and the rest when it takes more. A closed link drops it.
+
+        Args:
+            descriptor: a copy of it travels with the message.
+        """
         if not self.is_open:
             return
-        self._unsent += frame(codec.encode(message))
-        if len(self._unsent) > _BACKLOG_BYTES_MAX:
+        framed = frame(codec.encode(message))
+        self._unsent_bytes += len(framed)
+        if descriptor is None and self._unsent and self._unsent[-1].descriptor is None:
+            self._unsent[-1].data += framed
+        else:
+            copy = None if descriptor is None else os.dup(descriptor)
+            self._unsent.append(_Unsent(framed, copy))
+        if self._unsent_bytes > _BACKLOG_BYTES_MAX:
             self._lose("it takes no messages")
             return
         self._flush()
@@ -68,6 +112,9 @@ class Link:
             self.is_open = False
             self._poller.remove(self._socket.fileno())
             self._socket.close()
+            for unsent in self._unsent:
+                unsent.close()
+            self._unsent.clear()
 
     def _lose(self, reason: str) -> None:
         self.close()
@@ -82,8 +129,12 @@ class Link:
     def _flush(self) -> None:
         try:
             while self._unsent:
-                sent = self._socket.send(self._unsent)
-                del self._unsent[:sent]
+                first = self._unsent[0]
+                before = len(first.data)
+                first.send(self._socket)
+                self._unsent_bytes -= before - len(first.data)
+                if not first.data:
+                    self._unsent.popleft()
         except BlockingIOError:
             pass
         except OSError as error:

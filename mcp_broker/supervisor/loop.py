@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
     from mcp_broker.config import Config
     from mcp_broker.supervisor.launch import Launcher
+    from mcp_broker.supervisor.slot import Life
 
 _log = logging.getLogger("mcp_broker.supervisor")
 
@@ -152,6 +153,8 @@ class Supervisor:
         # the broker's first table must be complete: until it comes, an unknown key is told to try again
         self._is_table_complete = True
         self._broker.send(self._fleet.admissions())
+        for listen, descriptor in self._fleet.endpoints():
+            self._broker.send(listen, descriptor)
         self._sample_at = time.monotonic() + _SAMPLE_S
         self._tidy()
         while self._phase is not Phase.STOPPED:
@@ -253,10 +256,12 @@ class Supervisor:
         """Return an id that no worker had before."""
         return f"{pool}-{self._counters.next_life()}"
 
-    def admitted(self, admitted: node.Admitted) -> None:
-        """Let the broker admit this key."""
+    def admitted(self, life: Life) -> None:
+        """Let the broker admit this worker's key, and serve its own address if it has one."""
         if self._is_table_complete:
-            self._broker.send(node.Admit((admitted,)))
+            self._broker.send(node.Admit((life.admitted,)))
+            if life.endpoint is not None:
+                self._broker.send(life.listen(life.endpoint), life.endpoint.fileno())
 
     def died(self, certificate: node.Certificate, started_calls: tuple[bytes, ...], *, is_news: bool) -> None:
         """Tell the broker first: a caller waits for it."""
@@ -305,6 +310,10 @@ class Supervisor:
         table = [self._fleet.admissions()] if self._is_table_complete else []
         deaths = node.Deaths(self._deaths.recent, self._deaths.started_calls)
         return [*table, deaths, *self._fleet.tools(), self._fleet.report()]
+
+    def endpoints(self) -> list[tuple[node.Listen, int]]:
+        """Return the addresses of single workers; they are told of after the keys that they let in."""
+        return self._fleet.endpoints() if self._is_table_complete else []
 
     def heard(self, message: node.ToSupervisor) -> None:
         """Take a message of the broker."""

@@ -26,6 +26,7 @@ from mcp_broker.wire.tether import Warm
 if TYPE_CHECKING:
     from mcp_broker.config import PoolTable
     from mcp_broker.core.restart import Restarts
+    from mcp_broker.supervisor.endpoint import Endpoint
     from mcp_broker.supervisor.launch import Launcher
     from mcp_broker.supervisor.poller import Poller
     from mcp_broker.supervisor.process import Exit, Process
@@ -50,8 +51,8 @@ class Ground(Protocol):
     def next_worker_id(self, pool: str) -> str:
         """Return an id that no worker had before."""
 
-    def admitted(self, admitted: node.Admitted) -> None:
-        """Let the broker admit this key, before its process exists."""
+    def admitted(self, life: Life) -> None:
+        """Let the broker admit this life's key, before its process exists."""
 
     def died(self, certificate: node.Certificate, started_calls: tuple[bytes, ...], *, is_news: bool) -> None:
         """Pass a death on."""
@@ -84,6 +85,8 @@ class Life:
         self.marks = Marks(self._view)
         self.our_end, self.their_end = new_ends()
         self.tether: Tether | None = None
+        #: its own address; without one it uses the workers' common one
+        self.endpoint: Endpoint | None = None
         self.process: Process | None = None
         #: what it did that no worker of ours does, for which we killed it
         self.violation = ""
@@ -105,6 +108,10 @@ class Life:
         """What the broker lets in for this life."""
         return node.Admitted(thumbprint=self.keys.thumbprint, worker_id=self.worker_id, pool=self.pool)
 
+    def listen(self, endpoint: Endpoint) -> node.Listen:
+        """What the broker serves at this life's own address."""
+        return node.Listen(self.worker_id, self.keys.thumbprint, endpoint.address)
+
     def sample(self) -> None:
         """Read what the process costs now."""
         entry = None if self.process is None else proctable.read(self.process.pid)
@@ -119,6 +126,8 @@ class Life:
             os.close(self.marks_fd)
         else:
             self.tether.close()
+        if self.endpoint is not None:
+            self.endpoint.close()
         self.marks.release()
         self._view.release()
         self._page.close()
@@ -208,7 +217,7 @@ class Slot:
         worker_id = ground.next_worker_id(self._pool)
         self._was_ready = False
         life = self.life = Life(worker_id, self._pool, ground.run_dir)
-        ground.admitted(life.admitted)
+        ground.admitted(life)
         boot = node.WorkerBoot(
             worker_id=worker_id,
             pool=self._pool,

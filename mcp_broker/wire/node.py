@@ -112,6 +112,19 @@ class Died(NodeMessage, tag="DIED", frozen=True):
     started_calls: tuple[bytes, ...] = ()
 
 
+class Listen(NodeMessage, tag="LISTEN", frozen=True):
+    """Supervisor, after the worker's ADMIT: an endpoint for this worker alone.
+
+    Its listening socket travels with the message's first byte (SCM_RIGHTS). It is closed some time after DIED.
+    """
+
+    worker_id: str
+    #: the one key that is let in there, and nowhere else
+    thumbprint: str
+    #: as the socket is bound, ipc://PATH; no other endpoint has the same
+    endpoint: str
+
+
 class Tools(NodeMessage, tag="TOOLS", frozen=True):
     """Supervisor, after BOOT: what a pool served under an earlier broker; a worker of it may bring another version."""
 
@@ -183,7 +196,7 @@ class Drained(NodeMessage, tag="DRAINED", frozen=True):
     unfinished: int
 
 
-FromSupervisor = Boot | Admit | Died | Report | Deaths | Tools | Shutdown
+FromSupervisor = Boot | Admit | Listen | Died | Report | Deaths | Tools | Shutdown
 ToSupervisor = Serving | WorkerUp | WorkerRefused | Interrupt | Drained
 
 

@@ -111,8 +111,12 @@ class BrokerProcess:
         )  # fmt: skip
         self.expect(node.Serving)
 
-    def tell(self, message: node.NodeMessage) -> None:
-        self.link.sendall(frame(codec.encode(message)))
+    def tell(self, message: node.NodeMessage, descriptor: int | None = None) -> None:
+        data = frame(codec.encode(message))
+        if descriptor is not None:
+            socket.send_fds(self.link, [data[:1]], [descriptor])
+            data = data[1:]
+        self.link.sendall(data)
 
     def expect(self, kind: type[Any], within_s: float = WITHIN_S) -> Any:
         """Return the first message of a kind that the broker sent, and forget it."""
@@ -146,8 +150,8 @@ class BrokerProcess:
         peer.welcome = peer.receive(messages.Welcome)
         return peer
 
-    def worker(self, key: Curve) -> Peer:
-        return self._peer(self.worker_endpoint, self.worker_key, key, None, codec.to_worker)
+    def worker(self, key: Curve, endpoint: str | None = None) -> Peer:
+        return self._peer(endpoint or self.worker_endpoint, self.worker_key, key, None, codec.to_worker)
 
     def ready_worker(
         self, *tools: messages.ToolDefinition, worker_id: str = "echo-1", pool: str = "echo", depth: int = 16
