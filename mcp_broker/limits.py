@@ -67,6 +67,9 @@ DRAIN_S: Final = 10.0
 #: A broker that has drained waits so long for clients to say that they read their last outcomes.
 PART_S: Final = 0.5
 CONNECT_S: Final = 5.0
+#: A worker that retires may finish its calls for so long: most calls time out after CALL_TIMEOUT_S, and longer ones are
+#: worth some waiting.
+RETIRE_S: Final = 300.0
 
 # -- flow -----------------------------------------------------------------------------------------
 

@@ -40,6 +40,8 @@ class LimitsTable(Table):
     drain_s: Annotated[float, Field(ge=0, le=3600, strict=False)] = limits.DRAIN_S
     #: from the start of a worker process to its being ready
     start_s: Annotated[float, Field(gt=0, le=3600, strict=False)] = 30.0
+    #: how long a worker that is replaced, or of a pool that shrinks, may take to finish its calls
+    retire_s: Annotated[float, Field(ge=0, le=86_400, strict=False)] = limits.RETIRE_S
     #: deaths of a pool's processes (before they are ready, or idle) within the period that are answered by a restart
     restarts: Annotated[int, Field(ge=0, le=1000)] = 5
     restart_period_s: Annotated[float, Field(gt=0, le=86_400, strict=False)] = 60.0

@@ -1,4 +1,4 @@
-"""The Child machine: one process that a supervisor keeps as somebody wants it.
+r"""The Child machine: one process that a supervisor keeps as somebody wants it.
 
 Rules:
 
@@ -18,6 +18,9 @@ Rules:
        |               BACKOFF <---------------------+                                  BACKOFF or FATAL
        +--Unwanted-- FATAL (too many deaths, or one that cannot heal; Wanted starts afresh)
 
+    RUNNING --Retire--> RETIRING --Died--> STOPPED: it takes no new work, finishes what it has, and ends by itself;
+                            \--RetireTimedOut, Unwanted--> STOPPING
+
 Theory of operation: ``handle(event, now)`` looks the pair (state, event) up in TABLE, which holds every cell,
 and returns effects; the shell performs them in order. ``deadline()`` names the next instant at which the shell
 calls ``expire(now)``, which turns the time that has come into an event of the same table.
@@ -28,10 +31,31 @@ Deliberately absent: processes, signals by number, clocks, randomness, policy nu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from enum import Enum
 from typing import Final
 
+from mcp_broker import limits
+from mcp_broker.core.childhood import (
+    Announce,
+    BackoffOver,
+    BecameReady,
+    Died,
+    Dismiss,
+    Effect,
+    Event,
+    Kill,
+    Refused,
+    Retire,
+    RetireTimedOut,
+    Signal,
+    Spawn,
+    Spawned,
+    SpawnFailed,
+    StartTimedOut,
+    State,
+    StopTimedOut,
+    Unwanted,
+    Wanted,
+)
 from mcp_broker.core.restart import GiveUp, Restarts
 from mcp_broker.errors import InvalidTransition
 
@@ -41,120 +65,29 @@ START_S: Final = 30.0
 STOP_S: Final = 1.0
 
 
-class State(Enum):
-    """What a child is."""
-
-    STOPPED = "stopped"
-    STARTING = "starting"
-    RUNNING = "running"
-    STOPPING = "stopping"
-    BACKOFF = "backoff"
-    FATAL = "fatal"
-
-
-# -- events: what happened --------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """Somebody wants the child up (again)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Unwanted:
-    """Nobody wants the child any more."""
-
-
-@dataclass(frozen=True, slots=True)
-class Spawned:
-    """The process exists."""
-
-
-@dataclass(frozen=True, slots=True)
-class SpawnFailed:
-    """There is no process; ``jitter`` is a random number of [0, 1)."""
-
-    reason: str
-    jitter: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class BecameReady:
-    """The process can take work."""
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """The broker will never take this process's registration."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Died:
-    """The process is gone and reaped.
-
-    Args:
-        reason: the cause, one sentence for people.
-        hopeless: another start would end the same way (an import error).
-        charged: it died during a call, which answers for it.
-        jitter: a random number of [0, 1).
-    """
-
-    reason: str
-    hopeless: bool = False
-    charged: bool = False
-    jitter: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class StartTimedOut:
-    """It is alive but did not become ready in time."""
-
-
-@dataclass(frozen=True, slots=True)
-class StopTimedOut:
-    """It was told to end, and did not in time."""
-
-
-@dataclass(frozen=True, slots=True)
-class BackoffOver:
-    """The delay before the next start is over."""
-
-
-Event = (
-    Wanted | Unwanted | Spawned | SpawnFailed | BecameReady | Refused | Died
-    | StartTimedOut | StopTimedOut | BackoffOver
-)  # fmt: skip
-
-
-# -- effects: what to do --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Spawn:
-    """Start a process, then report Spawned or SpawnFailed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Signal:
-    """Ask the process to end (SIGTERM)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Kill:
-    """SIGKILL the whole process group."""
-
-
-@dataclass(frozen=True, slots=True)
-class Announce:
-    """Tell whoever watches: the child is in this state now, for this reason."""
-
-    state: State
-    reason: str
-
-
-Effect = Spawn | Signal | Kill | Announce
+__all__ = [
+    "Announce",
+    "BackoffOver",
+    "BecameReady",
+    "Child",
+    "Died",
+    "Dismiss",
+    "Effect",
+    "Event",
+    "Kill",
+    "Refused",
+    "Retire",
+    "RetireTimedOut",
+    "Signal",
+    "Spawn",
+    "SpawnFailed",
+    "Spawned",
+    "StartTimedOut",
+    "State",
+    "StopTimedOut",
+    "Unwanted",
+    "Wanted",
+]
 
 #: what one cell of the table does
 Cell = Callable[["Child", Event, float], list[Effect]]
@@ -167,9 +100,17 @@ class Child:
         restarts: the record of deaths, shared by the children that fail together.
         start_s: from spawned to ready, at most.
         stop_s: from SIGTERM to SIGKILL, and between further SIGKILLs.
+        retire_s: from Retire to SIGTERM, at most.
     """
 
-    def __init__(self, restarts: Restarts, *, start_s: float = START_S, stop_s: float = STOP_S) -> None:
+    def __init__(
+        self,
+        restarts: Restarts,
+        *,
+        start_s: float = START_S,
+        stop_s: float = STOP_S,
+        retire_s: float = limits.RETIRE_S,
+    ) -> None:
         self.state = State.STOPPED
         self.is_wanted = False
         #: why the state is what it is; "" when it needs no reason
@@ -177,7 +118,8 @@ class Child:
         self._restarts = restarts
         self._start_s = start_s
         self._stop_s = stop_s
-        #: set in STARTING, STOPPING and BACKOFF only: when the wait of that state is over
+        self._retire_s = retire_s
+        #: set in STARTING, RETIRING, STOPPING and BACKOFF only: when the wait of that state is over
         self._deadline: float | None = None
         #: the instant of BecameReady of this life
         self._ready_at: float | None = None
@@ -206,7 +148,7 @@ class Child:
     @property
     def is_alive(self) -> bool:
         """A process exists, or is about to."""
-        return self.state in {State.STARTING, State.RUNNING, State.STOPPING}
+        return self.state in _ALIVE
 
     # -- the way to a state ------------------------------------------------------------------------
 
@@ -266,6 +208,20 @@ class Child:
     def _unwant_alive(self, event: Event, now: float) -> list[Effect]:
         del event
         self.is_wanted = False
+        return self._stop(now, "")
+
+    def _retire(self, event: Event, now: float) -> list[Effect]:
+        del event
+        self.is_wanted = False
+        return [self._enter(State.RETIRING, deadline=now + self._retire_s), Dismiss()]
+
+    def _refuse_retiring(self, event: Event, now: float) -> list[Effect]:
+        """Nobody will hear of what it still does."""
+        del event
+        return self._stop(now, "")
+
+    def _time_retiring_out(self, event: Event, now: float) -> list[Effect]:
+        del event
         return self._stop(now, "")
 
     def _unwant_stopping(self, event: Event, now: float) -> list[Effect]:
@@ -330,26 +286,31 @@ class Child:
     #: One row an event, one column a state (in the order of State). Every cell is written: doing nothing is a
     #: decision (a broker's word about a life that is over), and what only our own bug could cause says so.
     TABLE: Final[Mapping[type[Event], tuple[Cell, ...]]] = {
-        # event        STOPPED      STARTING         RUNNING        STOPPING          BACKOFF       FATAL
-        Wanted:       (_want_first, _nothing,        _nothing,      _want_again,      _nothing,     _want_afresh),
-        Unwanted:     (_nothing,    _unwant_alive,   _unwant_alive, _unwant_stopping, _unwant_dead, _unwant_dead),
-        Spawned:      (_impossible, _nothing,        _impossible,   _signal_late,     _impossible,  _impossible),
-        SpawnFailed:  (_impossible, _fail_start,     _impossible,   _die_stopping,    _impossible,  _impossible),
-        BecameReady:  (_nothing,    _become_ready,   _nothing,      _nothing,         _nothing,     _nothing),
-        Refused:      (_nothing,    _refuse,         _refuse,       _nothing,         _nothing,     _nothing),
-        Died:         (_impossible, _die,            _die,          _die_stopping,    _impossible,  _impossible),
-        StartTimedOut:(_impossible, _time_start_out, _impossible,   _impossible,      _impossible,  _impossible),
-        StopTimedOut: (_impossible, _impossible,     _impossible,   _time_stop_out,   _impossible,  _impossible),
-        BackoffOver:  (_impossible, _impossible,     _impossible,   _impossible,      _end_backoff, _impossible),
+        # event         STOPPED      STARTING         RUNNING        RETIRING            STOPPING          BACKOFF       FATAL
+        Wanted:        (_want_first, _nothing,        _nothing,      _want_again,        _want_again,      _nothing,     _want_afresh),
+        Unwanted:      (_nothing,    _unwant_alive,   _unwant_alive, _unwant_alive,      _unwant_stopping, _unwant_dead, _unwant_dead),
+        Retire:        (_nothing,    _unwant_alive,   _retire,       _unwant_stopping,   _unwant_stopping, _unwant_dead, _unwant_dead),
+        Spawned:       (_impossible, _nothing,        _impossible,   _impossible,        _signal_late,     _impossible,  _impossible),
+        SpawnFailed:   (_impossible, _fail_start,     _impossible,   _impossible,        _die_stopping,    _impossible,  _impossible),
+        BecameReady:   (_nothing,    _become_ready,   _nothing,      _nothing,           _nothing,         _nothing,     _nothing),
+        Refused:       (_nothing,    _refuse,         _refuse,       _refuse_retiring,   _nothing,         _nothing,     _nothing),
+        Died:          (_impossible, _die,            _die,          _die_stopping,      _die_stopping,    _impossible,  _impossible),
+        StartTimedOut: (_impossible, _time_start_out, _impossible,   _impossible,        _impossible,      _impossible,  _impossible),
+        RetireTimedOut:(_impossible, _impossible,     _impossible,   _time_retiring_out, _impossible,      _impossible,  _impossible),
+        StopTimedOut:  (_impossible, _impossible,     _impossible,   _impossible,        _time_stop_out,   _impossible,  _impossible),
+        BackoffOver:   (_impossible, _impossible,     _impossible,   _impossible,        _impossible,      _end_backoff, _impossible),
     }
     # fmt: on
 
 
 _COLUMNS: Final[Mapping[State, int]] = {state: column for column, state in enumerate(State)}
 
+_ALIVE: Final = frozenset((State.STARTING, State.RUNNING, State.RETIRING, State.STOPPING))
+
 #: what the deadline of a state means when it comes
-_TIMERS: Final[Mapping[State, type[StartTimedOut | StopTimedOut | BackoffOver]]] = {
+_TIMERS: Final[Mapping[State, type[StartTimedOut | RetireTimedOut | StopTimedOut | BackoffOver]]] = {
     State.STARTING: StartTimedOut,
+    State.RETIRING: RetireTimedOut,
     State.STOPPING: StopTimedOut,
     State.BACKOFF: BackoffOver,
 }

@@ -34,6 +34,8 @@ class Crew:
         self.by_thumbprint: dict[str, Worker] = {}
         #: workers with something to send
         self.dirty: list[Worker] = []
+        #: workers that are to go once they are free
+        self.retiring: dict[str, Worker] = {}
         #: newest first
         self.deaths: deque[node.Certificate] = deque(maxlen=limits.DEATHS_MAX)
         #: set by the first ADMIT: until then an unknown key may still be admitted
@@ -93,6 +95,8 @@ class Crew:
                     if tool.pool is worker.pool
                 )
                 self._routing.to_node.append(node.WorkerUp(worker.worker_id, tools))
+                if worker.is_retiring:
+                    worker.state = WORKER_TABLE[after][WorkerEvent.RETIRE][0]
             self._dispatcher.pump(worker.pool, now)
         elif isinstance(message, messages.Partial):
             for part in message.parts:
@@ -191,6 +195,11 @@ class Crew:
             for certificate in message.certificates:
                 calls = message.started_calls.get(certificate.worker_id, ())
                 self._routing.reconciliation.had_started(certificate, calls)
+        elif isinstance(message, node.Retire):
+            for worker_id in message.workers:
+                worker = self.by_id.get(worker_id)
+                if worker is not None:
+                    self._retire(worker)
         elif isinstance(message, node.Tools):
             self._routing.registry.recall(self._dispatcher.pool(message.pool), message.tools)
         elif isinstance(message, node.Report):
@@ -213,6 +222,22 @@ class Crew:
         self.by_id[worker.worker_id] = worker
         self.by_thumbprint[worker.thumbprint] = worker
 
+    def _retire(self, worker: Worker) -> None:
+        worker.is_retiring = True
+        self.retiring[worker.worker_id] = worker
+        worker.state = WORKER_TABLE[worker.state][WorkerEvent.RETIRE][0]
+
+    def dismiss_free(self) -> None:
+        """Send those away that are to go and hold nothing any more. Their supervisor sees to those that do not go."""
+        for worker in self.retiring.values():
+            if (
+                worker.state is WorkerState.RETIRING
+                and worker.is_free
+                and not self._routing.reconciliation.holds(worker)
+            ):
+                worker.state = WORKER_TABLE[worker.state][WorkerEvent.DRAIN][0]
+                worker.send(messages.Drain(self._routing.epoch))
+
     def _died(self, certificate: node.Certificate, now: float) -> None:
         self.deaths.appendleft(certificate)
         worker = self.by_id.get(certificate.worker_id)
@@ -230,6 +255,7 @@ class Crew:
     def _settle(self, worker: Worker, now: float) -> None:
         worker.state = WORKER_TABLE[worker.state][WorkerEvent.SETTLED][0]
         self.by_id.pop(worker.worker_id, None)
+        self.retiring.pop(worker.worker_id, None)
         self.by_thumbprint.pop(worker.thumbprint, None)
         worker.pool.workers.pop(worker.worker_id, None)
         certificate = worker.certificate

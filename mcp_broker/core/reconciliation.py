@@ -127,6 +127,10 @@ class Reconciliation:
         orphan = self.orphans.get(call_id)
         return orphan is not None and orphan.worker is worker and orphan.seq == seq
 
+    def holds(self, worker: Worker) -> bool:
+        """Tell whether a worker runs, or keeps an outcome of, a call that nobody has asked for yet."""
+        return any(orphan.worker is worker for orphan in self.orphans.values())
+
     def had_started(self, certificate: Certificate, calls: tuple[bytes, ...]) -> None:
         """Remember what a dead worker had started last."""
         for call_id in calls:

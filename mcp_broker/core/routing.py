@@ -134,6 +134,8 @@ class Routing:
             details = {"which": "idle", "idle_timeout_s": idle_s}
             self.end(call, fault(call.call_id, "DEADLINE_EXCEEDED", text, details), "deadline", now)
         self.timers.run(now)
+        if self.crew.retiring:
+            self.crew.dismiss_free()
         if now >= self._heartbeat_at:
             self._heartbeat_at = now + limits.HEARTBEAT_S
             self._beat()

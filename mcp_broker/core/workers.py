@@ -2,10 +2,13 @@ r"""A worker as the broker sees it: one record from its admission to its settled
 
 ::
 
-    ADMITTED --REGISTER--> REGISTERED --READY--> READY --DRAIN--> DRAINING
-        \__________________________ DIED ________________________/
+    ADMITTED --REGISTER--> REGISTERED --READY--> READY --RETIRE--> RETIRING --DRAIN--> DRAINING
+        \__________________________________ DIED ___________________________________/
                                      v
                                    DYING --SETTLED--> GONE
+
+A retiring worker gets no new calls; DRAIN follows once it holds none and its outcomes have arrived. That it is to
+retire outlives its connection (``is_retiring``): on a new one RETIRE follows READY at once.
 
 Idle, busy and saturated are derived from ``held`` and ``depth``. Source: docs/protocol.md, "Worker sessions".
 """
@@ -33,9 +36,10 @@ class WorkerState(IntEnum):
     ADMITTED = 0
     REGISTERED = 1
     READY = 2
-    DRAINING = 3
-    DYING = 4
-    GONE = 5
+    RETIRING = 3
+    DRAINING = 4
+    DYING = 5
+    GONE = 6
 
 
 class WorkerEvent(IntEnum):
@@ -51,91 +55,29 @@ class WorkerEvent(IntEnum):
     DRAIN = 7
     DIED = 8
     SETTLED = 9
+    RETIRE = 10
 
 
 _T: Final = Verdict.TAKE
 _R: Final = Verdict.REFUSE
 _I: Final = Verdict.IGNORE
 _B: Final = Verdict.BUG
-_A, _G, _Y, _D, _X, _N = WorkerState
+_A, _G, _Y, _E, _D, _X, _N = WorkerState
 
+# fmt: off
 #: state -> event -> (next state, verdict). REGISTER in a later state is a worker that opened a new connection.
 #: UNREACHABLE and GOODBYE return it to ADMITTED: its process lives until its node says otherwise.
 WORKER_TABLE: Final[tuple[tuple[tuple[WorkerState, Verdict], ...], ...]] = (
-    # REGISTER  READY    OUTCOMES PARTIAL  HEARTBEAT GOODBYE UNREACHABLE DRAIN   DIED     SETTLED
-    (
-        (_G, _T),
-        (_A, _R),
-        (_A, _R),
-        (_A, _R),
-        (_A, _R),
-        (_A, _I),
-        (_A, _I),
-        (_A, _I),
-        (_X, _T),
-        (_A, _B),
-    ),  # ADMITTED
-    (
-        (_G, _T),
-        (_Y, _T),
-        (_G, _R),
-        (_G, _R),
-        (_G, _T),
-        (_A, _T),
-        (_A, _T),
-        (_D, _T),
-        (_X, _T),
-        (_G, _B),
-    ),  # REGISTERED
-    (
-        (_G, _T),
-        (_Y, _T),
-        (_Y, _T),
-        (_Y, _T),
-        (_Y, _T),
-        (_A, _T),
-        (_A, _T),
-        (_D, _T),
-        (_X, _T),
-        (_Y, _B),
-    ),  # READY
-    (
-        (_G, _T),
-        (_D, _I),
-        (_D, _T),
-        (_D, _T),
-        (_D, _T),
-        (_A, _T),
-        (_A, _T),
-        (_D, _I),
-        (_X, _T),
-        (_D, _B),
-    ),  # DRAINING
-    (
-        (_X, _R),
-        (_X, _I),
-        (_X, _T),
-        (_X, _T),
-        (_X, _I),
-        (_X, _I),
-        (_X, _I),
-        (_X, _I),
-        (_X, _I),
-        (_N, _T),
-    ),  # DYING
-    (
-        (_N, _R),
-        (_N, _R),
-        (_N, _R),
-        (_N, _R),
-        (_N, _R),
-        (_N, _I),
-        (_N, _I),
-        (_N, _I),
-        (_N, _I),
-        (_N, _B),
-    ),  # GONE
+    # REGISTER  READY     OUTCOMES  PARTIAL   HEARTBEAT GOODBYE   UNREACHABLE DRAIN   DIED      SETTLED   RETIRE
+    ((_G, _T), (_A, _R), (_A, _R), (_A, _R), (_A, _R), (_A, _I), (_A, _I), (_A, _I), (_X, _T), (_A, _B), (_A, _I)),  # ADMITTED
+    ((_G, _T), (_Y, _T), (_G, _R), (_G, _R), (_G, _T), (_A, _T), (_A, _T), (_D, _T), (_X, _T), (_G, _B), (_G, _I)),  # REGISTERED
+    ((_G, _T), (_Y, _T), (_Y, _T), (_Y, _T), (_Y, _T), (_A, _T), (_A, _T), (_D, _T), (_X, _T), (_Y, _B), (_E, _T)),  # READY
+    ((_G, _T), (_E, _T), (_E, _T), (_E, _T), (_E, _T), (_A, _T), (_A, _T), (_D, _T), (_X, _T), (_E, _B), (_E, _I)),  # RETIRING
+    ((_G, _T), (_D, _I), (_D, _T), (_D, _T), (_D, _T), (_A, _T), (_A, _T), (_D, _I), (_X, _T), (_D, _B), (_D, _I)),  # DRAINING
+    ((_X, _R), (_X, _I), (_X, _T), (_X, _T), (_X, _I), (_X, _I), (_X, _I), (_X, _I), (_X, _I), (_N, _T), (_X, _I)),  # DYING
+    ((_N, _R), (_N, _R), (_N, _R), (_N, _R), (_N, _R), (_N, _I), (_N, _I), (_N, _I), (_N, _I), (_N, _B), (_N, _I)),  # GONE
 )
+# fmt: on
 
 EVENT_OF_KIND: Final[dict[type, WorkerEvent]] = {
     messages.Register: WorkerEvent.REGISTER,
@@ -172,6 +114,7 @@ class Worker:
         receipts: which of them have arrived at their callers.
         told: up to which number it was told that they have.
         is_silent: it was admitted by an earlier broker and has not told yet what it holds.
+        is_retiring: it is to get no more calls, and to go when it holds none, however often it registers.
         certificate: how it died, once it has.
     """
 
@@ -181,6 +124,7 @@ class Worker:
         "depth",
         "dirty",
         "held",
+        "is_retiring",
         "is_silent",
         "outbox",
         "pool",
@@ -206,7 +150,7 @@ class Worker:
         self.held: dict[bytes, Call] = {}
         self.depth = 0
         self.seq = 0
-        self.is_silent = False
+        self.is_silent = self.is_retiring = False
         self.connected(0)
         self.served = 0
         self.certificate: Certificate | None = None
@@ -224,6 +168,11 @@ class Worker:
     def is_registered(self) -> bool:
         """Tell whether its tools are known."""
         return WorkerState.REGISTERED <= self.state <= WorkerState.DRAINING
+
+    @property
+    def is_free(self) -> bool:
+        """Tell whether it holds no call, and all its outcomes have arrived at their callers."""
+        return not self.held and not self.is_silent and self.receipts.advance() == self.received
 
     def mark_dirty(self) -> None:
         """Have the shell look at the outbox at the end of this turn."""

@@ -109,6 +109,9 @@ class BrokerChild:
                     self.process.signal(signal.SIGTERM)
             elif isinstance(effect, children.Kill):
                 self.kill()
+            elif isinstance(effect, children.Dismiss):
+                # nobody retires the broker: it is the one that sends others away
+                continue
             elif effect.state is children.State.FATAL:
                 self._owner.broker_failed(effect.reason)
             else:

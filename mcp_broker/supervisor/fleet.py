@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from mcp_broker.core.children import State
 from mcp_broker.core.restart import Policy
 from mcp_broker.supervisor import events
-from mcp_broker.supervisor.pool import Pool
+from mcp_broker.supervisor.pool import Pool, Times
 from mcp_broker.wire import node
 
 if TYPE_CHECKING:
@@ -35,11 +35,10 @@ class Fleet:
         definitions: Definitions,
         on_event: Callable[[events.Event], None],
     ) -> None:
-        wanted = config.limits
-        policy = Policy(intensity=wanted.restarts, period_s=wanted.restart_period_s)
-        self.pools = {
-            name: Pool(ground, name, table, policy, wanted.start_s) for name, table in config.pools.items()
-        }
+        self._ground = ground
+        self.pools: dict[str, Pool] = {}
+        for name, table in config.pools.items():
+            self.pools[name] = Pool(ground, name, table, *_ways(config))
         self._definitions = definitions
         for name, tools in definitions.load().items():
             if name in self.pools:
@@ -74,6 +73,11 @@ class Fleet:
         """Want every pool down."""
         for pool in self.pools.values():
             pool.stop()
+
+    def settle(self) -> None:
+        """Go on with what has changed in this turn."""
+        for pool in self.pools.values():
+            pool.settle()
 
     def kill(self) -> None:
         """SIGKILL every worker, now."""
@@ -143,6 +147,11 @@ class Fleet:
             if life.endpoint is not None
         ]
 
+    def retirement(self) -> list[node.Retire]:
+        """Return the workers that are to be sent away, if there are any."""
+        workers = tuple(id_ for pool in self.pools.values() for id_ in pool.retiring())
+        return [node.Retire(workers)] if workers else []
+
     def tools(self) -> list[node.Tools]:
         """Return what each pool served so far."""
         return [node.Tools(pool.name, pool.tools) for pool in self.pools.values() if pool.tools]
@@ -160,5 +169,12 @@ class Fleet:
             self._states[pool.name] = now
             if now == "ready":
                 self._on_event(events.PoolReady(pool.name, pool.ready, pool.tool_names))
-            elif any(slot.child.state is State.FATAL for slot in pool.slots):
+            elif any(slot.child.state is State.FATAL for slot in pool.members):
                 self._on_event(events.PoolFailed(pool.name, pool.reason))
+
+
+def _ways(config: Config) -> tuple[Policy, Times]:
+    """Return what a configuration says of all pools' processes."""
+    wanted = config.limits
+    policy = Policy(intensity=wanted.restarts, period_s=wanted.restart_period_s)
+    return policy, Times(start_s=wanted.start_s, retire_s=wanted.retire_s)

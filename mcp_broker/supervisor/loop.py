@@ -191,6 +191,7 @@ class Supervisor:
         if self._sweeps_left:
             left = reclaim.sweep(self._alive(), self._bystanders)
             self._sweeps_left = self._sweeps_left - 1 if left else 0
+        self._fleet.settle()
         self._fleet.announce()
         if self._is_dirty:
             self._is_dirty = False
@@ -263,6 +264,10 @@ class Supervisor:
             if life.endpoint is not None:
                 self._broker.send(life.listen(life.endpoint), life.endpoint.fileno())
 
+    def dismiss(self, worker_id: str) -> None:
+        """Have the broker send this worker away once it holds no call."""
+        self._broker.send(node.Retire((worker_id,)))
+
     def died(self, certificate: node.Certificate, started_calls: tuple[bytes, ...], *, is_news: bool) -> None:
         """Tell the broker first: a caller waits for it."""
         self._broker.send(node.Died(certificate, started_calls))
@@ -309,7 +314,7 @@ class Supervisor:
         """Return what follows BOOT. The first broker gets its table of keys when all are made."""
         table = [self._fleet.admissions()] if self._is_table_complete else []
         deaths = node.Deaths(self._deaths.recent, self._deaths.started_calls)
-        return [*table, deaths, *self._fleet.tools(), self._fleet.report()]
+        return [*table, deaths, *self._fleet.tools(), *self._fleet.retirement(), self._fleet.report()]
 
     def endpoints(self) -> list[tuple[node.Listen, int]]:
         """Return the addresses of single workers; they are told of after the keys that they let in."""

@@ -9,7 +9,7 @@ import random
 import signal
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from mcp_broker import proctable
 from mcp_broker.auth.keys import CurvePair
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from mcp_broker.supervisor.tether import Handlers
 _log = logging.getLogger("mcp_broker.supervisor")
 
+#: a worker in these may run calls
+_AT_WORK: Final = frozenset((children.State.RUNNING, children.State.RETIRING))
+
 
 class Ground(Protocol):
     """What a slot stands on: the supervisor, as far as a slot sees it."""
@@ -54,6 +57,9 @@ class Ground(Protocol):
     def admitted(self, life: Life) -> None:
         """Let the broker admit this life's key, before its process exists."""
 
+    def dismiss(self, worker_id: str) -> None:
+        """Have the broker send this worker away once it holds no call."""
+
     def died(self, certificate: node.Certificate, started_calls: tuple[bytes, ...], *, is_news: bool) -> None:
         """Pass a death on."""
 
@@ -72,9 +78,10 @@ class Life:
         run_dir: where they are.
     """
 
-    def __init__(self, worker_id: str, pool: str, run_dir: Path) -> None:
+    def __init__(self, worker_id: str, pool: str, edition: int, run_dir: Path) -> None:
         self.worker_id = worker_id
         self.pool = pool
+        self.edition = edition
         self.keys = CurvePair.generate()
         self.scratch = run_dir / worker_id
         self.scratch.mkdir(mode=0o700)
@@ -106,7 +113,9 @@ class Life:
     @property
     def admitted(self) -> node.Admitted:
         """What the broker lets in for this life."""
-        return node.Admitted(thumbprint=self.keys.thumbprint, worker_id=self.worker_id, pool=self.pool)
+        return node.Admitted(
+            thumbprint=self.keys.thumbprint, worker_id=self.worker_id, pool=self.pool, edition=self.edition
+        )
 
     def listen(self, endpoint: Endpoint) -> node.Listen:
         """What the broker serves at this life's own address."""
@@ -142,15 +151,26 @@ class Slot:
         pool: the pool's name.
         restarts: the record of deaths that the pool's slots share.
         start_s: from spawned to ready, at most.
+        retire_s: from being retired to being told to end, at most.
+        edition: which form of the pool's table it has.
     """
 
     def __init__(
-        self, ground: Ground, pool: str, table: PoolTable, restarts: Restarts, start_s: float
+        self,
+        ground: Ground,
+        pool: str,
+        table: PoolTable,
+        restarts: Restarts,
+        *,
+        start_s: float,
+        retire_s: float,
+        edition: int,
     ) -> None:
         self._ground = ground
         self._pool = pool
         self._table = table
-        self.child = children.Child(restarts, start_s=start_s)
+        self.edition = edition
+        self.child = children.Child(restarts, start_s=start_s, retire_s=retire_s)
         self.life: Life | None = None
         #: registered at least once in this life
         self._was_ready = False
@@ -171,7 +191,7 @@ class Slot:
         """End one call of this worker, as far as that is still the call that runs."""
         life = self.life
         # before it is ready it has no handler, so the signal would kill what runs no call
-        if life is None or life.process is None or self.child.state is not children.State.RUNNING:
+        if life is None or life.process is None or self.child.state not in _AT_WORK:
             return
         if order.stage == "raise":
             life.marks.interrupt_seq = order.seq
@@ -203,6 +223,9 @@ class Slot:
         for effect in effects:
             if isinstance(effect, children.Spawn):
                 self._spawn()
+            elif isinstance(effect, children.Dismiss):
+                if self.life is not None:
+                    self._ground.dismiss(self.life.worker_id)
             elif isinstance(effect, children.Signal):
                 if self.life is not None and self.life.process is not None:
                     self.life.process.signal(signal.SIGTERM)
@@ -216,7 +239,7 @@ class Slot:
         ground = self._ground
         worker_id = ground.next_worker_id(self._pool)
         self._was_ready = False
-        life = self.life = Life(worker_id, self._pool, ground.run_dir)
+        life = self.life = Life(worker_id, self._pool, self.edition, ground.run_dir)
         ground.admitted(life)
         boot = node.WorkerBoot(
             worker_id=worker_id,
@@ -285,8 +308,9 @@ class Slot:
         if life is None or life.process is None:
             return
         is_operators = child.state is children.State.STOPPING and not child.is_wanted
-        # a broker that drains dismisses its workers: they end by themselves, as they should
-        is_dismissed = self._ground.is_leaving and end.code == 0
+        # whom the broker dismisses, since it drains or they retire, ends by itself, as it should
+        is_retired = child.state is children.State.RETIRING
+        is_dismissed = (self._ground.is_leaving or is_retired) and end.code == 0
         known = Circumstances(
             started_seq=life.marks.started_seq,
             was_ready=self._was_ready,
@@ -303,7 +327,7 @@ class Slot:
         life.end()
         reclaim.forget(self._ground.run_dir, life.worker_id)
         self._ground.strayed()
-        if is_dismissed and not is_operators:
+        if is_dismissed and not (is_operators or is_retired):
             self.tell(children.Unwanted())
         self.tell(
             children.Died(

@@ -67,6 +67,8 @@ class Admitted(Record, kw_only=True, frozen=True):
     thumbprint: str
     worker_id: str
     pool: str
+    #: which form of the pool's table it runs; a later one may bring other tools while earlier ones live
+    edition: int = 0
 
 
 class NodeMessage(msgspec.Struct, array_like=True, frozen=True):
@@ -123,6 +125,12 @@ class Listen(NodeMessage, tag="LISTEN", frozen=True):
     thumbprint: str
     #: as the socket is bound, ipc://PATH; no other endpoint has the same
     endpoint: str
+
+
+class Retire(NodeMessage, tag="RETIRE", frozen=True):
+    """Supervisor: give these workers no new calls, and send each away once it holds none; about others nothing."""
+
+    workers: tuple[str, ...]
 
 
 class Tools(NodeMessage, tag="TOOLS", frozen=True):
@@ -196,7 +204,7 @@ class Drained(NodeMessage, tag="DRAINED", frozen=True):
     unfinished: int
 
 
-FromSupervisor = Boot | Admit | Listen | Died | Report | Deaths | Tools | Shutdown
+FromSupervisor = Boot | Admit | Listen | Died | Retire | Report | Deaths | Tools | Shutdown
 ToSupervisor = Serving | WorkerUp | WorkerRefused | Interrupt | Drained
 
 

@@ -10,10 +10,13 @@ from mcp_broker.core.children import (
     BecameReady,
     Child,
     Died,
+    Dismiss,
     Effect,
     Event,
     Kill,
     Refused,
+    Retire,
+    RetireTimedOut,
     Signal,
     Spawn,
     Spawned,
@@ -29,10 +32,11 @@ from mcp_broker.errors import InvalidTransition
 
 START_S = 30.0
 STOP_S = 1.0
+RETIRE_S = 60.0
 
 
 def child(policy: Policy | None = None) -> Child:
-    return Child(Restarts(policy or Policy(intensity=2)), start_s=START_S, stop_s=STOP_S)
+    return Child(Restarts(policy or Policy(intensity=2)), start_s=START_S, stop_s=STOP_S, retire_s=RETIRE_S)
 
 
 def drive(machine: Child, *events: Event, now: float = 0.0) -> list[Effect]:
@@ -48,6 +52,7 @@ PATHS: dict[State, tuple[Event, ...]] = {
     State.STOPPED: (),
     State.STARTING: (Wanted(), Spawned()),
     State.RUNNING: (Wanted(), Spawned(), BecameReady()),
+    State.RETIRING: (Wanted(), Spawned(), BecameReady(), Retire()),
     State.STOPPING: (Wanted(), Spawned(), BecameReady(), Unwanted()),
     State.BACKOFF: (Wanted(), Spawned(), Died("x"), Spawned(), Died("x")),
     State.FATAL: (Wanted(), Spawned(), Died("x", hopeless=True)),
@@ -56,6 +61,7 @@ PATHS: dict[State, tuple[Event, ...]] = {
 START = (Announce(State.STARTING, ""), Spawn())
 STOP = (Announce(State.STOPPING, ""), Signal())
 STOPPED = (Announce(State.STOPPED, ""),)
+RETIRE = (Announce(State.RETIRING, ""), Dismiss())
 IMPOSSIBLE = None
 
 #: (state, event) -> state afterwards and effects, or IMPOSSIBLE. Every cell.
@@ -123,6 +129,30 @@ CELLS: dict[tuple[State, Event], tuple[State, tuple[Effect, ...]] | None] = {
     (State.FATAL, StartTimedOut()): IMPOSSIBLE,
     (State.FATAL, StopTimedOut()): IMPOSSIBLE,
     (State.FATAL, BackoffOver()): IMPOSSIBLE,
+    (State.STOPPED, Retire()): (State.STOPPED, ()),
+    (State.STOPPED, RetireTimedOut()): IMPOSSIBLE,
+    (State.STARTING, Retire()): (State.STOPPING, STOP),
+    (State.STARTING, RetireTimedOut()): IMPOSSIBLE,
+    (State.RUNNING, Retire()): (State.RETIRING, RETIRE),
+    (State.RUNNING, RetireTimedOut()): IMPOSSIBLE,
+    (State.RETIRING, Wanted()): (State.RETIRING, ()),
+    (State.RETIRING, Unwanted()): (State.STOPPING, STOP),
+    (State.RETIRING, Retire()): (State.RETIRING, ()),
+    (State.RETIRING, Spawned()): IMPOSSIBLE,
+    (State.RETIRING, SpawnFailed("no")): IMPOSSIBLE,
+    (State.RETIRING, BecameReady()): (State.RETIRING, ()),
+    (State.RETIRING, Refused("no")): (State.STOPPING, STOP),
+    (State.RETIRING, Died("crash")): (State.STOPPED, STOPPED),
+    (State.RETIRING, StartTimedOut()): IMPOSSIBLE,
+    (State.RETIRING, RetireTimedOut()): (State.STOPPING, STOP),
+    (State.RETIRING, StopTimedOut()): IMPOSSIBLE,
+    (State.RETIRING, BackoffOver()): IMPOSSIBLE,
+    (State.STOPPING, Retire()): (State.STOPPING, ()),
+    (State.STOPPING, RetireTimedOut()): IMPOSSIBLE,
+    (State.BACKOFF, Retire()): (State.STOPPED, STOPPED),
+    (State.BACKOFF, RetireTimedOut()): IMPOSSIBLE,
+    (State.FATAL, Retire()): (State.STOPPED, STOPPED),
+    (State.FATAL, RetireTimedOut()): IMPOSSIBLE,
 }
 
 
@@ -155,7 +185,7 @@ def test_a_state_has_a_deadline_exactly_when_it_waits() -> None:
         drive(machine, *path)
         if machine.deadline() is not None:
             waiting.add(state)
-    assert waiting == {State.STARTING, State.STOPPING, State.BACKOFF}
+    assert waiting == {State.STARTING, State.RETIRING, State.STOPPING, State.BACKOFF}
 
 
 def test_expiring_too_early_does_nothing() -> None:
@@ -182,6 +212,21 @@ def test_a_stop_escalates_and_comes_back_to_it() -> None:
     assert machine.expire(2 * STOP_S) == [Kill()]
     assert drive(machine, Died("killed"), now=2.5) == [Announce(State.STOPPED, "")]
     assert machine.deadline() is None
+
+
+def test_a_retiring_child_that_does_not_finish_in_time_is_told_to_end_then_killed() -> None:
+    machine = child()
+    drive(machine, *PATHS[State.RETIRING])
+    assert machine.expire(RETIRE_S) == list(STOP)
+    assert machine.expire(RETIRE_S + STOP_S) == [Kill()]
+    assert drive(machine, Died("killed"), now=RETIRE_S + 2) == [Announce(State.STOPPED, "")]
+
+
+def test_a_retired_child_ends_without_being_counted_however_it_died() -> None:
+    restarts = Restarts(Policy(intensity=0))
+    machine = Child(restarts)
+    drive(machine, *PATHS[State.RETIRING], Died("crash"))
+    assert (machine.state, restarts.total) == (State.STOPPED, 0)
 
 
 def test_wanted_again_while_it_stops_starts_once_it_is_gone_without_being_counted() -> None:

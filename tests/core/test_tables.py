@@ -13,7 +13,7 @@ from mcp_broker.core.clients import EVENT_OF_KIND as CLIENT_EVENTS
 from mcp_broker.core.workers import EVENT_OF_KIND as WORKER_EVENTS
 from mcp_broker.core.workers import WORKER_TABLE, WorkerEvent, WorkerState
 from mcp_broker.errors import InvalidTransition
-from mcp_broker.wire import messages
+from mcp_broker.wire import messages, node
 from tests.core.support import EPOCH, FakeGrant, World, definition
 
 ID = b"i" * 16
@@ -121,6 +121,11 @@ def worker_in(state: WorkerState) -> World:
         world.ready()
     if state is WorkerState.REGISTERED:
         world.worker_says("echo-1", WORKER_MESSAGES[WorkerEvent.REGISTER])
+    elif state is WorkerState.RETIRING:
+        # it holds a call, or it would be sent away at once
+        world.hello()
+        world.call()
+        world.machine.from_node(node.Retire(("echo-1",)), world.now)
     elif state is WorkerState.DRAINING:
         world.machine.crew.dismiss()
     elif state in {WorkerState.DYING, WorkerState.GONE}:
@@ -144,6 +149,8 @@ def test_worker_obeys_its_table(state: WorkerState, event: WorkerEvent) -> None:
         crew.unreachable(b"echo-1")
     elif event is WorkerEvent.DRAIN:
         crew.dismiss()
+    elif event is WorkerEvent.RETIRE:
+        world.machine.from_node(node.Retire(("echo-1",)), world.now)
     elif event is WorkerEvent.DIED:
         world.died("echo-1")
     elif event is WorkerEvent.SETTLED:

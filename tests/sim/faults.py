@@ -41,6 +41,7 @@ class Faults:
             (4, self.kill_worker),
             (2, self.terminate_worker),
             (1, self.hang_start),
+            (3, self.retire_worker),
             (2, self.kill_broker),
             (2, self.stall_broker),
             (1, self.drain_broker),
@@ -50,6 +51,10 @@ class Faults:
         self._faults = [fault for _, fault in kinds]
         self._weights = [weight * rng.choice((0, 0, 1, 1, 4)) for weight, _ in kinds]
         self.count = 0
+
+    def only(self, *faults: Callable[[], None]) -> None:
+        """Let nothing but these go wrong."""
+        self._weights = [int(fault in faults) for fault in self._faults]
 
     def strike(self) -> None:
         """Let one thing go wrong."""
@@ -152,6 +157,10 @@ class Faults:
             worker = self._world.rng.choice(workers)
             self._world.note(worker.name, "gets SIGTERM")
             worker.terminate()
+
+    def retire_worker(self) -> None:
+        """Let an operator replace a worker, which is to cost no call."""
+        self._world.supervisor.retire(self._world.rng.choice(self._world.supervisor.pools))
 
     def hang_start(self) -> None:
         """Let the next worker that starts never come up."""

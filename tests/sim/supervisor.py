@@ -1,6 +1,6 @@
 """The supervisor: the real machines of its children, and around them what its slots and its broker child do.
 
-Mirrors ``mcp_broker/supervisor/slot.py``, ``broker.py`` and ``loop.py``, without processes.
+Mirrors ``mcp_broker/supervisor/slot.py``, ``pool.py``, ``broker.py`` and ``loop.py``, without processes.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ NAME: Final = "supervisor"
 
 #: from spawned to ready, at most, seconds: less than the product's, for a run to see it
 _START_S: Final = 2.0
+#: from retired to being told to end, at most, seconds
+_RETIRE_S: Final = 8.0
+#: a worker in these may run calls
+_AT_WORK: Final = frozenset((children.State.RUNNING, children.State.RETIRING))
 #: a message of the socketpair takes up to this long
 _LINK_S: Final = 0.001
 #: a process is up after at most this long
@@ -40,7 +44,7 @@ class Slot:
     def __init__(self, owner: Supervisor, pool: PoolSlots, restarts: Restarts) -> None:
         self._owner = owner
         self._pool = pool
-        self.child = children.Child(restarts, start_s=_START_S)
+        self.child = children.Child(restarts, start_s=_START_S, retire_s=_RETIRE_S)
         self.life: Worker | None = None
         self._was_ready = False
         self._alarm = Alarm(owner.world.agenda, self._expire)
@@ -58,6 +62,9 @@ class Slot:
         for effect in effects:
             if isinstance(effect, children.Spawn):
                 self._spawn()
+            elif isinstance(effect, children.Dismiss):
+                if self.life is not None:
+                    self._owner.send(node.Retire((self.life.name,)))
             elif isinstance(effect, children.Signal):
                 if self.life is not None:
                     self.life.terminate()
@@ -95,7 +102,7 @@ class Slot:
     def interrupt(self, order: node.Interrupt) -> None:
         """End one call of this worker, as far as that is still the call that runs."""
         life = self.life
-        if life is None or life.is_dead or self.child.state is not children.State.RUNNING:
+        if life is None or life.is_dead or self.child.state not in _AT_WORK:
             return
         if order.stage == "raise":
             life.marks.interrupt_seq = order.seq
@@ -119,22 +126,47 @@ class Slot:
         )  # fmt: skip
         owner.send(node.Died(certificate, life.marks.started_calls()))
         self.life = None
+        pool = self._pool
         self.tell(
             children.Died(
                 how, charged=self._was_ready and life.marks.started_seq > 0, jitter=owner.world.rng.random()
             )
         )
+        pool.leaving = [slot for slot in pool.leaving if slot.child.state is not children.State.STOPPED]
 
 
 class PoolSlots:
-    """Workers of one kind."""
+    """Workers of one kind.
+
+    Attributes:
+        slots: those that are wanted.
+        leaving: those that retire.
+    """
 
     def __init__(self, owner: Supervisor, name: str, size: int, concurrency: int, policy: Policy) -> None:
         self.name = name
         self.concurrency = concurrency
-        restarts = Restarts(policy)
+        self._owner = owner
+        restarts = self._restarts = Restarts(policy)
         self.tools: tuple[ToolDefinition, ...] = ()
         self.slots = [Slot(owner, self, restarts) for _ in range(size)]
+        self.leaving: list[Slot] = []
+
+    def replace(self, slot: Slot) -> None:
+        """Retire a slot and put a new one in its place; the pool is never without any."""
+        successor = Slot(self._owner, self, self._restarts)
+        self.slots[self.slots.index(slot)] = successor
+        self.leaving.append(slot)
+        successor.tell(children.Wanted())
+        slot.tell(children.Retire())
+
+    def retiring(self) -> tuple[str, ...]:
+        """Return the workers that the broker is to send away."""
+        return tuple(
+            slot.life.name
+            for slot in self.leaving
+            if slot.life is not None and slot.child.state is children.State.RETIRING
+        )
 
     @property
     def state(self) -> str:
@@ -188,12 +220,22 @@ class Supervisor:
 
     def want_all(self) -> None:
         """Want every worker up; what was given up starts afresh."""
-        for slot in self.slots():
-            slot.tell(children.Wanted())
+        for pool in self.pools:
+            for slot in pool.slots:
+                slot.tell(children.Wanted())
 
     def slots(self) -> list[Slot]:
-        """Return every slot."""
-        return [slot for pool in self.pools for slot in pool.slots]
+        """Return every slot, the retiring ones too."""
+        return [slot for pool in self.pools for slot in (*pool.slots, *pool.leaving)]
+
+    def retire(self, pool: PoolSlots) -> None:
+        """Replace one worker of a pool, if one runs."""
+        running = [slot for slot in pool.slots if slot.child.state is children.State.RUNNING]
+        if running:
+            slot = self.world.rng.choice(running)
+            assert slot.life is not None
+            self.world.note(NAME, "retires", slot.life.name)
+            pool.replace(slot)
 
     def workers(self) -> list[Worker]:
         """Return every worker that lives."""
@@ -252,7 +294,10 @@ class Supervisor:
             self._tell_broker(children.BecameReady())
         elif isinstance(message, node.WorkerUp):
             for pool in self.pools:
-                if any(slot.life is not None and slot.life.name == message.worker_id for slot in pool.slots):
+                if any(
+                    slot.life is not None and slot.life.name == message.worker_id
+                    for slot in (*pool.slots, *pool.leaving)
+                ):
                     pool.tools = message.tools
             self._tell_worker(message.worker_id, children.BecameReady())
         elif isinstance(message, node.WorkerRefused):
@@ -303,6 +348,8 @@ class Supervisor:
         for pool in self.pools:
             if pool.tools:
                 self.send(node.Tools(pool.name, pool.tools))
+            if retiring := pool.retiring():
+                self.send(node.Retire(retiring))
         self.report()
         self._tell_broker(children.Spawned())
         world.agenda.after(_LINK_S + world.rng.random() * _BOOT_S, lambda: self._broker_boots(broker))

@@ -143,7 +143,7 @@ class Wishes:
     def __init__(self, rng: Random, pools: list[str], harm: float) -> None:
         self._rng = rng
         self._pools = pools
-        self._harm = harm
+        self.harm = harm
         self._tokens = 0
 
     def next_token(self) -> int:
@@ -158,7 +158,7 @@ class Wishes:
             return OWN, 1.0, Plan(self.next_token())
         tool = rng.choices((GET, PUT, ROWS, TAIL), (4, 5, 1, 1))[0]
         does = "ok"
-        if rng.random() < self._harm:
+        if rng.random() < self.harm:
             does = rng.choice(("crash", "hang", "stubborn", "crash"))
         elif rng.random() < 0.1:
             does = "fail"

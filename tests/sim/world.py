@@ -77,7 +77,7 @@ class World:
         self.steps = 0
         self.clients: list[Client] = []
         self._named = 0
-        self._wishes = Wishes(rng, self.pools, rng.choice((0.0, 0.02, 0.2)))
+        self.wishes = Wishes(rng, self.pools, rng.choice((0.0, 0.02, 0.2)))
         self.faults = Faults(self, rng.choice((0.0, 0.5, 2.0, 5.0)))
         self._burst_most = rng.choice((1, 4, 30))
         self._bursts_a_second = rng.choice((5.0, 30.0, 100.0)) * 2 / (1 + self._burst_most)
@@ -204,7 +204,7 @@ class World:
             client.cancel(rng.choice(list(client.open.values())))
             return
         for _ in range(rng.randrange(1, self._burst_most + 1)):
-            tool, timeout_s, plan = self._wishes.draw()
+            tool, timeout_s, plan = self.wishes.draw()
             client.submit(
                 tool, timeout_s, plan, is_streamed=tool.endswith((ROWS, TAIL)) and rng.random() < 0.5
             )
@@ -223,7 +223,7 @@ class World:
         self.note("world", "asks each tool once more")
         for client in self.clients:
             for tool in self._tools():
-                plan = Plan(self._wishes.next_token(), parts=3 if tool.endswith((ROWS, TAIL)) else 0)
+                plan = Plan(self.wishes.next_token(), parts=3 if tool.endswith((ROWS, TAIL)) else 0)
                 record = client.submit(tool, 5.0, plan, is_streamed=False)
                 assert record is not None
                 record.is_proof = True
