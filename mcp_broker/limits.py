@@ -158,12 +158,65 @@ CLIENT_UNREAD_BYTES_MAX: Final = 256 * 1024 * 1024
 SOCKET_HWM: Final = 4096
 LISTEN_BACKLOG: Final = 1024
 
+# -- what a worker may use ----------------------------------------------------------------------
+
+#: Rows R2 and R7 of the specification: the usual limits, and the most that a configuration or a tool may ask for.
+#: Memory is growth above what the worker held when it was ready.
+MEMORY_MB: Final = 100
+MEMORY_MB_MAX: Final = 500
+#: Of one call, with the processes that it starts.
+CPU_S: Final = 30.0
+CPU_S_MAX: Final = 120.0
+#: Descriptors, and sockets among them, above what the worker held when it was ready; of each process.
+OPEN_FILES: Final = 50
+OPEN_FILES_MAX: Final = 200
+CONNECTIONS: Final = 10
+CONNECTIONS_MAX: Final = 50
+#: Processes below a worker: a pipeline of programs, or a pool of a process a core, with room to spare.
+PROCESSES: Final = 32
+PROCESSES_MAX: Final = 256
+#: Tasks (processes and their threads) where the kernel counts them: what PROCESSES would have with libraries that
+#: start a thread a core. A fork bomb ends here, long before the machine's own bound.
+TASKS_A_PROCESS: Final = 16
+#: The private folder: five times the usual memory, room to spill what does not fit there and to sort it once.
+#: Twenty workers fill 10 GB at the worst.
+SCRATCH_MB: Final = 512
+SCRATCH_MB_MAX: Final = 65_536
+#: Row R5: shares of a limit at which a worker is warned of, gets no new calls, and is killed.
+WARNING_SHARE: Final = 0.8
+THROTTLE_SHARE: Final = 0.95
+#: A level is left this share below where it was entered, so that what sways about it does not flap.
+RELIEF_SHARE: Final = 0.05
+#: A worker that runs something is looked at this often (design section 7), one that rests so often, seconds.
+METER_S: Final = 0.05
+METER_RESTING_S: Final = 1.0
+#: With no worker at work, the supervisor looks this often whether one is.
+METER_IDLE_S: Final = 0.1
+#: Descriptors cost ten times what memory and CPU do: about 5 us each.
+METER_FILES_S: Final = 0.2
+#: Share of one core that measuring may take, however many workers there are: beyond it they are looked at more rarely.
+METER_SHARE_MAX: Final = 0.05
+#: Time from asking a worker for its stacks to killing it: writing them takes a millisecond.
+STACK_S: Final = 0.02
+#: Entries of a scratch folder that one look counts (about 2 ms), the depth that it follows, and how much each entry
+#: takes at least: a million empty files are no small thing either.
+SCRATCH_ENTRIES_A_LOOK: Final = 1024
+SCRATCH_DEPTH_MAX: Final = 64
+SCRATCH_ENTRY_KIB: Final = 4
+#: The kernel's own bound of memory lies this share above the limit, so that the worker is usually seen, and its stacks
+#: written, before the kernel kills it without a word.
+MEMORY_SLACK_SHARE: Final = 0.125
+MEMORY_SLACK_MB_MIN: Final = 16
+
 # -- records ----------------------------------------------------------------------------------------
 
 #: Death certificates and ended calls kept for `why`.
 DEATHS_MAX: Final = 256
 ENDED_CALLS_MAX: Final = 4096
 STDERR_TAIL_BYTES: Final = 4096
+#: Of a stuck worker's stacks, the end, where its main thread stands: about 100 frames. With the tail of its standard
+#: error it fits into the details of an error.
+STACK_BYTES_MAX: Final = 8192
 
 #: About what a kept record takes besides its payloads.
 RECORD_BYTES: Final = 512

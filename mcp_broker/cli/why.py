@@ -27,6 +27,10 @@ KINDS: Final[dict[str, str]] = {
 }
 
 
+#: of a stack, the last lines: the main thread
+_STACK_LINES: Final = 40
+
+
 @click.command(
     short_help="Say why a worker died or how a call ended.",
     epilog="""\b
@@ -157,6 +161,12 @@ def _death(certificate: Map) -> list[str]:
     )
     lines = [head]
     lines += [f"  {key:<10} {value}" for key, value in facts.items() if value is not None]
+    if certificate.get("limit"):
+        used, allowed = (float(certificate.get(key) or 0) for key in ("used", "limit_value"))
+        lines.append(f"  {'limit':<10} {certificate['limit']} = {allowed:g}, used {used:g}")
+    stack = str(certificate.get("stack") or "").rstrip()
+    if stack:
+        lines += ["  what it was doing:", *(f"    {text}" for text in stack.splitlines()[-_STACK_LINES:])]
     stderr = str(certificate.get("stderr") or "").rstrip()
     if stderr:
         lines += ["  last standard error:", *(f"    {text}" for text in stderr.splitlines()[-12:])]

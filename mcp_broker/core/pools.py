@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mcp_broker import limits
-from mcp_broker.core import outbox
+from mcp_broker.core import losses, outbox
 from mcp_broker.core.arrears import Arrears
 from mcp_broker.core.budget import Budget
 from mcp_broker.core.calls import Call, CallEvent, CallState, Ledger, fault
@@ -19,7 +19,7 @@ from mcp_broker.core.parts import counted
 from mcp_broker.core.pool import Pool
 from mcp_broker.core.receipts import Receipt
 from mcp_broker.core.workers import WORKER_CODES
-from mcp_broker.wire import codec, messages
+from mcp_broker.wire import messages
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -318,10 +318,10 @@ class Dispatcher:
 
     def forget(self, worker: Worker, certificate: Certificate, now: float) -> None:
         """Settle all that a dead worker held: what it had started fails (or runs again), the rest waits again."""
-        cause = certificate.cause
         held, worker.held = list(worker.held.values()), {}
         worker.outbox.clear()
         again: list[Call] = []
+        exceeding = losses.exceeding(held, certificate)
         for call in held:
             call.worker = None
             self._let_go(call, worker.pool)
@@ -333,38 +333,21 @@ class Dispatcher:
                 again.append(call)
                 continue
             call.killers = (*call.killers, certificate)
-            if len(call.killers) >= limits.POISON_DEATHS:
+            if exceeding == 1:
+                # it would do the same again
+                self._ledger.finish(call, losses.exhausted(call, certificate))
+            elif len(call.killers) >= limits.POISON_DEATHS:
                 self.dead_letters.add(call, now)
-                self._ledger.finish(call, self._lost(call, worker, cause, certificate, "POISONED"))
+                self._ledger.finish(call, losses.lost(call, certificate, "POISONED"))
             elif (
                 call.tool.definition.idempotent and call.attempts < limits.ATTEMPTS_MAX and call.may_run_again
             ):
                 again.append(call)
+            elif exceeding:
+                self._ledger.finish(call, losses.exhausted(call, certificate, among=exceeding))
             else:
-                self._ledger.finish(call, self._lost(call, worker, cause, certificate, "WORKER_LOST"))
+                self._ledger.finish(call, losses.lost(call, certificate, "WORKER_LOST"))
         self._requeue(again, worker.pool, now)
-
-    @staticmethod
-    def _lost(
-        call: Call, worker: Worker, cause: str, certificate: Certificate, code: str
-    ) -> messages.Outcome:
-        idempotent = call.tool.definition.idempotent
-        if code == "POISONED":
-            sentence = f"the call killed {len(call.killers)} workers and will not be run again; the last one: {cause}"
-        else:
-            ran = (
-                "it was not run again, because the tool is not declared idempotent"
-                if not idempotent
-                else (f"it was run {call.attempts} times")
-            )
-            sentence = f"worker {worker.worker_id} was lost while it ran {call.tool.name}: {cause}; {ran}"
-        details: dict[str, object] = {
-            "worker": worker.worker_id,
-            "tool": call.tool.name,
-            "attempts": call.attempts,
-        }
-        details["certificate"] = codec.as_plain(certificate)
-        return fault(call.call_id, code, sentence, details, retryable=idempotent and code == "WORKER_LOST")
 
     def fail_backlog(self, pool: Pool, reason: str) -> None:
         """End every waiting call of a pool that its supervisor gave up."""

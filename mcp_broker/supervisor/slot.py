@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import mmap
-import os
 import random
 import signal
 import time
@@ -16,11 +14,11 @@ from mcp_broker.auth.keys import CurvePair
 from mcp_broker.core import children
 from mcp_broker.errors import SupervisionError
 from mcp_broker.supervisor import reclaim
-from mcp_broker.supervisor.certificates import IMPORT_FAILED, Circumstances, Interrupted, certify
+from mcp_broker.supervisor.certificates import IMPORT_FAILED, Circumstances, Exceeded, Interrupted, certify
 from mcp_broker.supervisor.launch import WorkerOrder
+from mcp_broker.supervisor.page import Page
 from mcp_broker.supervisor.tether import Tether, new_ends
 from mcp_broker.wire import codec, node
-from mcp_broker.wire.marks import MARKS_BYTES, Marks
 from mcp_broker.wire.tether import Warm
 
 if TYPE_CHECKING:
@@ -85,11 +83,8 @@ class Life:
         self.keys = CurvePair.generate()
         self.scratch = run_dir / worker_id
         self.scratch.mkdir(mode=0o700)
-        self.marks_fd = os.memfd_create("mcpb-marks", os.MFD_CLOEXEC)
-        os.ftruncate(self.marks_fd, MARKS_BYTES)
-        self._page = mmap.mmap(self.marks_fd, MARKS_BYTES)
-        self._view = memoryview(self._page)
-        self.marks = Marks(self._view)
+        self.page = Page()
+        self.marks = self.page.marks
         self.our_end, self.their_end = new_ends()
         self.tether: Tether | None = None
         #: its own address; without one it uses the workers' common one
@@ -100,6 +95,9 @@ class Life:
         #: a spare whose tools are imported
         self.is_warm = False
         self.interrupted: Interrupted | None = None
+        #: the limit that it is killed for
+        self.exceeded: Exceeded | None = None
+        self._was_asked = False
         self.rss_kib = 0
         self.cpu_s = 0.0
 
@@ -108,7 +106,6 @@ class Life:
         self.process = process
         self.tether = tether
         self.their_end.close()
-        os.close(self.marks_fd)
 
     @property
     def admitted(self) -> node.Admitted:
@@ -127,19 +124,28 @@ class Life:
         if entry is not None:
             self.rss_kib, self.cpu_s = entry.rss_kib, entry.cpu_s
 
+    def ask_stack(self) -> None:
+        """Have the process write what its threads are doing; only one that was ready has a handler for the signal."""
+        if self.process is not None:
+            self.page.clear()
+            self._was_asked = True
+            self.process.signal(signal.SIGUSR2)
+
+    @property
+    def stack(self) -> str:
+        """What its threads were doing when it was asked last; "" if it never was."""
+        return self.page.stack() if self._was_asked else ""
+
     def end(self) -> None:
         """Let go of everything."""
         if self.tether is None:
             self.their_end.close()
             self.our_end.close()
-            os.close(self.marks_fd)
         else:
             self.tether.close()
         if self.endpoint is not None:
             self.endpoint.close()
-        self.marks.release()
-        self._view.release()
-        self._page.close()
+        self.page.close()
         if not reclaim.remove_tree(self.scratch):
             _log.warning("could not remove all of %s", self.scratch)
 
@@ -208,9 +214,18 @@ class Slot:
             return
         life.interrupted = Interrupted(seq, order.stage, order.why)
         if order.stage == "term":
+            life.ask_stack()
             life.process.signal(signal.SIGTERM)
         else:
             life.process.kill()
+
+    def exceed(self, exceeded: Exceeded) -> None:
+        """Take note that this worker is over a limit, and ask for its stacks; whoever tells so kills it soon after."""
+        life = self.life
+        if life is None or life.exceeded is not None or self.child.state is not children.State.RUNNING:
+            return
+        life.exceeded = exceeded
+        life.ask_stack()
 
     def kill(self) -> None:
         """SIGKILL whatever there is, now."""
@@ -252,7 +267,7 @@ class Slot:
             path=self._table.path,
             concurrency=self._table.concurrency,
             options=self._table.options,
-            marks_fd=life.marks_fd,
+            marks_fd=life.page.fd,
             scratch=str(life.scratch),
         )
         order = WorkerOrder(
@@ -260,7 +275,7 @@ class Slot:
             instance=ground.instance,
             pool=self._table,
             boot=codec.encode(boot),
-            pass_fds=(life.marks_fd,),
+            pass_fds=(life.page.fd,),
             tether_fd=life.their_end.fileno(),
             scratch=life.scratch,
         )
@@ -318,6 +333,8 @@ class Slot:
             fault=child.reason if child.state is children.State.STOPPING else "",
             interrupted=self._meant_interrupt(life),
             violation=life.violation,
+            exceeded=life.exceeded,
+            stack=life.stack,
         )
         certificate = certify(life.process, self._pool, self._table.module, end, known)
         # the caller of the call that died waits for this: the rest comes after it

@@ -4,7 +4,10 @@ Two unsigned 64-bit integers in native order: at 0, written by the worker before
 call that it starts (a call starts in the order of its seq); at 8, written by the supervisor before it signals,
 the ``seq`` that the signal is meant for, so that it never hits the next call. An aligned 8-byte store is atomic
 on every machine that we run on. From 16 on a ring of the ids of the calls that it started last, each at the place of
-its seq, written before the seq is: by them another broker knows what had started.
+its seq, written before the seq is: by them another broker knows what had started. Behind the ring, written by the
+worker before it waits with nothing to run, the ``seq`` that it had started last: while the two are the same, it rests.
+
+Behind the page, in the same file, is room for the stacks that the worker writes when it is asked to (SIGUSR2).
 """
 
 from __future__ import annotations
@@ -14,20 +17,24 @@ from typing import Final
 from mcp_broker import ids
 
 MARKS_BYTES: Final = 4096
+#: of the file: the page, and the room for stacks
+FILE_BYTES: Final = MARKS_BYTES + 64 * 1024
 _ID_BYTES: Final = ids.CALL_ID_BYTES
 _RING_AT: Final = 16
 #: ids that the ring holds
 RING: Final = 240
+_REST_AT: Final = _RING_AT + RING * _ID_BYTES
 
 
 class Marks:
     """A view of the page; ``buffer`` is writable and at least MARKS_BYTES long (an mmap)."""
 
-    __slots__ = ("_ring", "_words")
+    __slots__ = ("_rest", "_ring", "_words")
 
     def __init__(self, buffer: memoryview) -> None:
         self._words = buffer[:_RING_AT].cast("Q")
-        self._ring = buffer[_RING_AT : _RING_AT + RING * _ID_BYTES]
+        self._ring = buffer[_RING_AT:_REST_AT]
+        self._rest = buffer[_REST_AT : _REST_AT + 8].cast("Q")
 
     @property
     def started_seq(self) -> int:
@@ -39,6 +46,15 @@ class Marks:
         at = seq % RING * _ID_BYTES
         self._ring[at : at + _ID_BYTES] = call_id
         self._words[0] = seq
+
+    def rest(self) -> None:
+        """Write down that nothing runs."""
+        self._rest[0] = self._words[0]
+
+    @property
+    def is_resting(self) -> bool:
+        """Nothing runs: what was started last has ended."""
+        return self._rest[0] == self._words[0]
 
     def started_calls(self) -> tuple[bytes, ...]:
         """Return the ids of the calls that started last, the newest last; some never were (their place is old)."""
@@ -60,3 +76,4 @@ class Marks:
         """Let go of the buffer, so that its mmap can close."""
         self._words.release()
         self._ring.release()
+        self._rest.release()

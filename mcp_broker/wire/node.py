@@ -34,6 +34,14 @@ class Certificate(Record, kw_only=True, frozen=True):
     calls_started: int = 0
     stderr: str = ""
     wall_at: float = 0.0
+    #: which limit it exceeded (a key of `[pools.NAME.limits]`), how much that is, and how much it used
+    limit: str = ""
+    limit_value: float = 0.0
+    used: float = 0.0
+    #: the kernel killed it, since it was out of memory
+    is_oom: bool = False
+    #: what its threads were doing when it was about to be killed
+    stack: str = ""
 
 
 class WorkerReport(Record, kw_only=True, frozen=True):

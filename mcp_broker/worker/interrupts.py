@@ -33,16 +33,28 @@ class Interrupts:
         armed: the seq whose tool code is on the stack; 0: none.
         asked: the seq that a signal meant while no tool code was on the stack; 0: none.
         started: writes down that a call starts, before any of its code runs.
+        rested: writes down that nothing runs, before a wait for more.
         stopping: SIGTERM came.
         raised: the seq in whose tool code a handler raised last; C code may turn that into an error of its own.
         elsewhere: asked for a seq whose tool code is not on the stack (a waiting task).
     """
 
-    __slots__ = ("_marks", "_wake_fd", "armed", "asked", "elsewhere", "raised", "started", "stopping")
+    __slots__ = (
+        "_marks",
+        "_wake_fd",
+        "armed",
+        "asked",
+        "elsewhere",
+        "raised",
+        "rested",
+        "started",
+        "stopping",
+    )
 
     def __init__(self, marks: Marks, wake_fd: int) -> None:
         self._marks = marks
         self.started = marks.start
+        self.rested = marks.rest
         self._wake_fd = wake_fd
         self.armed = 0
         self.asked = 0

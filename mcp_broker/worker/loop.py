@@ -50,6 +50,7 @@ class Loop(Shell):
         """Wait for messages, or for time to pass, with nothing to run."""
         timeout_s = self.connect()
         self.send()
+        self.interrupts.rested()
         if self.interrupts.stopping:
             return
         if not self.link.is_open:

@@ -61,9 +61,14 @@ def die_with_parent() -> None:
 
 
 def open_marks(fd: int) -> Marks:
-    """Map the page shared with the supervisor."""
+    """Map the page shared with the supervisor, and write our stacks behind it when SIGUSR2 asks for them.
+
+    The handler is C: it also answers while other C code holds the GIL.
+    """
     page = mmap.mmap(fd, MARKS_BYTES)
-    os.close(fd)
+    os.set_inheritable(fd, False)
+    os.lseek(fd, MARKS_BYTES, os.SEEK_SET)
+    faulthandler.register(signal.SIGUSR2, file=fd, all_threads=True)
     return Marks(memoryview(page))
 
 

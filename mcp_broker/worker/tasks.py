@@ -97,6 +97,8 @@ class ConcurrentLoop(Shell):
                 await asyncio.sleep(0)
                 return
             timeout_s = link.tick_s(timeout_s)
+        if not self._tasks:
+            self.interrupts.rested()
         if self.interrupts.stopping and self._tasks:
             timeout_s = min(timeout_s, 0.05)
         with contextlib.suppress(TimeoutError):

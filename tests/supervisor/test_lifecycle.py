@@ -231,6 +231,7 @@ def test_an_interrupt_raises_in_its_call_only_and_names_the_reason(start: Start,
     certificate = node.event("WorkerDied")["certificate"]
     assert certificate["kind"] == "deadline"
     assert certificate["cause"] == "stopped because its call was past its deadline (killed by SIGKILL)"
+    assert certificate["stack"] == "", "nobody asked what it was doing"
     node.event("PoolReady")
     assert sum(one["kind"] == "DIED" for one in node.order()) == 1
 
@@ -242,3 +243,19 @@ def test_a_worker_that_says_nonsense_on_its_tether_is_killed_and_its_certificate
     certificate = node.event("WorkerDied")["certificate"]
     assert (certificate["kind"], certificate["signal"]) == ("violation", "SIGKILL")
     assert certificate["cause"].startswith("stopped because what it sent on its tether is no message")
+
+
+def test_a_worker_past_its_deadline_says_what_it_was_doing(start: Start) -> None:
+    node = start({"started_seq": 1, "deaf": True})
+    node.event("PoolReady")
+    worker = node.worker()
+    order = {"worker_id": worker["id"], "seq": 1, "why": "deadline"}
+    node.order(interrupt={**order, "stage": "term"})
+    files = [fd for fd in Path(f"/proc/{worker['pid']}/fd").iterdir() if "mcpb-marks" in str(fd.readlink())]
+    wait_for(lambda: b"most recent call first" in files[0].read_bytes(), "the worker's stacks")
+    node.order(interrupt={**order, "stage": "kill"})
+    certificate = node.event("WorkerDied")["certificate"]
+    assert (certificate["kind"], certificate["signal"]) == ("deadline", "SIGKILL")
+    assert "most recent call first" in certificate["stack"]
+    assert "fakes/worker.py" in certificate["stack"]
+    node.event("PoolReady")

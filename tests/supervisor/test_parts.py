@@ -15,7 +15,7 @@ from mcp_broker import limits
 from mcp_broker.config import BrokerTable
 from mcp_broker.errors import ConfigError, SupervisionError
 from mcp_broker.supervisor import certificates, reclaim
-from mcp_broker.supervisor.certificates import Circumstances, Interrupted
+from mcp_broker.supervisor.certificates import Circumstances, Exceeded, Interrupted
 from mcp_broker.supervisor.link import Link
 from mcp_broker.supervisor.lock import Lock, holder
 from mcp_broker.supervisor.poller import Poller
@@ -299,6 +299,20 @@ def signalled(number: int) -> Exit:
         (
             cause(signalled(11), interrupted=Interrupted(1, "raise", "cancel")),
             ("signal", "killed by SIGSEGV"),
+        ),
+        (
+            cause(signalled(9), exceeded=Exceeded("memory_mb", 100, 130.4)),
+            (
+                "limit",
+                f"{Exceeded('memory_mb', 100, 130.4).sentence} (killed by SIGKILL)",
+            ),
+        ),
+        (
+            cause(signalled(9), exceeded=Exceeded("cpu_s", 2.5, 2.6), is_oom=True),
+            (
+                "limit",
+                "it used 2.6 s of CPU in one call, and its limit cpu_s is 2.5 (the kernel, out of memory)",
+            ),
         ),
         (
             cause(exited(1), "Traceback\nValueError: no\n", was_ready=False),

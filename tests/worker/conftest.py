@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import mmap
 import os
 import select
 import socket
@@ -18,8 +17,8 @@ import pytest
 import zmq
 from zmq.utils import z85
 
+from mcp_broker.supervisor.page import Page
 from mcp_broker.wire import codec, messages, payload
-from mcp_broker.wire.marks import MARKS_BYTES, Marks
 from mcp_broker.wire.node import WorkerBoot
 
 PATIENCE_S = 10.0
@@ -123,11 +122,11 @@ class WorkerProcess:
     """A real worker process, started as the supervisor starts it."""
 
     def __init__(self, broker: ScriptedBroker, scratch: Path, module: str, **settings: Any) -> None:
+        self.scratch = scratch
         public, secret = zmq.curve_keypair()
-        marks_fd = os.memfd_create("marks", 0)
-        os.ftruncate(marks_fd, MARKS_BYTES)
-        self._page = mmap.mmap(marks_fd, MARKS_BYTES)
-        self.marks = Marks(memoryview(self._page))
+        self.page = Page()
+        self.marks = self.page.marks
+        marks_fd = self.page.fd
         boot = WorkerBoot(
             worker_id="test-1",
             pool="test",
@@ -160,8 +159,7 @@ class WorkerProcess:
             text=True,
         )
         their_end.close()
-        for fd in (boot_read, marks_fd):
-            os.close(fd)
+        os.close(boot_read)
 
     @property
     def pid(self) -> int:
@@ -182,7 +180,7 @@ class WorkerProcess:
         if self.process.stderr is not None:
             self.process.stderr.close()
         self.tether.close()
-        self.marks.release()
+        self.page.close()
 
 
 Start = Callable[..., WorkerProcess]

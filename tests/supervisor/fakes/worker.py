@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import faulthandler
 import json
 import mmap
 import os
@@ -69,6 +70,8 @@ def main() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.pause()
     marks = Marks(memoryview(mmap.mmap(boot.marks_fd, MARKS_BYTES)))
+    os.lseek(boot.marks_fd, MARKS_BYTES, os.SEEK_SET)
+    faulthandler.register(signal.SIGUSR2, file=boot.marks_fd)
     marks.start(options.get("started_seq", 0), b"c" * 16)
     heard = Path(options["heard"]) if "heard" in options else None
 
