@@ -255,3 +255,14 @@ TETHER_MESSAGES_BURST: Final = 200
 #: Heartbeats (each HEARTBEAT_S) between two to a client without, and to a worker without, calls.
 IDLE_BEATS: Final = 20
 WORKER_IDLE_BEATS: Final = 4
+
+# -- confinement --------------------------------------------------------------------------------------
+
+#: Uids, and gids of the same numbers, for one worker's life each, where the supervisor is root: (first, how many).
+#: The first range that is mapped here is used. Far above what systems give to people (60,000), subordinate ids
+#: (from 100,000) and containers of systemd (below 1,879,048,192); the second one is for containers with 65,536 ids.
+UID_RANGES: Final = ((1_879_100_000, 16_384), (60_600, 3000))
+#: A key, a password, a certificate: what a pool's `secrets` name.
+SECRET_BYTES_MAX: Final = 64 * 1024
+#: A worker is a better victim than its supervisor and broker when memory ends.
+WORKER_OOM_SCORE: Final = 500

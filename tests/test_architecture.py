@@ -21,7 +21,7 @@ FOLDERS = {"mcp_broker": "mcp_broker", "mcp_broker_workers": "workers"}
 RANKS = {
     **dict.fromkeys(("errors", "limits", "ids"), 0),
     "wire": 1,
-    **dict.fromkeys(("core", "auth", "observe", "config", "transport", "proctable"), 2),
+    **dict.fromkeys(("core", "auth", "confine", "observe", "config", "transport", "proctable"), 2),
     **dict.fromkeys(
         ("broker", "supervisor", "client", "worker", "gateway", "context", "jobs", "audit"),
         3,

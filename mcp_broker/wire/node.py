@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import msgspec
 
+from mcp_broker.wire.confinement import Confinement
 from mcp_broker.wire.items import Record, ToolDefinition
 
 
@@ -239,3 +240,7 @@ class WorkerBoot(Record, kw_only=True, frozen=True):
     scratch: str
     #: it says WARM when its tools are imported, and connects to the broker when it is told to GO
     is_spare: bool = False
+    #: what it does to itself before it imports the module
+    confinement: Confinement = Confinement()
+    #: name -> content, for the tools; read by the supervisor for this one start
+    secrets: dict[str, str] = {}

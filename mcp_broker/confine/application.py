@@ -1,0 +1,144 @@
+"""Applying a confinement: what a worker process does to itself, in the one order in which it works.
+
+1. Descriptors that it should not have are closed, and no program gives it rights again.
+2. Namespaces and mounts, as root.
+3. Limits, and the uid, after which it is nobody.
+4. Landlock, then the filter of system calls: neither could be set up under the other's refusals in another order.
+5. The death signal, which the change of uid has cleared; that is for the caller, who knows the parent.
+
+It holds for this thread and what it starts from now on, so it comes while there is one thread only: before a ZeroMQ
+context exists and before any code of a tool runs. It works after exec and after a fork.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from mcp_broker.confine import folders, kernel, landlock, mounts, privileges, rlimits, seccomp
+from mcp_broker.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mcp_broker.wire.confinement import Confinement
+
+_IPC: Final = "ipc://"
+_TCP: Final = "tcp://"
+
+
+def apply(
+    confinement: Confinement,
+    *,
+    scratch: str,
+    endpoint: str,
+    path: Iterable[str] = (),
+    keep: Iterable[int] = (),
+) -> None:
+    """Confine this process, for ever.
+
+    Args:
+        confinement: what the supervisor decided.
+        scratch: its private folder, in which it stands afterwards.
+        endpoint: of the broker, which it must reach.
+        path: folders that its tools are imported from.
+        keep: descriptors that it needs, beside standard input, output and error.
+
+    Raises:
+        ConfigError: a step was refused; the message names it and the errno. The process must end then: it may be
+            confined in part.
+    """
+    if len(os.listdir("/proc/self/task")) != 1:  # noqa: PTH208 (counted before every start)
+        raise ConfigError("a worker confines itself while it has one thread, and it has more already")
+    try:
+        os.umask(0o077)
+        privileges.close_others(keep)
+        if confinement.oom_score_adj:
+            privileges.prefer_as_victim(confinement.oom_score_adj)
+        if confinement.level == "process":
+            privileges.gain_no_more()
+            rlimits.limit(confinement.rlimits)
+        else:
+            _restrict(confinement, scratch, endpoint, folders.existing(path))
+    except OSError as error:
+        step = str(error) if isinstance(error, kernel.Refused) else _told(error)
+        raise ConfigError(f"cannot be confined at level {confinement.level}: {step}") from error
+
+
+def _told(error: OSError) -> str:
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+
+
+def _restrict(confinement: Confinement, scratch: str, endpoint: str, path: tuple[str, ...]) -> None:
+    hidden = folders.existing(confinement.hidden)
+    system = (
+        *folders.existing((*folders.SYSTEM, *folders.SETTINGS, *folders.KERNEL[1:])),
+        *folders.runtime(),
+        *path,
+    )
+    read, write = _named(confinement.read), _named(confinement.write)
+    if endpoint.startswith(_IPC):
+        system = (*system, str(Path(endpoint.removeprefix(_IPC)).parent))
+    if confinement.own_mounts:
+        mounts.leave(network=confinement.own_network)
+        mounts.enter(
+            mounts.View(system, read, write, hidden, scratch, confinement.scratch_mb, confinement.uid)
+        )
+    privileges.gain_no_more()
+    rlimits.limit(confinement.rlimits)
+    if confinement.uid is not None:
+        privileges.become(confinement.uid)
+        _check_writable(write, confinement.uid)
+    landlock.restrict(_rules(confinement, scratch, endpoint, (*system, *read), write, hidden))
+    seccomp.install(seccomp.program(_policy(confinement, endpoint)))
+
+
+def _named(paths: Iterable[str]) -> tuple[str, ...]:
+    """Return folders of the configuration, which must be there, under their name and where links lead."""
+    for path in paths:
+        Path(path).stat()
+    return folders.existing(paths)
+
+
+def _check_writable(write: Iterable[str], uid: int) -> None:
+    for path in write:
+        if not os.access(path, os.W_OK):
+            raise PermissionError(
+                13,
+                f"uid {uid} may not write it, and its file system has no id-mapped mounts: chmod o+w",
+                path,
+            )
+
+
+def _rules(
+    confinement: Confinement,
+    scratch: str,
+    endpoint: str,
+    read: tuple[str, ...],
+    write: tuple[str, ...],
+    hidden: tuple[str, ...],
+) -> landlock.Rules:
+    opened = folders.existing((*folders.KERNEL, *read))
+    writable = [scratch, *write]
+    if confinement.own_mounts:
+        writable.append("/dev/shm")  # noqa: S108 (its own)
+    # without TCP there is no kind of socket that a rule would apply to, so an old kernel need not know ports
+    is_tcp = confinement.network == "none" and endpoint.startswith(_TCP)
+    connect = (int(endpoint.rpartition(":")[2]),) if is_tcp else None
+    has_scopes = landlock.abi() >= landlock.SCOPE_ABI
+    return landlock.Rules(
+        read=[part for path in folders.outermost(opened) for part in folders.carved(path, hidden)],
+        write=writable,
+        devices=folders.DEVICES,
+        connect=connect,
+        # without them, a uid and a network of its own keep it from others' processes and sockets
+        scoped=has_scopes or confinement.uid is None or not confinement.own_network,
+    )
+
+
+def _policy(confinement: Confinement, endpoint: str) -> seccomp.Policy:
+    return seccomp.Policy(
+        unix=endpoint.startswith(_IPC),
+        tcp=endpoint.startswith(_TCP),
+        network=confinement.network != "none",
+    )
