@@ -68,7 +68,7 @@ def call(name: str, *arguments: Argument) -> int:
 
 
 def prctl(name: str, option: int, *arguments: Argument) -> int:
-    """Change what this process is, see prctl(2); ``name`` is for the error."""
+    """Change what this process is; ``name`` is for the error."""
     passed = [*map(_passed, arguments), *[ctypes.c_ulong(0)] * (4 - len(arguments))]
     return _checked(name, _libc.prctl(ctypes.c_int(option), *passed))
 
@@ -79,14 +79,14 @@ def unshare(flags: int) -> None:
 
 
 def mount(source: str | None, target: str, kind: str | None, flags: int, options: str = "") -> None:
-    """Mount a file system, or change a mount; as mount(2) does."""
+    """Mount a file system, or change a mount that is there."""
     encoded = [None if text is None else os.fsencode(text) for text in (source, target, kind)]
     step = f"mount {kind or 'again'} on {target}"
     _checked(step, _libc.mount(*encoded, ctypes.c_ulong(flags), os.fsencode(options)))
 
 
 def umount(target: str, flags: int) -> None:
-    """Take a mount away; as umount2(2) does."""
+    """Take a mount away."""
     _checked(f"umount {target}", _libc.umount2(os.fsencode(target), ctypes.c_int(flags)))
 
 

@@ -15,6 +15,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from mcp_broker import confine
 from mcp_broker.errors import ConfigError, WireError
 from mcp_broker.wire import codec
 from mcp_broker.wire.marks import MARKS_BYTES, Marks
@@ -129,7 +130,17 @@ def main(boot_fd: int, tether_fd: int) -> int:
     try:
         boot = read_boot(boot_fd)
         pool = boot.pool
-        serve(boot, Tether(tether_fd))
+        tether = Tether(tether_fd)
+        confine.apply(
+            boot.confinement,
+            scratch=boot.scratch,
+            endpoint=boot.endpoint,
+            path=boot.path,
+            keep=(boot.marks_fd, tether_fd),
+        )
+        # once more: taking another uid undoes it
+        die_with_parent()
+        serve(boot, tether)
     except ConfigError as error:
         print(f"mcp-broker worker: pool {pool}: {error}", file=sys.stderr)  # noqa: T201 (its log is its stderr)
         return EXIT_BOOT
