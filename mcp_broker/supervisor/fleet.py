@@ -132,7 +132,11 @@ class Fleet:
     def alive(self) -> dict[int, str]:
         """Return the worker processes: pid -> worker id."""
         lives = (slot.life for slot in self.slots if slot.life is not None)
-        return {life.process.pid: life.worker_id for life in lives if life.process is not None}
+        return {
+            life.process.pid: life.worker_id
+            for life in lives
+            if life.process is not None and life.process.pid
+        }
 
     def admissions(self) -> node.Admit:
         """Return every key that may come in."""

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from mcp_broker.config import Config
     from mcp_broker.supervisor.launch import Launcher
-    from mcp_broker.supervisor.slot import Life
+    from mcp_broker.supervisor.life import Life
 
 _log = logging.getLogger("mcp_broker.supervisor")
 

@@ -332,7 +332,7 @@ class Pool:
                     cpu_s=slot.life.cpu_s,
                 )
                 for slot in self.slots
-                if slot.life is not None and slot.life.process is not None
+                if slot.life is not None and slot.life.process is not None and slot.life.process.pid
             ),
             reason=self.reason,
             restarts=self._restarted + self._restarts.total,

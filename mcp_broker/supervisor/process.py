@@ -5,7 +5,7 @@ Traps, and what is done about them:
 - A pid may be reused once its process is reaped: groups are killed while the dead leader is still a zombie.
 - The death signal of the kernel (PR_SET_PDEATHSIG) fires when the *thread* that spawned ends: only the main thread
   spawns. The child sets it itself, since code between fork and exec would cost vfork.
-- A full pipe blocks the child: both output pipes are read as they fill, and kept only in part.
+- A full pipe blocks the child: :mod:`mcp_broker.supervisor.output` reads what it writes.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from mcp_broker import limits, proctable
+from mcp_broker import proctable
 from mcp_broker.errors import SupervisionError
+from mcp_broker.supervisor.output import Output
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -29,12 +30,8 @@ if TYPE_CHECKING:
 
     from mcp_broker.supervisor.poller import Poller
 
-_log = logging.getLogger("mcp_broker.supervisor.output")
-
-_READ_BYTES: Final = 64 * 1024
-#: What is read of a dead process's pipes: a grandchild may hold them open and write for ever.
-_LAST_READS_MAX: Final = 16
-_LINE_BYTES_MAX: Final = 4096
+#: exit code of a child that could not be started, as of a shell's
+EXIT_NEVER_STARTED: Final = 127
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,73 +58,8 @@ class Exit:
             return f"signal {self.signal}"
 
 
-class Output:
-    """One output pipe of a child: its lines are logged, its end is kept.
-
-    Args:
-        name: who writes, for the log.
-        fd: our end of the pipe; it becomes non-blocking and belongs to this object.
-        level: of the log records.
-    """
-
-    def __init__(self, name: str, fd: int, poller: Poller, level: int) -> None:
-        os.set_blocking(fd, False)
-        self._name = name
-        self._fd: int | None = fd
-        self._poller = poller
-        self._level = level
-        self._line = b""
-        self.tail = b""
-        poller.add(fd, self._ready)
-
-    def _ready(self, _events: int) -> None:
-        self._read()
-
-    def _read(self) -> bool:
-        """Take what is there, one chunk at most; False at its end."""
-        if self._fd is None:
-            return False
-        try:
-            chunk = os.read(self._fd, _READ_BYTES)
-        except BlockingIOError:
-            return False
-        except OSError:
-            chunk = b""
-        if not chunk:
-            self._end()
-            return False
-        self.tail = (self.tail + chunk)[-limits.STDERR_TAIL_BYTES :]
-        if _log.isEnabledFor(self._level):
-            *lines, self._line = (self._line + chunk).split(b"\n")
-            for line in lines:
-                self._emit(line)
-            if len(self._line) > _LINE_BYTES_MAX:
-                self._emit(self._line)
-                self._line = b""
-        return True
-
-    def _emit(self, line: bytes) -> None:
-        text = line[:_LINE_BYTES_MAX].decode(errors="replace").rstrip()
-        if text:
-            _log.log(self._level, "%s: %s", self._name, text)
-
-    def _end(self) -> None:
-        if self._fd is not None:
-            self._poller.remove(self._fd)
-            os.close(self._fd)
-            self._fd = None
-            self._emit(self._line)
-
-    def close(self) -> None:
-        """Take what the dead process left in the pipe, then let go of it."""
-        for _ in range(_LAST_READS_MAX):
-            if not self._read():
-                break
-        self._end()
-
-
 class Process:
-    """A running child.
+    """A child: it runs, or is about to.
 
     Args:
         name: for logs.
@@ -137,6 +69,10 @@ class Process:
         pass_fds: descriptors that it inherits, under the same numbers; all others are closed.
         poller: watches it.
         on_exit: called once, after the process and its group are dead and reaped.
+
+    Attributes:
+        pid: 0 until it is born.
+        is_doomed: it was killed before it was born, and is to be abandoned.
 
     Raises:
         SupervisionError: it could not be started (no such program, no memory, no more processes).
@@ -153,6 +89,53 @@ class Process:
         poller: Poller,
         on_exit: Callable[[Exit], None],
     ) -> None:
+        self._expect(name, poller, on_exit)
+        try:
+            self.execute(argv, env=env, cwd=cwd, pass_fds=pass_fds)
+        except SupervisionError:
+            self._end_output()
+            raise
+
+    @classmethod
+    def unborn(cls, name: str, *, poller: Poller, on_exit: Callable[[Exit], None]) -> Process:
+        """Return a child that is still to come: by :meth:`execute` or :meth:`adopt`, or not at all by :meth:`abandon`."""
+        process = cls.__new__(cls)
+        process._expect(name, poller, on_exit)  # noqa: SLF001 (its own class)
+        return process
+
+    def _expect(self, name: str, poller: Poller, on_exit: Callable[[Exit], None]) -> None:
+        self.name = name
+        self.pid = 0
+        self.starttime = 0
+        self.started_at = time.monotonic()
+        self.started_wall = time.time()
+        self.is_doomed = False
+        self._poller = poller
+        self._on_exit = on_exit
+        self._on_birth: Callable[[], None] | None = None
+        self._popen: subprocess.Popen[bytes] | None = None
+        self._pidfd: int | None = None
+        self._is_over = False
+        stdout, self._stdout_end = os.pipe2(os.O_CLOEXEC)
+        stderr, self._stderr_end = os.pipe2(os.O_CLOEXEC)
+        self._stdout = Output(name, stdout, poller, logging.INFO)
+        self._stderr = Output(name, stderr, poller, logging.WARNING)
+
+    # -- how it comes to be ----------------------------------------------------------------------------
+
+    @property
+    def output_fds(self) -> tuple[int, int]:
+        """What is to be standard output and error of one that is unborn; they stay ours."""
+        return self._stdout_end, self._stderr_end
+
+    def execute(
+        self, argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, pass_fds: Sequence[int]
+    ) -> None:
+        """Start a program as this child.
+
+        Raises:
+            SupervisionError: it could not be started; it is as unborn as before.
+        """
         if threading.current_thread() is not threading.main_thread():
             raise SupervisionError(
                 "processes are started by the main thread only: they die with their starter"
@@ -164,36 +147,71 @@ class Process:
                 cwd=cwd,
                 pass_fds=pass_fds,
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                bufsize=0,
+                stdout=self._stdout_end,
+                stderr=self._stderr_end,
                 # a session of its own: the terminal's Ctrl-C is for the supervisor, and a group can be killed whole
                 start_new_session=True,
                 umask=0o077,
             )
         except OSError as error:
             raise SupervisionError(f"cannot start {argv[0]}: {error.strerror}") from error
-        self.name = name
-        self.pid = self._popen.pid
-        self.started_at = time.monotonic()
-        self.started_wall = time.time()
-        entry = proctable.read(self.pid)
+        self._be(self._popen.pid)
+
+    def adopt(self, pid: int) -> None:
+        """Take a process that another one forked for us; it is our child since its parent ended.
+
+        Raises:
+            SupervisionError: it is not.
+        """
+        entry = proctable.read(pid)
+        if entry is None or entry.ppid != os.getpid():
+            raise SupervisionError(f"process {pid} is no child of ours")
+        self._be(pid)
+
+    def _be(self, pid: int) -> None:
+        self.pid = pid
+        entry = proctable.read(pid)
         self.starttime = 0 if entry is None else entry.starttime
-        self._poller = poller
-        self._on_exit = on_exit
-        self._pidfd: int | None = os.pidfd_open(self.pid)
-        poller.add(self._pidfd, lambda _events: self._bury())
-        assert self._popen.stdout is not None  # noqa: S101 (PIPE says so)
-        assert self._popen.stderr is not None  # noqa: S101 (the same)
-        self._stdout = Output(name, os.dup(self._popen.stdout.fileno()), poller, logging.INFO)
-        self._stderr = Output(name, os.dup(self._popen.stderr.fileno()), poller, logging.WARNING)
-        self._popen.stdout.close()
-        self._popen.stderr.close()
+        # not reaped by anybody but us, so it is still the same process, dead or alive
+        self._pidfd = os.pidfd_open(pid)
+        self._poller.add(self._pidfd, lambda _events: self._bury())
+        os.close(self._stdout_end)
+        os.close(self._stderr_end)
+        if self.is_doomed:
+            self.kill()
+        if self._on_birth is not None:
+            self._on_birth()
+
+    def when_born(self, callback: Callable[[], None]) -> None:
+        """Call back once it has a pid: now, if it has."""
+        if self.pid:
+            callback()
+        else:
+            self._on_birth = callback
+
+    def abandon(self, reason: str) -> None:
+        """Say that an unborn child will never be; its owner hears of it as of an end."""
+        self._end_output()
+        if not self.is_doomed:
+            self._stderr.tail = reason.encode()
+        self._finish(
+            Exit(code=None, signal=signal.SIGKILL, cpu_s=0.0, max_rss_kib=0)
+            if self.is_doomed
+            else Exit(code=EXIT_NEVER_STARTED, signal=None, cpu_s=0.0, max_rss_kib=0)
+        )
+
+    def _end_output(self) -> None:
+        os.close(self._stdout_end)
+        os.close(self._stderr_end)
+        self._stdout.close()
+        self._stderr.close()
+
+    # -- what can be done with it ------------------------------------------------------------------------
 
     @property
     def is_alive(self) -> bool:
-        """It is not reaped yet."""
-        return self._pidfd is not None
+        """It is not reaped yet; also while it is unborn."""
+        return not self._is_over
 
     @property
     def stderr_tail(self) -> str:
@@ -201,19 +219,21 @@ class Process:
         return self._stderr.tail.decode(errors="replace")
 
     def signal(self, number: int) -> None:
-        """Signal the process alone; a dead one feels nothing."""
+        """Signal the process alone; a dead one feels nothing, and an unborn one neither."""
         if self._pidfd is not None:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, number)
 
     def kill(self) -> None:
-        """SIGKILL its whole group."""
+        """SIGKILL its whole group, or see to it that it is never born."""
         if self._pidfd is not None:
             # not reaped, so neither the pid nor the group's number can belong to anybody else
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
             # it may have left its group
             self.signal(signal.SIGKILL)
+        elif not self._is_over:
+            self.is_doomed = True
 
     def _bury(self) -> None:
         if self._pidfd is None:
@@ -223,14 +243,15 @@ class Process:
         if pid == 0:  # the pidfd spoke too early, which no kernel does; it will again
             return
         code = os.waitstatus_to_exitcode(status)
-        # so that Popen never waits for a pid that is no longer its own
-        self._popen.returncode = code
+        if self._popen is not None:
+            # so that Popen never waits for a pid that is no longer its own
+            self._popen.returncode = code
         self._poller.remove(self._pidfd)
         os.close(self._pidfd)
         self._pidfd = None
         self._stdout.close()
         self._stderr.close()
-        self._on_exit(
+        self._finish(
             Exit(
                 code=code if code >= 0 else None,
                 signal=-code if code < 0 else None,
@@ -238,3 +259,7 @@ class Process:
                 max_rss_kib=usage.ru_maxrss,
             )
         )
+
+    def _finish(self, end: Exit) -> None:
+        self._is_over = True
+        self._on_exit(end)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -262,6 +264,67 @@ def test_a_program_that_is_not_there_is_our_error(poller: Poller, tmp_path: Path
         Process(
             "p-1", ["/no/such"], env={}, cwd=tmp_path, pass_fds=(), poller=poller, on_exit=lambda _end: None
         )
+
+
+def test_an_unborn_process_that_is_abandoned_ends_with_its_reason_and_leaves_no_descriptor(
+    poller: Poller,
+) -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    ends: list[Exit] = []
+    process = Process.unborn("p-1", poller=poller, on_exit=ends.append)
+    assert (process.pid, process.is_alive) == (0, True)
+    process.abandon("nobody could start it")
+    assert (ends[0].code, ends[0].signal, process.is_alive) == (127, None, False)
+    assert process.stderr_tail == "nobody could start it"
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+@pytest.mark.process
+def test_a_process_that_was_killed_before_it_was_born_dies_at_its_birth(
+    poller: Poller, tmp_path: Path
+) -> None:
+    ends: list[Exit] = []
+    births: list[int] = []
+    process = Process.unborn("p-1", poller=poller, on_exit=ends.append)
+    process.when_born(lambda: births.append(process.pid))
+    process.kill()
+    process.execute([sys.executable, "-c", "input()"], env={}, cwd=tmp_path, pass_fds=())
+    while not ends:
+        poller.turn(PATIENCE_S)
+    assert ends[0].signal == signal.SIGKILL
+    assert births == [process.pid]
+
+
+@pytest.mark.process
+def test_a_process_that_is_no_child_of_ours_is_not_adopted(poller: Poller) -> None:
+    process = Process.unborn("p-1", poller=poller, on_exit=lambda _end: None)
+    with pytest.raises(SupervisionError, match="process 1 is no child of ours"):
+        process.adopt(1)
+    process.abandon("")
+
+
+def test_processes_are_started_by_the_main_thread_only_since_their_starter_is_their_life(
+    poller: Poller, tmp_path: Path
+) -> None:
+    refused: list[SupervisionError] = []
+
+    def start() -> None:
+        with pytest.raises(SupervisionError, match="by the main thread only") as caught:
+            Process(
+                "p-1",
+                [sys.executable, "-c", ""],
+                env={},
+                cwd=tmp_path,
+                pass_fds=(),
+                poller=poller,
+                on_exit=lambda _end: None,
+            )
+        refused.append(caught.value)
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    thread.join()
+    assert len(refused) == 1
 
 
 def test_importing_the_supervisor_loads_no_zeromq() -> None:

@@ -1,0 +1,104 @@
+"""All that belongs to one worker process and goes with it."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from typing import TYPE_CHECKING
+
+from mcp_broker import proctable
+from mcp_broker.auth.keys import CurvePair
+from mcp_broker.supervisor import reclaim
+from mcp_broker.supervisor.page import Page
+from mcp_broker.supervisor.tether import Tether, new_ends
+from mcp_broker.wire import node
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mcp_broker.supervisor.certificates import Exceeded, Interrupted
+    from mcp_broker.supervisor.endpoint import Endpoint
+    from mcp_broker.supervisor.process import Process
+
+_log = logging.getLogger("mcp_broker.supervisor")
+
+
+class Life:
+    """One life of a worker.
+
+    Args:
+        worker_id: of this life; its folder and record have the same name.
+        run_dir: where they are.
+    """
+
+    def __init__(self, worker_id: str, pool: str, edition: int, run_dir: Path) -> None:
+        self.worker_id = worker_id
+        self.pool = pool
+        self.edition = edition
+        self.keys = CurvePair.generate()
+        self.scratch = run_dir / worker_id
+        self.scratch.mkdir(mode=0o700)
+        self.page = Page()
+        self.marks = self.page.marks
+        self.our_end, self.their_end = new_ends()
+        self.tether: Tether | None = None
+        #: its own address; without one it uses the workers' common one
+        self.endpoint: Endpoint | None = None
+        self.process: Process | None = None
+        #: what it did that no worker of ours does, for which we killed it
+        self.violation = ""
+        #: a spare whose tools are imported
+        self.is_warm = False
+        self.interrupted: Interrupted | None = None
+        #: the limit that it is killed for
+        self.exceeded: Exceeded | None = None
+        self._was_asked = False
+        self.rss_kib = 0
+        self.cpu_s = 0.0
+
+    def begun(self, tether: Tether) -> None:
+        """Keep the tether to the process, which was born, and let go of what only it needs."""
+        self.tether = tether
+        self.their_end.close()
+
+    @property
+    def admitted(self) -> node.Admitted:
+        """What the broker lets in for this life."""
+        return node.Admitted(
+            thumbprint=self.keys.thumbprint, worker_id=self.worker_id, pool=self.pool, edition=self.edition
+        )
+
+    def listen(self, endpoint: Endpoint) -> node.Listen:
+        """What the broker serves at this life's own address."""
+        return node.Listen(self.worker_id, self.keys.thumbprint, endpoint.address)
+
+    def sample(self) -> None:
+        """Read what the process costs now."""
+        entry = None if self.process is None else proctable.read(self.process.pid)
+        if entry is not None:
+            self.rss_kib, self.cpu_s = entry.rss_kib, entry.cpu_s
+
+    def ask_stack(self) -> None:
+        """Have the process write what its threads are doing; only one that was ready has a handler for the signal."""
+        if self.process is not None:
+            self.page.clear()
+            self._was_asked = True
+            self.process.signal(signal.SIGUSR2)
+
+    @property
+    def stack(self) -> str:
+        """What its threads were doing when it was asked last; "" if it never was."""
+        return self.page.stack() if self._was_asked else ""
+
+    def end(self) -> None:
+        """Let go of everything."""
+        if self.tether is None:
+            self.their_end.close()
+            self.our_end.close()
+        else:
+            self.tether.close()
+        if self.endpoint is not None:
+            self.endpoint.close()
+        self.page.close()
+        if not reclaim.remove_tree(self.scratch):
+            _log.warning("could not remove all of %s", self.scratch)
