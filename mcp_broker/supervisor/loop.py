@@ -34,6 +34,7 @@ from mcp_broker.supervisor.lock import Lock
 from mcp_broker.supervisor.poller import Poller
 from mcp_broker.supervisor.ports import Ports
 from mcp_broker.supervisor.records import Counters, Deaths, Definitions
+from mcp_broker.supervisor.runtime import Runtime
 from mcp_broker.supervisor.signals import Signals
 from mcp_broker.wire import node
 
@@ -88,7 +89,6 @@ class Supervisor:
         self._state_dir = state_dir.absolute()
         self._on_event = on_event
         self.launcher: Launcher = launcher or LocalLauncher()
-        self.run_dir = self._state_dir / "run"
         self._phase = Phase.SERVING
         self._failure: str | None = None
         self._is_dirty = False
@@ -123,8 +123,11 @@ class Supervisor:
         self._deaths = Deaths(self._state_dir)
         self.instance = self._counters.instance
         self._lineage = secrets.token_hex(8)
-        self.run_dir.mkdir(mode=0o700, exist_ok=True)
-        left_over = reclaim.remove_leftovers(self.run_dir, self.instance)
+        self._runtime = Runtime(self._state_dir, self.instance)
+        self.run_dir = self._runtime.folder
+        folders = (*self._runtime.earlier, self.run_dir)
+        left_over = sum(reclaim.remove_leftovers(folder, self.instance) for folder in folders)
+        self._runtime.show()
         if left_over:
             _log.warning("killed %d processes that an earlier supervisor left over", left_over)
         with contextlib.closing(Ports(self._config.broker, self._state_dir)) as self._ports:
@@ -214,6 +217,7 @@ class Supervisor:
                 break
             time.sleep(_SWEEP_S)
         reclaim.remove_leftovers(self.run_dir, self.instance)
+        self._runtime.remove()
         self._counters.close()
         signals.close()
         self.poller.close()

@@ -44,7 +44,8 @@ def run(folder: Path, seed: int, seconds: float, tell: Callable[[str], None], co
         if len(ledger.codes) != load.submitted:
             ledger.violations.append(f"{load.submitted - len(ledger.codes)} calls have no outcome")
     _check_runs(ledger)
-    left = sorted(entry.name for entry in (running.state_dir / "run").iterdir())
+    run_dir = running.state_dir / "run"
+    left = sorted(entry.name for entry in run_dir.iterdir()) if run_dir.exists() else []
     if left:
         ledger.violations.append(f"left over in the run directory: {left}")
     return ledger

@@ -60,6 +60,7 @@ class Node:
 
     def __init__(self, state_dir: Path, config: Path, env: dict[str, str]) -> None:
         self.state_dir = state_dir
+        self.runtime_dir = state_dir / "runtime"
         self.events: list[dict[str, Any]] = []
         self._unread = b""
         self._log = (state_dir.parent / f"{state_dir.name}.log").open("ab")
@@ -67,7 +68,7 @@ class Node:
             [sys.executable, str(NODE), str(state_dir), str(config)],
             stdout=subprocess.PIPE,
             stderr=self._log,
-            env={**os.environ, **env},
+            env={**os.environ, "MCP_BROKER_RUNTIME_DIR": str(self.runtime_dir), **env},
         )
 
     @property

@@ -119,7 +119,7 @@ def test_a_worker_sees_none_of_our_environment_files_or_terminal(start: Start, t
     node.event("PoolReady")
     seen = json.loads(path.read_text())
     scratch = node.state_dir / "run" / node.worker()["id"]
-    assert seen["cwd"] == seen["env"]["HOME"] == seen["env"]["TMPDIR"] == str(scratch)
+    assert seen["cwd"] == seen["env"]["HOME"] == seen["env"]["TMPDIR"] == str(scratch.resolve())
     assert scratch.stat().st_mode & 0o777 == 0o700
     assert seen["env"]["FRUIT"] == "fig"
     assert "AWS_SECRET_ACCESS_KEY" not in seen["env"]

@@ -37,7 +37,8 @@ def test_a_stop_drains_ends_zero_and_leaves_no_process_and_no_run_file(start: St
     assert len(of_instance(node.state_dir)) == 2
     assert node.stop(number) == 0
     assert of_instance(node.state_dir) == []
-    assert list((node.state_dir / "run").iterdir()) == []
+    assert not (node.state_dir / "run").exists()
+    assert list(node.runtime_dir.iterdir()) == []
     node.event("Draining")
     node.event("Stopped")
     assert [event for event in node.events if event["event"].endswith("Died")] == []

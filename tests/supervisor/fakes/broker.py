@@ -20,8 +20,8 @@ from pathlib import Path
 from mcp_broker.wire import codec, messages, node
 from mcp_broker.wire.framing import FrameReader, frame
 
-#: it starts in STATE_DIR/run/NAME; the environment of its tests does not reach it
-STATE_DIR = Path.cwd().parent.parent
+#: it starts in STATE_DIR/runtime/INSTANCE/NAME; the environment of its tests does not reach it
+STATE_DIR = Path.cwd().parents[2]
 
 
 class Broker:
