@@ -234,6 +234,38 @@ DEAD_LETTER_TTL_S: Final = 86_400.0
 DEAD_LETTERS_MAX: Final = 1024
 DEAD_LETTERS_BYTES_MAX: Final = 32 * 1024 * 1024
 
+# -- recovery ---------------------------------------------------------------------------------------
+
+#: How far back a breaker looks: long enough for 20 calls of a tool that is called every second.
+BREAKER_WINDOW_S: Final = 30.0
+#: Calls below which a share of failures says nothing, and the share that opens a breaker.
+BREAKER_CALLS_MIN: Final = 20
+BREAKER_SHARE: Final = 0.5
+#: How long a breaker stays open before one call may try: the first time, and at most, doubling between.
+BREAKER_OPEN_S: Final = 5.0
+BREAKER_OPEN_S_MAX: Final = 60.0
+#: Principals that a breaker tells apart; further ones count as one.
+BREAKER_PRINCIPALS_MAX: Final = 256
+#: What a breaker's callers are told while its one trial is under way.
+BREAKER_TRIAL_S: Final = 1.0
+
+#: What is remembered of a tool: its latest failures, steps of recovery, and changes of state.
+FAILURES_KEPT: Final = 10
+STEPS_KEPT: Final = 10
+LIFECYCLE_KEPT: Final = 100
+#: Failures of a tool after which it gets a worker of its own: in a row, or within a time.
+ISOLATE_IN_A_ROW: Final = 3
+ISOLATE_FAILURES: Final = 5
+ISOLATE_WINDOW_S: Final = 3600.0
+#: Principals that must have seen it fail before it is taken out for their number.
+UNREGISTER_PRINCIPALS: Final = 2
+#: How long without a failure takes a tool one step down the ladder of recovery.
+LADDER_QUIET_S: Final = 600.0
+#: How long a tool's calls wait after its second failure in a row, and at most, doubling between: seconds that a
+#: caller's usual timeout survives.
+PENALTY_S: Final = 0.25
+PENALTY_S_MAX: Final = 5.0
+
 # -- credentials ------------------------------------------------------------------------------------
 
 TOKEN_TTL_S: Final = 30 * 86_400

@@ -11,7 +11,7 @@ from mcp_broker import limits
 from mcp_broker.core import introspection
 from mcp_broker.core.calls import Call, Upload, fault
 from mcp_broker.core.clients import ClientSession, ClientState
-from mcp_broker.core.pools import unavailable
+from mcp_broker.core.losses import unavailable
 from mcp_broker.errors import MalformedFrame
 from mcp_broker.wire import messages, payload
 
@@ -277,7 +277,20 @@ class Acceptance:
                 now,
             )
             return None
-        session.allowed[name] = tool
+        return self._let_in(session, request, tool, now)
+
+    def _let_in(self, session: ClientSession, request: messages.Call, tool: Tool, now: float) -> Tool | None:
+        """Ask how the tool is, and remember it where nobody need ask again."""
+        if tool.condition is None or tool.condition.is_plain:
+            session.allowed[tool.name] = tool
+            return tool
+        if request.extra is not None and request.extra.again:
+            # it was accepted once
+            return tool
+        outcome = self._routing.care.refusal(tool, request.call_id, session.grant.caller.principal, now)
+        if outcome is not None:
+            self._refuse(session, outcome, now)
+            return None
         return tool
 
     def _starting(self) -> list[str]:

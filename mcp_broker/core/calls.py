@@ -224,6 +224,8 @@ class Ledger:
         self.failed: dict[str, int] = {}
         #: told of the end of each call that has a record; set by who keeps the records
         self.keyed: Callable[[Call, messages.Outcome, Body | None], None] = lambda *_: None
+        #: told of the end of each call that has no result; set by who looks after the tools
+        self.failing: Callable[[Call, messages.Outcome], None] = lambda *_: None
         #: code -> calls that were not accepted; they leave no other trace
         self.refused: dict[str, int] = {}
         #: the latest failures, for `why`
@@ -268,6 +270,7 @@ class Ledger:
         else:
             self.failed[outcome.code] = self.failed.get(outcome.code, 0) + 1
             self.ended.append(Ended(call, outcome))
+            self.failing(call, outcome)
         call.arguments = call.body = None
         if call.expected_bytes:
             call.session.expected_bytes -= call.expected_bytes

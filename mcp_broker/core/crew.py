@@ -89,6 +89,7 @@ class Crew:
         if isinstance(message, messages.Ready):
             worker.depth = message.depth
             if was is WorkerState.REGISTERED:
+                self._routing.care.ready(worker.pool, now)
                 tools = tuple(
                     tool.definition
                     for tool in self._routing.registry.tools.values()

@@ -1,4 +1,4 @@
-"""How a call ends whose worker died while it ran: the outcome says what is known of the death, and what was tried."""
+"""How a call ends whose worker died while it ran, or whose pool was given up: what is known of it, and what was tried."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from mcp_broker.wire import codec
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from mcp_broker.core.pool import Pool
     from mcp_broker.wire.messages import Outcome
     from mcp_broker.wire.node import Certificate
 
@@ -65,6 +66,16 @@ def exhausted(call: Call, certificate: Certificate, *, among: int = 1) -> Outcom
     if among > 1:
         details["among"] = among
     return fault(call.call_id, "RESOURCE_EXHAUSTED", sentence, details)
+
+
+def unavailable(call_id: bytes, pool: Pool, reason: str) -> Outcome:
+    """Make the outcome of a call whose pool was given up."""
+    return fault(
+        call_id,
+        "UNAVAILABLE",
+        f"pool {pool.name!r} is not running: {reason}",
+        {"pool": pool.name, "reason": reason},
+    )
 
 
 def _details(call: Call, certificate: Certificate) -> dict[str, Any]:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mcp_broker.core.clients import ClientSession
     from mcp_broker.core.dead_letters import DeadLetters
     from mcp_broker.core.outbox import Body
+    from mcp_broker.core.registry import Tool
     from mcp_broker.core.workers import Worker
     from mcp_broker.wire.node import Certificate
 
@@ -48,6 +49,9 @@ class Dispatcher:
         self.orphaned: Callable[[Worker, messages.Outcome, Body | None, Receipt], bool] = lambda *_: False
         #: ids of calls that have ended while a worker still holds them; nobody may use them meanwhile
         self.ghosts: set[bytes] = set()
+        #: tools whose results somebody counts, and who does; set by who looks after the tools
+        self.watched: dict[Tool, None] = {}
+        self.succeeded: Callable[[Call], None] = lambda _: None
         self.arrears = Arrears()
 
     def pool(self, name: str) -> Pool:
@@ -160,7 +164,9 @@ class Dispatcher:
         """Take a worker's outcomes: end each one's call, or only free its place if it has ended."""
         worker.received += len(outcomes)
         receipt = Receipt(worker.received)
-        held, finish, gates = worker.held, self._ledger.finish, worker.pool.gates
+        held, finish, gates, watched = worker.held, self._ledger.finish, worker.pool.gates, self.watched
+        # one question a call for both, since mostly there is neither
+        is_attended = bool(gates or watched)
         session: ClientSession | None = None
         count = 0
         for outcome in outcomes:
@@ -171,8 +177,10 @@ class Dispatcher:
                 continue
             worker.served += 1
             call.worker = None
-            if gates:
+            if is_attended:
                 self._let_go(call, worker.pool)
+                if call.tool in watched and call.state is not _ENDED and outcome.code == messages.OK:
+                    self.succeeded(call)
             if call.state is _ENDED:
                 self.ghosts.discard(call.call_id)
                 self.late += 1
@@ -349,18 +357,18 @@ class Dispatcher:
                 self._ledger.finish(call, losses.lost(call, certificate, "WORKER_LOST"))
         self._requeue(again, worker.pool, now)
 
+    def end_waiting(self, tool: Tool, outcome: Callable[[bytes], messages.Outcome]) -> None:
+        """End every waiting call of a tool; ``outcome`` makes each one's from its id."""
+        pool = tool.pool
+        if pool is None:
+            return
+        for call in [*pool.backlog.values(), *self.arrears.of_pool(pool)]:
+            if call.tool is tool:
+                self.release(call)
+                self._ledger.finish(call, outcome(call.call_id))
+
     def fail_backlog(self, pool: Pool, reason: str) -> None:
         """End every waiting call of a pool that its supervisor gave up."""
         for call in [*pool.backlog.values(), *self.arrears.of_pool(pool)]:
             self.release(call)
-            self._ledger.finish(call, unavailable(call.call_id, pool, reason))
-
-
-def unavailable(call_id: bytes, pool: Pool, reason: str) -> messages.Outcome:
-    """Make the outcome of a call whose pool was given up."""
-    return fault(
-        call_id,
-        "UNAVAILABLE",
-        f"pool {pool.name!r} is not running: {reason}",
-        {"pool": pool.name, "reason": reason},
-    )
+            self._ledger.finish(call, losses.unavailable(call.call_id, pool, reason))

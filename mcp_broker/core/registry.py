@@ -17,6 +17,7 @@ from mcp_broker.errors import InvalidArgument
 from mcp_broker.wire import payload
 
 if TYPE_CHECKING:
+    from mcp_broker.core.condition import Condition
     from mcp_broker.core.pool import Pool
     from mcp_broker.wire.messages import ToolDefinition
 
@@ -49,7 +50,18 @@ class Tool:
     """
 
     __slots__ = (
-        *("bucket", "definition", "gate", "is_recalled", "is_streaming", "level", "name", "pool"),
+        *(
+            "bucket",
+            "condition",
+            "definition",
+            "gate",
+            "is_held",
+            "is_recalled",
+            "is_streaming",
+            "level",
+            "name",
+            "pool",
+        ),
         "result_bytes",
     )
 
@@ -58,6 +70,10 @@ class Tool:
         self.name = definition.name
         self.result_bytes = 0
         self.is_recalled = False
+        #: what is known of its failures and its life; None: nothing yet
+        self.condition: Condition | None = None
+        #: its calls wait, however many workers are free
+        self.is_held = False
         #: what its calls have to pass, if it is bounded: to be taken by the broker, and to be given to workers
         self.bucket: Bucket | None = None
         self.gate: Gate | None = None
@@ -68,12 +84,16 @@ class Tool:
         self.definition = definition
         self.level = definition.level
         self.is_streaming = definition.streaming
-        most = definition.concurrency_max
+        self.fence()
+        self.meter()
+
+    def fence(self) -> None:
+        """Have a gate that lets through what may run now; its pool has to count anew (:meth:`Pool.regate`)."""
+        most = 0 if self.is_held else self.definition.concurrency_max
         if most is None:
             self.gate = None
         elif self.gate is None or self.gate.limit != most:
             self.gate = Gate(most)
-        self.meter()
 
     def meter(self) -> None:
         """Have a bucket of the rate that counts: the operator's for its pool, or else its own."""
@@ -107,7 +127,7 @@ class Registry:
             if definition.name not in self.tools:
                 tool = self.tools[definition.name] = Tool(definition, pool)
                 tool.is_recalled = True
-        self._changed()
+        self.changed()
 
     def of(self, pool: Pool) -> list[Tool]:
         """Return a pool's tools."""
@@ -120,9 +140,10 @@ class Registry:
         pool.rate = rate
         for tool in self.of(pool):
             tool.meter()
-        self._changed()
+        self.changed()
 
-    def _changed(self) -> None:
+    def changed(self) -> None:
+        """Have whoever caches a look-up look again."""
         self.version += 1
         self.is_metered = any(tool.bucket is not None for tool in self.tools.values())
 
@@ -177,7 +198,7 @@ class Registry:
             if known.definition != definition:
                 # the same object, so that calls that wait for it find the new definition
                 known.define(definition)
-        self._changed()
+        self.changed()
 
     def similar(self, name: str, among: Iterable[str]) -> list[str]:
         """Return up to three names that the caller may have meant, the likeliest first."""

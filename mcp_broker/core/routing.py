@@ -18,6 +18,7 @@ from mcp_broker import limits
 from mcp_broker.core import introspection
 from mcp_broker.core.bucket import Rate
 from mcp_broker.core.calls import Call, CallState, Ledger, fault
+from mcp_broker.core.care import Care
 from mcp_broker.core.clientele import Clientele
 from mcp_broker.core.crew import Crew
 from mcp_broker.core.dead_letters import DeadLetters
@@ -60,6 +61,10 @@ class Routing:
         self.dispatcher.orphaned = self.reconciliation.outcome
         self.idempotency = Idempotency(self)
         self.detached = Detached(self)
+        self.care = Care(self)
+        self.dispatcher.watched = self.care.watched
+        self.dispatcher.succeeded = self.care.succeeded
+        self.ledger.failing = self.care.failing
         self.ledger.keyed = self.idempotency.finished
         self.clientele = Clientele(self)
         self.crew = Crew(self)
@@ -141,6 +146,9 @@ class Routing:
             self._beat()
             for pool in self.dispatcher.pools.values():
                 pool.measure(now)
+            if self.care.watched:
+                self.care.look(now)
+        self.care.settle(now)
         if self.draining and not self.drained and (not self.ledger.calls or now >= self._drain_until):
             self._part(now)
 

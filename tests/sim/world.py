@@ -36,7 +36,7 @@ _CALM_S: Final = 3.5
 _IDLE_S: Final = 6.5
 
 #: what lasts too long for a run to see its end
-_SHORT: Final = {"ORPHAN_S": 1.5}
+_SHORT: Final = {"ORPHAN_S": 1.5, "BREAKER_OPEN_S": 0.3, "BREAKER_OPEN_S_MAX": 2.0}
 #: bounds so tight that a small world meets them
 _TIGHT: Final = {
     "BATCH_MAX": 8,
@@ -220,6 +220,7 @@ class World:
         self._run_until(lambda: self.agenda.now >= quiet_at + _CALM_S)
         self.supervisor.want_all()
         self._run_until(lambda: self._is_up and not self._is_owed)
+        self._try_what_is_refused()
         self.note("world", "asks each tool once more")
         for client in self.clients:
             for tool in self._tools():
@@ -231,6 +232,27 @@ class World:
         idle_at = self.agenda.now
         self._run_until(lambda: self.agenda.now >= idle_at + _IDLE_S)
         self.invariants.settled()
+
+    def _try_what_is_refused(self) -> None:
+        """Call tools whose breakers are open, until a call of each that succeeds has closed it."""
+        until = self.agenda.now + _SETTLE_S
+        while refused := self._refused():
+            self.note("world", "tries", refused)
+            for client in self.clients:
+                for tool in refused:
+                    parts = 3 if tool.endswith((ROWS, TAIL)) else 0
+                    client.submit(tool, 5.0, Plan(self.wishes.next_token(), parts=parts), is_streamed=False)
+            tried_at = self.agenda.now
+            self._run_until(lambda at=tried_at: self.agenda.now >= at + 0.2 and not self._is_owed)  # type: ignore[misc]
+            if self.agenda.now > until:
+                raise Violation(f"{refused} are refused for {_SETTLE_S:g} s, and nothing is wrong with them")
+
+    def _refused(self) -> list[str]:
+        """Return the tools whose calls are not simply taken."""
+        broker = self.supervisor.broker
+        assert broker is not None
+        tools = broker.machine.registry.tools.values()
+        return [tool.name for tool in tools if tool.condition is not None and not tool.condition.is_plain]
 
     def _tools(self) -> list[str]:
         return [OWN, *(f"{pool}.{name}" for pool in self.pools for name in (GET, PUT, ROWS, TAIL))]
