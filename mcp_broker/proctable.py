@@ -55,8 +55,11 @@ def read(pid: int) -> Entry | None:
 
 
 def read_all() -> dict[int, Entry]:
-    """Return every process, by pid."""
-    pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+    """Return every process, by pid; none when there is no descriptor left to look with."""
+    try:
+        pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+    except OSError:
+        return {}
     return {entry.pid: entry for pid in pids if (entry := read(pid)) is not None}
 
 
@@ -83,7 +86,8 @@ def environment(pid: int) -> dict[bytes, bytes]:
 
 def kill_exactly(pid: int, starttime: int) -> None:
     """SIGKILL the process that had this pid and start time, and no later one of the same pid."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
+    # gone, not ours, or no descriptor left: whoever wants it gone looks again
+    with contextlib.suppress(OSError):
         pidfd = os.pidfd_open(pid)
         try:
             # checked after the descriptor is ours: from here on it cannot become another process

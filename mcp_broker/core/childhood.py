@@ -46,10 +46,17 @@ class Spawned:
 
 @dataclass(frozen=True, slots=True)
 class SpawnFailed:
-    """There is no process; ``jitter`` is a random number of [0, 1)."""
+    """There is no process.
+
+    Args:
+        reason: one sentence for people.
+        jitter: a random number of [0, 1).
+        shortage: the machine had nothing left; another start may find something.
+    """
 
     reason: str
     jitter: float = 0.0
+    shortage: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -241,6 +241,9 @@ class Child:
 
     def _fail_start(self, event: Event, now: float) -> list[Effect]:
         assert isinstance(event, SpawnFailed)  # noqa: S101 (TABLE says so; narrows the type)
+        if event.shortage:
+            after_s = self._restarts.after_shortage(event.jitter).after_s
+            return [self._enter(State.BACKOFF, event.reason, now + after_s)]
         return self._bury(now, Died(event.reason, jitter=event.jitter))
 
     def _become_ready(self, event: Event, now: float) -> list[Effect]:

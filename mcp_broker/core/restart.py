@@ -6,7 +6,9 @@ Rules:
 2. Every other death of a life that was not healthy is counted. More than ``intensity`` of them within
    ``period_s`` and we give up.
 3. The first restart has no delay, the next ones wait exponentially longer, less a share of jitter.
-4. A life that was ready for ``healthy_s`` clears the record before its own death is counted.
+4. A start that failed because the machine had nothing left (descriptors, memory, processes) is not counted either, but
+   waits: it is nobody's fault, and passes.
+5. A life that was ready for ``healthy_s`` clears the record before its own death is counted.
 
 Pure: time and jitter are arguments.
 """
@@ -27,6 +29,8 @@ class Policy:
         factor: each further delay is this many times the last.
         delay_s_max: where the delay stops growing.
         jitter: share of the delay that the jitter may take away, so that many do not start in step.
+        shortage_s_max: where the delay stops growing when the machine has nothing left: trying costs little, and what
+            it lacked may be back at any moment.
         healthy_s: a life that was ready for this long clears the record.
     """
 
@@ -36,6 +40,7 @@ class Policy:
     factor: float = 2.0
     delay_s_max: float = 10.0
     jitter: float = 0.5
+    shortage_s_max: float = 1.0
     healthy_s: float = 5.0
 
 
@@ -94,7 +99,17 @@ class Restarts:
         self._deaths = (*(died_at for died_at in self._deaths if died_at > since), now)
         if self.policy.intensity is not None and len(self._deaths) > self.policy.intensity:
             return GiveUp(f"died {len(self._deaths)} times within {now - self._deaths[0]:.1f} s")
-        after_s = self._delay_s(jitter)
+        return self._again(self._delay_s(jitter))
+
+    def after_shortage(self, jitter: float) -> Restart:
+        """Decide what follows a start for which the machine had nothing left: a delay, and never an end.
+
+        Args:
+            jitter: a random number of [0, 1).
+        """
+        return self._again(min(self._delay_s(jitter), self.policy.shortage_s_max))
+
+    def _again(self, after_s: float) -> Restart:
         self._in_a_row += 1
         self.total += 1
         return Restart(after_s)

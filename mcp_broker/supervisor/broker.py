@@ -16,6 +16,7 @@ from mcp_broker.supervisor import reclaim
 from mcp_broker.supervisor.certificates import boot_reason
 from mcp_broker.supervisor.launch import BrokerOrder
 from mcp_broker.supervisor.link import Link
+from mcp_broker.supervisor.process import SHORTAGES
 from mcp_broker.wire import node
 
 if TYPE_CHECKING:
@@ -122,17 +123,19 @@ class BrokerChild:
         self.epoch = owner.next_epoch()
         name = f"broker-{self.epoch}"
         scratch = owner.run_dir / name
-        scratch.mkdir(mode=0o700)
         boot = owner.boot(self.epoch)
-        ours, theirs = socket.socketpair()
+        try:
+            scratch.mkdir(mode=0o700)
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            self._spawn_failed(f"cannot start a process: {error.strerror}", error.errno)
+            return
         order = BrokerOrder(name, owner.instance, theirs.fileno(), (boot.client_fd, boot.worker_fd), scratch)
         try:
             self.process = owner.launcher.launch_broker(order, owner.poller, self._exited)
         except SupervisionError as error:
             ours.close()
-            self.tell(
-                children.SpawnFailed(str(error), jitter=random.random())  # noqa: S311 (spreads restarts)
-            )
+            self._spawn_failed(str(error), error.details.get("errno"))
             return
         finally:
             theirs.close()
@@ -144,6 +147,16 @@ class BrokerChild:
         for listen, descriptor in owner.endpoints():
             self._link.send(listen, descriptor)
         self.tell(children.Spawned())
+
+    def _spawn_failed(self, reason: str, errno: object) -> None:
+        reclaim.remove_tree(self._owner.run_dir / f"broker-{self.epoch}")
+        self.tell(
+            children.SpawnFailed(
+                reason,
+                jitter=random.random(),  # noqa: S311 (spreads restarts)
+                shortage=errno in SHORTAGES,
+            )
+        )
 
     def _heard(self, message: node.ToSupervisor) -> None:
         if isinstance(message, node.Serving):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 from typing import TYPE_CHECKING
@@ -29,6 +30,9 @@ class Life:
     Args:
         worker_id: of this life; its folder and record have the same name.
         run_dir: where they are.
+
+    Raises:
+        OSError: no descriptor, no memory, no room for its folder.
     """
 
     def __init__(self, worker_id: str, pool: str, edition: int, run_dir: Path) -> None:
@@ -37,10 +41,14 @@ class Life:
         self.edition = edition
         self.keys = CurvePair.generate()
         self.scratch = run_dir / worker_id
-        self.scratch.mkdir(mode=0o700)
-        self.page = Page()
+        with contextlib.ExitStack() as undo:
+            self.scratch.mkdir(mode=0o700)
+            undo.callback(self.scratch.rmdir)
+            self.page = Page()
+            undo.callback(self.page.close)
+            self.our_end, self.their_end = new_ends()
+            undo.pop_all()
         self.marks = self.page.marks
-        self.our_end, self.their_end = new_ends()
         self.tether: Tether | None = None
         #: its own address; without one it uses the workers' common one
         self.endpoint: Endpoint | None = None

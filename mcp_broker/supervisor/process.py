@@ -11,6 +11,7 @@ Traps, and what is done about them:
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -32,6 +33,16 @@ if TYPE_CHECKING:
 
 #: exit code of a child that could not be started, as of a shell's
 EXIT_NEVER_STARTED: Final = 127
+
+
+#: why a process could not be started that may pass by itself: the machine has nothing left just now
+SHORTAGES: Final = frozenset(
+    (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOSPC, errno.EDQUOT, errno.ENOBUFS)
+)
+
+
+def _no_start(what: str, error: OSError) -> SupervisionError:
+    return SupervisionError(f"cannot start {what}: {error.strerror}", {"errno": error.errno})
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +127,15 @@ class Process:
         self._popen: subprocess.Popen[bytes] | None = None
         self._pidfd: int | None = None
         self._is_over = False
-        stdout, self._stdout_end = os.pipe2(os.O_CLOEXEC)
-        stderr, self._stderr_end = os.pipe2(os.O_CLOEXEC)
+        with contextlib.ExitStack() as undo:
+            try:
+                stdout, self._stdout_end = os.pipe2(os.O_CLOEXEC)
+                undo.callback(os.close, stdout)
+                undo.callback(os.close, self._stdout_end)
+                stderr, self._stderr_end = os.pipe2(os.O_CLOEXEC)
+            except OSError as error:
+                raise _no_start(name, error) from error
+            undo.pop_all()
         self._stdout = Output(name, stdout, poller, logging.INFO)
         self._stderr = Output(name, stderr, poller, logging.WARNING)
 
@@ -154,7 +172,7 @@ class Process:
                 umask=0o077,
             )
         except OSError as error:
-            raise SupervisionError(f"cannot start {argv[0]}: {error.strerror}") from error
+            raise _no_start(argv[0], error) from error
         self._be(self._popen.pid)
 
     def adopt(self, pid: int) -> None:
@@ -173,7 +191,15 @@ class Process:
         entry = proctable.read(pid)
         self.starttime = 0 if entry is None else entry.starttime
         # not reaped by anybody but us, so it is still the same process, dead or alive
-        self._pidfd = os.pidfd_open(pid)
+        try:
+            self._pidfd = os.pidfd_open(pid)
+        except OSError as error:
+            # nobody would see its end
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            if self._popen is not None:
+                self._popen.returncode = -signal.SIGKILL
+            raise _no_start(self.name, error) from error
         self._poller.add(self._pidfd, lambda _events: self._bury())
         os.close(self._stdout_end)
         os.close(self._stderr_end)

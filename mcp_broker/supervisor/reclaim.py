@@ -89,8 +89,9 @@ def sweep(alive: Mapping[int, str], bystanders: Container[int]) -> int:
 def record(run_dir: Path, process: Process) -> None:
     """Write down who runs, for a next start that finds us gone."""
     identity = {"pid": process.pid, "starttime": process.starttime, "boot_id": proctable.boot_id()}
-    # lost with the machine, like the process: no fsync
-    (run_dir / f"{process.name}.json").write_text(json.dumps(identity))
+    # lost with the machine, like the process: no fsync; without room for it the environment still tells whose it is
+    with contextlib.suppress(OSError):
+        (run_dir / f"{process.name}.json").write_text(json.dumps(identity))
 
 
 def forget(run_dir: Path, name: str) -> None:
@@ -170,7 +171,10 @@ def remove_tree(path: Path) -> bool:
 
 
 def _names_in(folder: int) -> list[str]:
-    return os.listdir(folder)
+    try:
+        return os.listdir(folder)
+    except OSError:  # it needs a descriptor of its own
+        return []
 
 
 def _remove_entry(top: int, name: str, device: int, moved: int) -> tuple[int, bool]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import secrets
 from collections import deque
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
     from mcp_broker.wire.messages import ToolDefinition
 
+_log = logging.getLogger("mcp_broker.supervisor")
+
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace a file so that a reader, or the next start after a crash, sees the old or the new one."""
@@ -31,6 +34,16 @@ def write_atomically(path: Path, data: bytes) -> None:
     finally:
         os.close(fd)
     part.replace(path)
+
+
+def _keep(path: Path, data: bytes) -> bool:
+    """Write what would be good to have after a crash; a full disk must not end who goes on without it."""
+    try:
+        write_atomically(path, data)
+    except OSError as error:
+        _log.warning("cannot write %s: %s", path, error.strerror)
+        return False
+    return True
 
 
 class Counters:
@@ -77,7 +90,7 @@ class Counters:
 
     def _save(self) -> None:
         state = {"epoch": self._epoch, "life": self._reserved, "instance": self.instance}
-        write_atomically(self._path, json.dumps(state).encode())
+        _keep(self._path, json.dumps(state).encode())
 
 
 def _count(value: object) -> int:
@@ -106,7 +119,7 @@ class Definitions:
 
     def save(self, pools: Iterable[node.Tools]) -> None:
         """Keep what they serve now."""
-        write_atomically(self._path, b"".join(frame(codec.encode(tools)) for tools in pools))
+        _keep(self._path, b"".join(frame(codec.encode(tools)) for tools in pools))
 
 
 #: workers whose last calls are remembered for a broker that is started after their death: those of a bad minute
@@ -152,17 +165,24 @@ class Deaths:
         if self._lines >= 2 * limits.DEATHS_MAX:
             self._rewrite()
             return
+        try:
+            self._append(_line(certificate))
+        except OSError as error:
+            _log.warning("cannot write %s: %s", self._path, error.strerror)
+            return
+        self._lines += 1
+
+    def _append(self, line: bytes) -> None:
         # one write of one line: a crash in between costs this line only, and reading skips what is torn
         fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            os.write(fd, _line(certificate))
+            os.write(fd, line)
         finally:
             os.close(fd)
-        self._lines += 1
 
     def _rewrite(self) -> None:
-        write_atomically(self._path, b"".join(map(_line, reversed(self._recent))))
-        self._lines = len(self._recent)
+        if _keep(self._path, b"".join(map(_line, reversed(self._recent)))):
+            self._lines = len(self._recent)
 
 
 def _line(certificate: node.Certificate) -> bytes:

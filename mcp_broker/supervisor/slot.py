@@ -15,6 +15,7 @@ from mcp_broker.supervisor import reclaim
 from mcp_broker.supervisor.certificates import IMPORT_FAILED, Circumstances, Exceeded, Interrupted, certify
 from mcp_broker.supervisor.launch import WorkerOrder
 from mcp_broker.supervisor.life import Life
+from mcp_broker.supervisor.process import SHORTAGES
 from mcp_broker.supervisor.tether import Tether
 from mcp_broker.wire import codec, node
 from mcp_broker.wire.tether import Warm
@@ -169,7 +170,11 @@ class Slot:
         ground = self._ground
         worker_id = ground.next_worker_id(self._pool)
         self._was_ready = False
-        life = self.life = Life(worker_id, self._pool, self.edition, ground.run_dir)
+        try:
+            life = self.life = Life(worker_id, self._pool, self.edition, ground.run_dir)
+        except OSError as error:
+            self._spawn_failed(f"cannot start a process: {error.strerror}", error.errno)
+            return
         ground.admitted(life)
         boot = node.WorkerBoot(
             worker_id=worker_id,
@@ -237,7 +242,16 @@ class Slot:
             (),
             is_news=True,
         )
-        self.tell(children.SpawnFailed(reason, jitter=random.random()))  # noqa: S311 (spreads restarts)
+        self._spawn_failed(reason, error.details.get("errno"))
+
+    def _spawn_failed(self, reason: str, errno: object) -> None:
+        self.tell(
+            children.SpawnFailed(
+                reason,
+                jitter=random.random(),  # noqa: S311 (spreads restarts)
+                shortage=errno in SHORTAGES,
+            )
+        )
 
     def _exited(self, end: Exit) -> None:
         life, child = self.life, self.child

@@ -8,7 +8,6 @@ import resource
 import signal
 import socket
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import psutil
@@ -20,6 +19,7 @@ from tests.chaos.plan import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from mcp_broker import Client
     from tests.chaos.plan import Fault
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 RECOVER_S: Final = 15.0
 #: all workers die within a second of their supervisor; on a machine with other work
 ALL_GONE_S: Final = 1.0
+#: fewer descriptors than anybody has, and more than a process waits for by poll, which fails when it may have fewer
+FEW: Final = 12
 _LOOK_S: Final = 0.005
 _ASK_S: Final = 2.0
 
@@ -182,10 +184,10 @@ def _stopped(pid: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_descriptors(pid: int) -> Iterator[None]:
-    """Leave a process the descriptors that it has, and no more."""
+    """Leave a process the descriptors that it has, and no more, not even in place of those that it closes."""
     _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
     before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir()), hard))
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (FEW, hard))
     try:
         yield
     finally:

@@ -283,3 +283,12 @@ def test_children_of_a_pool_share_one_record() -> None:
     drive(left, Wanted(), Spawned(), Died("x"))
     drive(right, Wanted(), Spawned(), Died("x"))
     assert (left.state, right.state) == (State.STARTING, State.FATAL)
+
+
+def test_a_machine_with_nothing_left_is_waited_for() -> None:
+    machine = child(Policy(intensity=0))
+    drive(machine, Wanted())
+    (told,) = machine.handle(SpawnFailed("Too many open files", shortage=True), 0.0)
+    assert told == Announce(State.BACKOFF, "Too many open files")
+    assert machine.deadline() == 0.0
+    assert Spawn() in machine.expire(0.0)

@@ -64,3 +64,10 @@ def test_an_operator_clears_the_record() -> None:
     die(relaxed, 0.0)
     relaxed.forget()
     assert die(relaxed, 0.1) == Restart(0.0)
+
+
+def test_a_shortage_waits_longer_each_time_and_never_ends_the_tries() -> None:
+    restarts = Restarts(Policy(intensity=1, base_s=0.2, shortage_s_max=1.0))
+    delays = [restarts.after_shortage(0.0).after_s for _ in range(6)]
+    assert delays == [0.0, 0.2, 0.4, 0.8, 1.0, 1.0]
+    assert isinstance(die(restarts, 0.0), Restart), "none of them was a death"
