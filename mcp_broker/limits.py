@@ -71,6 +71,11 @@ CONNECT_S: Final = 5.0
 #: worth some waiting.
 RETIRE_S: Final = 300.0
 
+#: A supervisor that says nothing of a command for so long is stuck: it says every second how far it is.
+COMMAND_SILENCE_S: Final = 5.0
+#: Between two words of the supervisor about a command that takes its time.
+COMMAND_WORD_S: Final = 1.0
+
 # -- flow -----------------------------------------------------------------------------------------
 
 #: Unfinished calls a client session may have at the broker; WELCOME tells the client.
@@ -127,6 +132,8 @@ HINTS_MAX: Final = 8
 HINTS_S: Final = 0.1
 #: Arguments of the broker's own tools, which it reads itself.
 OWN_ARGUMENTS_BYTES_MAX: Final = 4096
+#: Commands of operators that are under way at once: each waits for processes to come and go.
+COMMANDS_MAX: Final = 64
 #: Executions of an idempotent call, the first included.
 ATTEMPTS_MAX: Final = 3
 #: Distinct workers that a call may kill before it is POISONED.

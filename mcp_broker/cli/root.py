@@ -21,6 +21,9 @@ SECTIONS: Final[dict[str, dict[str, str]]] = {
         "demo": "Show everything once, in a temporary directory.",
         "doctor": "Check this machine and the state directory.",
     },
+    "Operate": {
+        "scale": "Keep so many workers of a pool.",
+    },
     "Use": {
         "tools": "List tools, or show one with an example call.",
         "call": "Call a tool.",
@@ -42,6 +45,7 @@ MODULES: Final[dict[str, str]] = {
     "stop": "stop",
     "demo": "demo",
     "doctor": "doctor",
+    "scale": "operate",
     "tools": "tools",
     "call": "call",
     "status": "status",
@@ -53,6 +57,8 @@ MODULES: Final[dict[str, str]] = {
 }
 
 PROGRAM: Final = "mcp-broker"
+#: the column of the sections' names
+_SECTION_AT: Final = 71
 _SIGPIPE_EXIT: Final = 141
 
 
@@ -88,18 +94,16 @@ class Commands(Suggesting):
         return command
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002 (click's signature)
-        """Everything on one screen of 24 lines by 80 columns."""
+        """Everything on one screen of 24 lines by 80 columns; what a section is for stands beside its first command."""
         lines = [
             f"Usage: {PROGRAM} COMMAND [ARGUMENTS]",
-            "",
             "Runs tools for agents and pipelines in isolated, supervised worker processes.",
-            "",
         ]
         for section, commands in SECTIONS.items():
-            lines.append(f"{section}:")
-            lines += [f"  {name:<12} {text}" for name, text in commands.items()]
+            rows = [f"  {name:<12} {text}" for name, text in commands.items()]
+            rows[0] = f"{rows[0]:<{_SECTION_AT}}{section}"
+            lines += rows
         lines += [
-            "",
             "With any command: --help --json --debug --profile FILE --state-dir DIR",
             f"First steps: {PROGRAM} start, then in another shell:",
             f'  {PROGRAM} call text.word_count \'{{"text": "a b a"}}\'',

@@ -22,7 +22,9 @@ PRIORITIES: Final = ("high", "normal", "low")
 PROFILE_VARIABLE: Final = "MCP_BROKER_PROFILE"
 
 #: commands that take --profile
-_WITH_PROFILE: Final = frozenset({"tools", "call", "status", "ps", "why", "doctor"})
+_WITH_PROFILE: Final = frozenset(
+    {"tools", "call", "status", "ps", "why", "doctor", "scale", "reload", "drain"}
+)
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 

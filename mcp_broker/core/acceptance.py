@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mcp_broker import limits
-from mcp_broker.core import introspection
+from mcp_broker.core import own_tools
 from mcp_broker.core.calls import Call, Upload, fault
 from mcp_broker.core.clients import ClientSession, ClientState
 from mcp_broker.core.losses import unavailable
@@ -142,7 +142,7 @@ class Acceptance:
                 self._dispatcher.submit(batch, pool, now)
             else:
                 for call in batch:
-                    self._answer(call)
+                    self._answer(call, now)
         return []
 
     def _take_special(
@@ -313,8 +313,8 @@ class Acceptance:
         visible = (known for known in self._registry.tools if session.grant.refusal(known, 0) is None)
         return self._registry.similar(name, visible)
 
-    def _answer(self, call: Call) -> None:
-        """Serve one of the broker's own tools, here and now."""
+    def _answer(self, call: Call, now: float) -> None:
+        """Serve one of the broker's own tools."""
         if call.bytes_held() > limits.OWN_ARGUMENTS_BYTES_MAX:
             # they are read in the broker's own turn
             text = f"the broker's own tools take at most {limits.OWN_ARGUMENTS_BYTES_MAX} bytes of arguments"
@@ -329,7 +329,9 @@ class Acceptance:
         except MalformedFrame as malformed:
             self._ledger.finish(call, fault(call.call_id, "INVALID_ARGUMENT", str(malformed)))
             return
-        self._ledger.finish(call, *introspection.answer(self._routing, call, arguments))
+        answer = own_tools.serve(self._routing, call, arguments, now)
+        if answer is not None:
+            self._ledger.finish(call, *answer)
 
 
 def _window_full(call_id: bytes) -> messages.Outcome:

@@ -1,6 +1,6 @@
-"""The broker's own tools: what it knows of itself, answered like any other call.
+"""What the broker knows of itself, for :mod:`mcp_broker.core.own_tools`.
 
-They read the machines, and change nothing but the list of poisoned calls. Shapes: docs/protocol.md, "The broker's own tools".
+It reads the machines, and changes nothing but the list of poisoned calls. Shapes: docs/protocol.md, "The broker's own tools".
 """
 
 from __future__ import annotations
@@ -8,114 +8,20 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any, Final
 
-from mcp_broker import limits
-from mcp_broker.core.calls import Call, fault
 from mcp_broker.core.dead_letters import described
 from mcp_broker.core.workers import WorkerState
-from mcp_broker.wire import codec, messages, payload
+from mcp_broker.errors import NotFound
+from mcp_broker.wire import codec, messages
 
 if TYPE_CHECKING:
+    from mcp_broker.core.calls import Call
     from mcp_broker.core.pool import Pool
     from mcp_broker.core.registry import Tool
     from mcp_broker.core.routing import Routing
 
-_TEXT: Final = {"type": "string"}
 
-
-def _definition(tool: str, description: str, /, **parameters: dict[str, Any]) -> messages.ToolDefinition:
-    schema = {"type": "object", "properties": parameters, "additionalProperties": False}
-    return messages.ToolDefinition(
-        name=tool,
-        version="1.0.0",
-        description=description,
-        parameters=json.dumps(schema),
-        returns=json.dumps({"type": "object"}),
-        capabilities=("system",),
-        category="system",
-        idempotent=True,
-    )
-
-
-DEFINITIONS: Final = (
-    _definition(
-        "system.tools", "List the tools that the caller may call.", name=_TEXT, capability=_TEXT, tag=_TEXT
-    ),
-    _definition("system.status", "Describe the broker, its pools, workers and recent deaths."),
-    _definition("system.why", "Tell how a worker ended or what became of a call.", id=_TEXT),
-    _definition(
-        "system.dead_letters",
-        "List the poisoned calls, show one, or drop one.",
-        action={"type": "string", "enum": ["list", "show", "drop"]},
-        id=_TEXT,
-    ),
-)
-
-#: what one answer lists of wrong arguments
-_FAULTS_MAX: Final = 16
-_REQUIRED: Final = {"system.why": ("id",)}
-
-
-def answer(routing: Routing, call: Call, arguments: dict[str, Any]) -> tuple[messages.Outcome, bytes | None]:
-    """Answer one of :data:`DEFINITIONS`; returns the outcome and, if the answer is large, its second frame."""
-    name = call.tool.name
-    known = json.loads(call.tool.definition.parameters)["properties"]
-    faults = [
-        {
-            "path": f"/{key}",
-            "expected": "no such argument",
-            "received": repr(value)[:80],
-            "message": "not an argument",
-        }
-        for key, value in list(arguments.items())[:_FAULTS_MAX]
-        if key not in known
-    ]
-    faults += [
-        {
-            "path": f"/{key}",
-            "expected": "string",
-            "received": repr(arguments.get(key))[:80],
-            "message": "a text",
-        }
-        for key in known
-        if (key in arguments or key in _REQUIRED.get(name, ())) and not isinstance(arguments.get(key), str)
-    ]
-    faults += [
-        {
-            "path": f"/{key}",
-            "expected": " or ".join(known[key]["enum"]),
-            "received": repr(value)[:80],
-            "message": f"one of {', '.join(known[key]['enum'])}",
-        }
-        for key, value in arguments.items()
-        if key in known and value not in known[key].get("enum", (value,))
-    ]
-    if faults:
-        listed = "; ".join(
-            f"{fault_['path']}: {fault_['message']}, got {fault_['received']}" for fault_ in faults
-        )
-        text = f"the arguments of {name} do not fit: {listed}"
-        return fault(call.call_id, "INVALID_ARGUMENT", text, {"faults": faults}), None
-    if name == "system.tools":
-        result = _tools(routing, call, arguments)
-    elif name == "system.status":
-        result = status(routing)
-    elif name == "system.dead_letters":
-        found = _dead_letters(routing, arguments)
-        if isinstance(found, str):
-            return fault(call.call_id, "NOT_FOUND", found, {"id": arguments.get("id", "")}), None
-        result = found
-    else:
-        result = why(routing, arguments["id"])
-    packed = payload.pack(result)
-    if len(packed) > limits.BODY_BYTES_MAX:
-        text = f"the answer has {len(packed)} bytes; narrow the question"
-        return fault(call.call_id, "PAYLOAD_TOO_LARGE", text, {"limit_bytes": limits.BODY_BYTES_MAX}), None
-    if len(packed) > limits.INLINE_BYTES_MAX:
-        return messages.Outcome(call.call_id, messages.OK), packed
-    return messages.Outcome(call.call_id, messages.OK, packed), None
-
-
-def _tools(routing: Routing, call: Call, wanted: dict[str, Any]) -> dict[str, Any]:
+def tools(routing: Routing, call: Call, wanted: dict[str, Any]) -> dict[str, Any]:
+    """List what the caller may call."""
     grant = call.session.grant
     listed = []
     for tool in sorted(routing.registry.tools.values(), key=lambda tool: tool.name):
@@ -143,15 +49,20 @@ def _described(routing: Routing, tool: Tool) -> dict[str, Any]:
     return plain
 
 
-def _dead_letters(routing: Routing, wanted: dict[str, Any]) -> dict[str, Any] | str:
-    """Do what is asked of the poisoned calls; returns a sentence when no single one is meant."""
+def dead_letters(routing: Routing, _call: Call, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Do what is asked of the poisoned calls.
+
+    Raises:
+        NotFound: no single one is meant.
+    """
     letters, action = routing.dispatcher.dead_letters, wanted.get("action", "list")
     found = letters.find(wanted.get("id", ""))
     if action == "list":
         return {"dead_letters": [described(letter, routing.now, whole=False) for letter in found]}
     if len(found) != 1 or not wanted.get("id"):
         many = f"{len(found)} poisoned calls begin so" if found and wanted.get("id") else "there is none"
-        return f"no single poisoned call is meant by {wanted.get('id', '')!r}: {many}; list shows their ids"
+        text = f"no single poisoned call is meant by {wanted.get('id', '')!r}: {many}; list shows their ids"
+        raise NotFound(text, {"id": wanted.get("id", "")})
     if action == "drop":
         letters.drop(found[0])
     return {"dead_letter": described(found[0], routing.now, whole=True)}
@@ -206,7 +117,9 @@ def _pool(routing: Routing, pool: Pool) -> dict[str, Any]:
     }
 
 
-def status(routing: Routing) -> dict[str, Any]:
+def status(
+    routing: Routing, _call: Call | None = None, _wanted: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Describe the whole broker. Process facts that only the shell knows are in its boot record."""
     boot = routing.boot
     ledger = routing.ledger
@@ -238,8 +151,9 @@ def status(routing: Routing) -> dict[str, Any]:
     }
 
 
-def why(routing: Routing, wanted: str) -> dict[str, Any]:
+def why(routing: Routing, _call: Call, arguments: dict[str, Any]) -> dict[str, Any]:
     """Find what is known of a worker (by id or pid) or a call (by the start of its id, in hex)."""
+    wanted: str = arguments["id"]
     for certificate in routing.crew.deaths:
         if wanted in (certificate.worker_id, str(certificate.pid)):
             return {"found": True, "kind": "death", "certificate": codec.as_plain(certificate)}

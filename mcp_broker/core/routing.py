@@ -15,11 +15,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mcp_broker import limits
-from mcp_broker.core import introspection
+from mcp_broker.core import own_tools
 from mcp_broker.core.bucket import Rate
 from mcp_broker.core.calls import Call, CallState, Ledger, fault
 from mcp_broker.core.care import Care
 from mcp_broker.core.clientele import Clientele
+from mcp_broker.core.commands import Commands
 from mcp_broker.core.crew import Crew
 from mcp_broker.core.dead_letters import DeadLetters
 from mcp_broker.core.detached import Detached
@@ -50,7 +51,7 @@ class Routing:
         self._ids = ids
         self.ledger = Ledger(now)
         self.registry = Registry()
-        self.registry.add_own(introspection.DEFINITIONS)
+        self.registry.add_own(own_tools.DEFINITIONS)
         self.rates = Rates()
         self.timers = Timers()
         self.dispatcher = Dispatcher(self.ledger, DeadLetters(self.timers))
@@ -66,6 +67,7 @@ class Routing:
         self.dispatcher.succeeded = self.care.succeeded
         self.ledger.failing = self.care.failing
         self.ledger.keyed = self.idempotency.finished
+        self.commands = Commands(self)
         self.clientele = Clientele(self)
         self.crew = Crew(self)
         self.draining = False
@@ -102,6 +104,8 @@ class Routing:
             self.lineage = message.lineage
             burst = int(message.limits.get("burst", 0))
             self.rates.principal = Rate.of(message.limits.get("rate_per_s"), burst)
+        elif isinstance(message, node.Progressed | node.Commanded):
+            self.commands.heard(message, now)
         else:
             self.crew.from_node(message, now)
 
@@ -122,6 +126,8 @@ class Routing:
             if call.state is not CallState.ENDED:
                 text = f"{call.tool.name} had no outcome within its time"
                 state = "waiting for a worker" if call.state is CallState.QUEUED else "running"
+                if call.tool.pool is None:
+                    state = "being carried out by the supervisor, which goes on with it"
                 self.end(
                     call,
                     fault(

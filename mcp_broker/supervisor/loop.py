@@ -28,9 +28,11 @@ from mcp_broker.core import children
 from mcp_broker.errors import SupervisionError
 from mcp_broker.supervisor import events, reclaim
 from mcp_broker.supervisor.broker import BrokerChild
+from mcp_broker.supervisor.commands import Commands
 from mcp_broker.supervisor.fleet import Fleet
 from mcp_broker.supervisor.launch.local import LocalLauncher
 from mcp_broker.supervisor.lock import Lock
+from mcp_broker.supervisor.operations import Operations
 from mcp_broker.supervisor.poller import Poller
 from mcp_broker.supervisor.ports import Ports
 from mcp_broker.supervisor.records import Counters, Deaths, Definitions
@@ -143,6 +145,8 @@ class Supervisor:
         self._started_wall = time.time()
         self._fleet = Fleet(self, self._config, Definitions(self._state_dir), self._on_event)
         self._broker = BrokerChild(self)
+        self._commands = Commands(self._broker.send)
+        Operations(self._fleet).join(self._commands)
         signals = Signals(_STOP_SIGNALS, self.poller, lambda _number: self._stop())
         try:
             self._loop()
@@ -171,9 +175,9 @@ class Supervisor:
             deadlines.append(self._drain_deadline)
         if self._sweeps_left:
             deadlines.append(time.monotonic() + _SWEEP_S)
-        broker = self._broker.child.deadline()
-        if broker is not None:
-            deadlines.append(broker)
+        deadlines += [
+            at for at in (self._broker.child.deadline(), self._commands.deadline()) if at is not None
+        ]
         deadlines.extend(self._fleet.deadlines())
         return min(deadlines)
 
@@ -195,6 +199,7 @@ class Supervisor:
             left = reclaim.sweep(self._alive(), self._bystanders)
             self._sweeps_left = self._sweeps_left - 1 if left else 0
         self._fleet.settle()
+        self._commands.settle(time.monotonic())
         self._fleet.announce()
         if self._is_dirty:
             self._is_dirty = False
@@ -334,11 +339,14 @@ class Supervisor:
             self._fleet.worker_refused(message.worker_id, message.reason)
         elif isinstance(message, node.Interrupt):
             self._fleet.interrupt(message)
+        elif isinstance(message, node.Command):
+            self._commands.take(message, time.monotonic())
         elif self._phase is Phase.DRAINING:
             self._stop_workers()
 
     def broker_died(self, pid: int, reason: str) -> None:
         """Take note; whoever is leaving wanted it."""
+        self._commands.forget()
         if self.is_leaving:
             if self._phase is Phase.DRAINING:
                 self._stop_workers()

@@ -116,9 +116,9 @@ class Pool:
         for slot in self.slots:
             slot.tell(Unwanted())
 
-    def scale(self, size: int) -> None:
-        """Want so many workers; slots that were given up start afresh."""
-        self.size = size
+    def scale(self, size: int | None) -> None:
+        """Want so many workers, or as many as the table says; slots that were given up start afresh."""
+        self.size = self.table.min if size is None else size
         self.setback = ""
         self.start()
         self._ground.changed()

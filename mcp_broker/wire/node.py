@@ -163,6 +163,41 @@ class Deaths(NodeMessage, tag="DEATHS", frozen=True):
     started_calls: dict[str, tuple[bytes, ...]] = {}
 
 
+class Command(NodeMessage, tag="COMMAND", frozen=True):
+    """Broker: an operator wants something of the supervisor, by a call; PROGRESSED and one COMMANDED answer.
+
+    Doing it twice is doing it once: a broker that died in between may send it again, with another id.
+    """
+
+    id: int
+    #: of the tool that was called, system.pools.scale
+    name: str
+    arguments: dict[str, Any]
+    #: who it was
+    principal: str
+    #: for how long anybody waits for the end of it
+    timeout_ms: int
+
+
+class Progressed(NodeMessage, tag="PROGRESSED", frozen=True):
+    """Supervisor: a command has come so far (0.0 to 1.0, if that is known); also that it is being looked after."""
+
+    id: int
+    fraction: float | None
+    text: str
+
+
+class Commanded(NodeMessage, tag="COMMANDED", frozen=True):
+    """Supervisor: a command was carried out, or why it was not."""
+
+    id: int
+    #: OK, or one of the codes of calls that fail
+    code: str
+    result: dict[str, Any] = {}
+    message: str = ""
+    details: dict[str, Any] = {}
+
+
 class Shutdown(NodeMessage, tag="SHUTDOWN", frozen=True):
     """Supervisor: refuse new calls, let running ones end for up to ``drain_s``, then say GOODBYE and exit."""
 
@@ -213,8 +248,10 @@ class Drained(NodeMessage, tag="DRAINED", frozen=True):
     unfinished: int
 
 
-FromSupervisor = Boot | Admit | Listen | Died | Retire | Report | Deaths | Tools | Shutdown
-ToSupervisor = Serving | WorkerUp | WorkerRefused | Interrupt | Drained
+FromSupervisor = (
+    Boot | Admit | Listen | Died | Retire | Report | Deaths | Tools | Progressed | Commanded | Shutdown
+)  # fmt: skip
+ToSupervisor = Serving | WorkerUp | WorkerRefused | Interrupt | Command | Drained
 
 
 class WorkerBoot(Record, kw_only=True, frozen=True):
