@@ -225,6 +225,19 @@ STDERR_TAIL_BYTES: Final = 4096
 #: error it fits into the details of an error.
 STACK_BYTES_MAX: Final = 8192
 
+# -- reclaim ------------------------------------------------------------------------------------------
+
+#: What one turn of the supervisor's loop spends on taking back what the dead left: a death is told within it.
+RECLAIM_SLICE_S: Final = 0.004
+#: What one system call may free of a file or of shared memory: the kernel takes about 0.1 ms a MiB where it must.
+FREE_BYTES_MAX: Final = 64 * 1024 * 1024
+#: Names of what could not be taken back, in one step's record; the rest are as their count says.
+RECLAIM_LEFT_MAX: Final = 8
+#: Reclaim records kept: as many as death certificates.
+RECLAIMS_MAX: Final = DEATHS_MAX
+#: What an orderly stop waits for reclaim to finish; what is left then, the next start removes.
+RECLAIM_STOP_S: Final = 5.0
+
 #: About what a kept record takes besides its payloads.
 RECORD_BYTES: Final = 512
 #: Outcomes of calls with an idempotency key: long enough for any caller's retries.

@@ -84,8 +84,8 @@ def environment(pid: int) -> dict[bytes, bytes]:
     return {name: value for name, _, value in pairs}
 
 
-def kill_exactly(pid: int, starttime: int) -> None:
-    """SIGKILL the process that had this pid and start time, and no later one of the same pid."""
+def signal_exactly(pid: int, starttime: int, number: int) -> None:
+    """Signal the process that had this pid and start time, and no later one of the same pid."""
     # gone, not ours, or no descriptor left: whoever wants it gone looks again
     with contextlib.suppress(OSError):
         pidfd = os.pidfd_open(pid)
@@ -93,9 +93,14 @@ def kill_exactly(pid: int, starttime: int) -> None:
             # checked after the descriptor is ours: from here on it cannot become another process
             entry = read(pid)
             if entry is not None and entry.starttime == starttime:
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                signal.pidfd_send_signal(pidfd, number)
         finally:
             os.close(pidfd)
+
+
+def kill_exactly(pid: int, starttime: int) -> None:
+    """SIGKILL the process that had this pid and start time, and no later one of the same pid."""
+    signal_exactly(pid, starttime, signal.SIGKILL)
 
 
 def ticks_at(monotonic_ns: int) -> int:

@@ -114,10 +114,27 @@ def story(record: Map) -> list[str]:
     certificate = certificate_of(record)
     if certificate is not None:
         lines += _death(certificate)
+        if record.get("kind") == "death":
+            lines += _reclaimed(record.get("reclaim"))
     elif record.get("kind") == "worker":
         lines += [
             f"worker {record.get('id', '?')} of pool {record.get('pool', '?')} lives: {record.get('state', '?')}"
         ]
+    return lines
+
+
+def _reclaimed(reclaim: Map | None) -> list[str]:
+    """Tell what was taken back after a death, a line a step that found something."""
+    if reclaim is None:
+        return ["  taken back: not known; it goes on, or its record is gone"]
+    steps = [step for step in reclaim.get("steps", ()) if step.get("count") or step.get("left")]
+    lines = [
+        f"  taken back within {float(reclaim.get('ms') or 0):.0f} ms{'' if steps else ': nothing was left'}"
+    ]
+    for step in steps:
+        held = f", {output.mebibytes(step['bytes'] / 1024)} MB" if step.get("bytes") else ""
+        lines.append(f"    {step.get('step', '?'):<14} {step.get('count', 0)}{held} ({step.get('ms', 0)} ms)")
+        lines += [f"      could not: {what}" for what in step.get("left", ())]
     return lines
 
 

@@ -21,6 +21,7 @@ from mcp_broker.wire import messages, node, payload
 if TYPE_CHECKING:
     from mcp_broker.core.outbox import Body
     from mcp_broker.core.routing import Routing
+    from mcp_broker.wire.reclaims import Reclaim
 
 
 class Crew:
@@ -38,6 +39,8 @@ class Crew:
         self.retiring: dict[str, Worker] = {}
         #: newest first
         self.deaths: deque[node.Certificate] = deque(maxlen=limits.DEATHS_MAX)
+        #: what was taken back after deaths, newest first
+        self.reclaims: deque[Reclaim] = deque(maxlen=limits.RECLAIMS_MAX)
         #: set by the first ADMIT: until then an unknown key may still be admitted
         self.admission_complete = False
 
@@ -191,8 +194,11 @@ class Crew:
         elif isinstance(message, node.Died):
             self._routing.reconciliation.had_started(message.certificate, message.started_calls)
             self._died(message.certificate, now)
+        elif isinstance(message, node.Reclaimed):
+            self.reclaims.appendleft(message.reclaim)
         elif isinstance(message, node.Deaths):
             self.deaths.extend(message.certificates)
+            self.reclaims.extend(message.reclaims)
             for certificate in message.certificates:
                 calls = message.started_calls.get(certificate.worker_id, ())
                 self._routing.reconciliation.had_started(certificate, calls)

@@ -156,7 +156,12 @@ def why(routing: Routing, _call: Call, arguments: dict[str, Any]) -> dict[str, A
     wanted: str = arguments["id"]
     for certificate in routing.crew.deaths:
         if wanted in (certificate.worker_id, str(certificate.pid)):
-            return {"found": True, "kind": "death", "certificate": codec.as_plain(certificate)}
+            return {
+                "found": True,
+                "kind": "death",
+                "certificate": codec.as_plain(certificate),
+                "reclaim": _reclaim(routing, certificate.worker_id),
+            }
     worker = routing.crew.by_id.get(wanted)
     if worker is not None:
         state = worker.state.name.lower()
@@ -207,6 +212,15 @@ def why(routing: Routing, _call: Call, arguments: dict[str, Any]) -> dict[str, A
                     "certificate": ended.certificate,
                 }
     return {"found": False, "id": wanted}
+
+
+def _reclaim(routing: Routing, worker_id: str) -> dict[str, Any] | None:
+    """Return what was taken back after this worker's death, None while that goes on."""
+    for record in routing.crew.reclaims:
+        if record.worker_id == worker_id:
+            plain: dict[str, Any] = codec.as_plain(record)
+            return plain
+    return None
 
 
 #: shorter prefixes of call ids would match by accident

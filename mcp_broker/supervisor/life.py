@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import signal
+import time
 from typing import TYPE_CHECKING
 
 from mcp_broker import proctable
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from mcp_broker.supervisor.certificates import Exceeded, Interrupted
     from mcp_broker.supervisor.endpoint import Endpoint
     from mcp_broker.supervisor.process import Process
-
-_log = logging.getLogger("mcp_broker.supervisor")
 
 
 class Life:
@@ -39,6 +37,8 @@ class Life:
         self.worker_id = worker_id
         self.pool = pool
         self.edition = edition
+        #: its isolation level
+        self.level = "process"
         self.keys = CurvePair.generate()
         self.scratch = run_dir / worker_id
         with contextlib.ExitStack() as undo:
@@ -98,8 +98,21 @@ class Life:
         """What its threads were doing when it was asked last; "" if it never was."""
         return self.page.stack() if self._was_asked else ""
 
+    def remains(self, instance: str) -> reclaim.Remains:
+        """Return what its end may leave behind."""
+        process = self.process
+        return reclaim.Remains(
+            worker_id=self.worker_id,
+            pool=self.pool,
+            pid=0 if process is None else process.pid,
+            level=self.level,
+            prefix=reclaim.prefix(instance, self.worker_id),
+            scratch=self.scratch,
+            started_wall=time.time() if process is None else process.started_wall,
+        )
+
     def end(self) -> None:
-        """Let go of everything."""
+        """Let go of all that is ours; what the process may have left is for reclaim."""
         if self.tether is None:
             self.their_end.close()
             self.our_end.close()
@@ -108,5 +121,3 @@ class Life:
         if self.endpoint is not None:
             self.endpoint.close()
         self.page.close()
-        if not reclaim.remove_tree(self.scratch):
-            _log.warning("could not remove all of %s", self.scratch)

@@ -22,11 +22,11 @@ import signal
 import time
 from typing import TYPE_CHECKING, Final
 
-from mcp_broker import proctable
 from mcp_broker.auth.credentials import Authority
 from mcp_broker.core import children
 from mcp_broker.errors import SupervisionError
 from mcp_broker.supervisor import events, reclaim
+from mcp_broker.supervisor.aftermath import Aftermath
 from mcp_broker.supervisor.broker import BrokerChild
 from mcp_broker.supervisor.commands import Commands
 from mcp_broker.supervisor.fleet import Fleet
@@ -51,9 +51,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger("mcp_broker.supervisor")
 
 _SAMPLE_S: Final = 1.0
-#: between two looks for strays that were killed but are not gone
-_SWEEP_S: Final = 0.01
-_SWEEPS_MAX: Final = 200
 #: a broker says DRAINED by the end of the time that it was given, or it never will
 _DRAIN_SLACK_S: Final = 0.5
 _STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
@@ -95,7 +92,6 @@ class Supervisor:
         self._failure: str | None = None
         self._is_dirty = False
         self._is_table_complete = False
-        self._sweeps_left = 0
         self._drain_deadline = 0.0
 
     # -- life ----------------------------------------------------------------------------------------
@@ -136,8 +132,9 @@ class Supervisor:
             self._serve_on(self._ports)
 
     def _serve_on(self, ports: Ports) -> None:
-        self._bystanders = proctable.children(os.getpid())
-        reclaim.become_subreaper()
+        self._aftermath = Aftermath(
+            self._state_dir, self.run_dir, self.instance, alive=self._alive, tell=self._tell
+        )
         self._authority.ensure_default([ports.client_endpoint])
         self.worker_endpoint = ports.worker_endpoint
         self.worker_server_public = self._authority.workers.public
@@ -173,11 +170,8 @@ class Supervisor:
         deadlines = [self._sample_at]
         if self._phase is Phase.DRAINING:
             deadlines.append(self._drain_deadline)
-        if self._sweeps_left:
-            deadlines.append(time.monotonic() + _SWEEP_S)
-        deadlines += [
-            at for at in (self._broker.child.deadline(), self._commands.deadline()) if at is not None
-        ]
+        dues = (self._aftermath.deadline(), self._broker.child.deadline(), self._commands.deadline())
+        deadlines += [at for at in dues if at is not None]
         deadlines.extend(self._fleet.deadlines())
         return min(deadlines)
 
@@ -190,14 +184,11 @@ class Supervisor:
             self._sample_at = now + _SAMPLE_S
             self._fleet.sample()
             self._is_dirty = True
-            # adopted orphans that ended by themselves are zombies until somebody looks
-            self._sweeps_left = max(self._sweeps_left, 1)
+            self._aftermath.bury()
 
     def _tidy(self) -> None:
         """Do at the end of a turn what many events of it may have asked for."""
-        if self._sweeps_left:
-            left = reclaim.sweep(self._alive(), self._bystanders)
-            self._sweeps_left = self._sweeps_left - 1 if left else 0
+        self._aftermath.turn()
         self._fleet.settle()
         self._commands.settle(time.monotonic())
         self._fleet.announce()
@@ -216,12 +207,7 @@ class Supervisor:
         self._broker.tell(children.Unwanted())
         self._fleet.stop()
         self._kill_all()
-        for _ in range(_SWEEPS_MAX):
-            self.poller.turn(0.0)
-            if not reclaim.sweep({}, self._bystanders):
-                break
-            time.sleep(_SWEEP_S)
-        reclaim.remove_leftovers(self.run_dir, self.instance)
+        self._aftermath.end(self.poller)
         self._runtime.remove()
         self._counters.close()
         signals.close()
@@ -277,6 +263,10 @@ class Supervisor:
         """Have the broker send this worker away once it holds no call."""
         self._broker.send(node.Retire((worker_id,)))
 
+    def spawned(self, worker_id: str, pid: int) -> None:
+        """Keep what this process will start together with it."""
+        self._aftermath.spawned(worker_id, pid)
+
     def died(self, certificate: node.Certificate, started_calls: tuple[bytes, ...], *, is_news: bool) -> None:
         """Tell the broker first: a caller waits for it."""
         self._broker.send(node.Died(certificate, started_calls))
@@ -285,9 +275,13 @@ class Supervisor:
             _log.warning("worker %s (pid %d): %s", certificate.worker_id, certificate.pid, certificate.cause)
             self._on_event(events.WorkerDied(certificate))
 
+    def take_back(self, remains: reclaim.Remains) -> None:
+        """Take back what a dead worker left, from the end of this turn on."""
+        self._aftermath.take_back(remains)
+
     def strayed(self) -> None:
         """Look for processes that lost their parent, at the end of this turn."""
-        self._sweeps_left = _SWEEPS_MAX
+        self._aftermath.strayed()
 
     def changed(self) -> None:
         """Report at the end of this turn."""
@@ -322,7 +316,7 @@ class Supervisor:
     def briefing(self) -> list[node.FromSupervisor]:
         """Return what follows BOOT. The first broker gets its table of keys when all are made."""
         table = [self._fleet.admissions()] if self._is_table_complete else []
-        deaths = node.Deaths(self._deaths.recent, self._deaths.started_calls)
+        deaths = node.Deaths(self._deaths.recent, self._deaths.started_calls, self._aftermath.records)
         return [*table, deaths, *self._fleet.tools(), *self._fleet.retirement(), self._fleet.report()]
 
     def endpoints(self) -> list[tuple[node.Listen, int]]:
@@ -374,7 +368,11 @@ class Supervisor:
             state_dir=self._state_dir,
         )
 
+    def _tell(self, message: node.FromSupervisor) -> None:
+        self._broker.send(message)
+
     def _alive(self) -> dict[int, str]:
+        """Return our own live children: pid -> name."""
         alive = self._fleet.alive()
         if self._broker.process is not None:
             alive[self._broker.pid] = self._broker.process.name

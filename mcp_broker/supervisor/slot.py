@@ -56,8 +56,14 @@ class Ground(Protocol):
     def dismiss(self, worker_id: str) -> None:
         """Have the broker send this worker away once it holds no call."""
 
+    def spawned(self, worker_id: str, pid: int) -> None:
+        """Keep what this process will start together with it."""
+
     def died(self, certificate: node.Certificate, started_calls: tuple[bytes, ...], *, is_news: bool) -> None:
         """Pass a death on."""
+
+    def take_back(self, remains: reclaim.Remains) -> None:
+        """Take back what a dead worker left, between other work."""
 
     def strayed(self) -> None:
         """Processes may have lost their parent."""
@@ -189,6 +195,7 @@ class Slot:
             options=self._table.options,
             marks_fd=life.page.fd,
             scratch=str(life.scratch),
+            shared_prefix=reclaim.prefix(ground.instance, worker_id),
         )
         order = WorkerOrder(
             worker_id=worker_id,
@@ -213,6 +220,7 @@ class Slot:
         handlers: Handlers = {Warm: self._warmed}
         life.begun(Tether(life.our_end, ground.poller, handlers, self._violated))
         reclaim.record(ground.run_dir, life.process)
+        ground.spawned(life.worker_id, life.process.pid)
         self.tell(children.Spawned())
 
     def _warmed(self, _message: Warm) -> None:
@@ -242,6 +250,7 @@ class Slot:
             (),
             is_news=True,
         )
+        self._ground.take_back(life.remains(self._ground.instance))
         self._spawn_failed(reason, error.details.get("errno"))
 
     def _spawn_failed(self, reason: str, errno: object) -> None:
@@ -277,8 +286,7 @@ class Slot:
         self._ground.died(certificate, life.marks.started_calls(), is_news=is_news)
         self.life = None
         life.end()
-        reclaim.forget(self._ground.run_dir, life.worker_id)
-        self._ground.strayed()
+        self._ground.take_back(life.remains(self._ground.instance))
         if is_dismissed and not (is_operators or is_retired):
             self.tell(children.Unwanted())
         self.tell(

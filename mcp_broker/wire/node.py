@@ -13,6 +13,7 @@ import msgspec
 
 from mcp_broker.wire.confinement import Confinement
 from mcp_broker.wire.items import Record, ToolDefinition
+from mcp_broker.wire.reclaims import Reclaim
 
 
 class Certificate(Record, kw_only=True, frozen=True):
@@ -142,6 +143,12 @@ class Retire(NodeMessage, tag="RETIRE", frozen=True):
     workers: tuple[str, ...]
 
 
+class Reclaimed(NodeMessage, tag="RECLAIMED", frozen=True):
+    """Supervisor, some time after DIED: what a dead worker left is taken back, or known not to be."""
+
+    reclaim: Reclaim
+
+
 class Tools(NodeMessage, tag="TOOLS", frozen=True):
     """Supervisor, after BOOT: what a pool served under an earlier broker; a worker of it may bring another version."""
 
@@ -161,6 +168,8 @@ class Deaths(NodeMessage, tag="DEATHS", frozen=True):
     certificates: tuple[Certificate, ...]
     #: of those that died lately: worker id -> ids of the calls that it started last
     started_calls: dict[str, tuple[bytes, ...]] = {}
+    #: what was taken back after deaths, newest first
+    reclaims: tuple[Reclaim, ...] = ()
 
 
 class Command(NodeMessage, tag="COMMAND", frozen=True):
@@ -249,7 +258,7 @@ class Drained(NodeMessage, tag="DRAINED", frozen=True):
 
 
 FromSupervisor = (
-    Boot | Admit | Listen | Died | Retire | Report | Deaths | Tools | Progressed | Commanded | Shutdown
+    Boot | Admit | Listen | Died | Retire | Reclaimed | Report | Deaths | Tools | Progressed | Commanded | Shutdown
 )  # fmt: skip
 ToSupervisor = Serving | WorkerUp | WorkerRefused | Interrupt | Command | Drained
 
@@ -281,3 +290,5 @@ class WorkerBoot(Record, kw_only=True, frozen=True):
     confinement: Confinement = Confinement()
     #: name -> content, for the tools; read by the supervisor for this one start
     secrets: dict[str, str] = {}
+    #: how the names of shared memory and semaphores begin that it makes; "": as Python likes
+    shared_prefix: str = ""

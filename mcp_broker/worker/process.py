@@ -20,7 +20,7 @@ from mcp_broker.errors import ConfigError, WireError
 from mcp_broker.wire import codec
 from mcp_broker.wire.marks import MARKS_BYTES, Marks
 from mcp_broker.wire.tether import Go, Warm
-from mcp_broker.worker import catalogue
+from mcp_broker.worker import catalogue, sharing
 from mcp_broker.worker.execution import Execution
 from mcp_broker.worker.interrupts import Interrupts
 from mcp_broker.worker.link import Link
@@ -93,6 +93,7 @@ def serve(boot: WorkerBoot, tether: Tether) -> None:
 
     tether.on(Go, go)
     tether.watch()
+    sharing.name_with(boot.shared_prefix)
     tools = catalogue.load(boot.module, boot.path)
     # not before the import: until here SIGTERM ends the process at once, as it should
     interrupts.install()

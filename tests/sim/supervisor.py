@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 from mcp_broker.core import children
 from mcp_broker.core.restart import Policy, Restarts
 from mcp_broker.wire import codec, node
+from mcp_broker.wire.reclaims import Reclaim
 from tests.sim.agenda import Alarm
 from tests.sim.broker import Broker
 from tests.sim.worker import Worker
@@ -32,6 +33,8 @@ _AT_WORK: Final = frozenset((children.State.RUNNING, children.State.RETIRING))
 _LINK_S: Final = 0.001
 #: a process is up after at most this long
 _BOOT_S: Final = 0.1
+#: what the dead left is taken back within this time
+_RECLAIM_S: Final = 0.01
 #: a death is seen after at most this long
 _REAP_S: Final = 0.005
 #: an exit code for "cannot be imported" does not occur; a broker is tried again for ever
@@ -133,6 +136,9 @@ class Slot:
             )
         )
         pool.leaving = [slot for slot in pool.leaving if slot.child.state is not children.State.STOPPED]
+        # what it left is taken back behind all that: nobody waits for it
+        taken = Reclaim(worker_id=life.name, pool=self._pool.name, pid=1, level="process")
+        owner.world.agenda.after(_RECLAIM_S, lambda: owner.send(node.Reclaimed(taken)))
 
 
 class PoolSlots:
