@@ -114,11 +114,6 @@ def test_a_wrong_configuration_is_refused_with_place_and_mend(text: str, said: s
 @pytest.mark.parametrize(
     "row",
     [
-        "isolation = 'restricted'",
-        "secrets = { key = '/run/key' }",
-        "read = ['/data']",
-        "write = ['/data']",
-        "network = 'none'",
         "spare = 1",
         "start = 'zygote'",
         "limits = { memory_mb = 100 }",
@@ -127,6 +122,39 @@ def test_a_wrong_configuration_is_refused_with_place_and_mend(text: str, said: s
 )
 def test_what_this_version_cannot_enforce_is_refused_and_never_silently_accepted(row: str) -> None:
     assert "not supported yet" in refusal(f"[pools.mine]\nmodule = 'mine'\n{row}")
+
+
+@pytest.mark.parametrize(
+    "row", ["read = ['/data']", "write = ['/data']", "network = 'none'", "network = 'loopback'"]
+)
+def test_a_bound_that_level_process_cannot_hold_is_refused(row: str) -> None:
+    said = refusal(f"[pools.mine]\nmodule = 'mine'\n{row}")
+    assert "cannot be enforced at isolation = 'process'; use 'restricted'" in said
+    config.parse(f"[pools.mine]\nmodule = 'mine'\nisolation = 'restricted'\n{row}")
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ("isolation = 'strict'", "pools.mine.isolation: Input should be 'process'"),
+        ("network = 'some'", "pools.mine.network: Input should be 'none'"),
+        ("env = { MCPB_WORKER = 'x' }", "env may not set 'MCPB_WORKER'"),
+        ("secrets = { 'a-b' = 'file' }", "pools.mine.secrets.a-b"),
+    ],
+)
+def test_what_confines_is_checked_by_value(row: str, said: str) -> None:
+    assert said in refusal(f"[pools.mine]\nmodule = 'mine'\n{row}")
+
+
+def test_what_a_pool_may_read_write_and_keep_secret_is_relative_to_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "broker.toml"
+    file.write_text(
+        "[pools.m]\nmodule = 'm'\nisolation = 'restricted'\nread = ['in', '/data/']\nwrite = ['../out']\n"
+        "secrets = { key = 'keys/key' }"
+    )
+    pool = config.load(file, environ={}).pools["m"]
+    assert (pool.read, pool.write) == ((str(tmp_path / "in"), "/data"), (str(tmp_path.parent / "out"),))
+    assert pool.secrets == {"key": str(tmp_path / "keys" / "key")}
 
 
 def test_a_table_of_a_later_version_is_refused() -> None:

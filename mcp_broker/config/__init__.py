@@ -53,7 +53,7 @@ _ENVIRONMENT_PREFIX: Final = "MCP_BROKER_"
 #: keys that this design knows and this version does not serve: refused by name, never silently accepted
 _NOT_YET: Final[Mapping[str, frozenset[str]]] = {
     "": frozenset({"audit"}),
-    "pools": frozenset({"secrets", "read", "write", "network", "limits", "spare", "start"}),
+    "pools": frozenset({"limits", "spare", "start"}),
 }
 _POOL_NAME: Final = re.compile(r"^[a-z][a-z0-9_.]{0,63}\Z")
 _TABLES: Final[Mapping[str, type[Table]]] = {
@@ -238,10 +238,17 @@ def _override(raw: dict[str, Any], environ: Mapping[str, str]) -> None:
         raw[table] = {**raw.get(table, {}), key: value}
 
 
+#: keys of a pool that are lists of paths
+_LISTS: Final = frozenset({"path", "read", "write"})
+
+
 def _tuples(raw: dict[str, Any]) -> dict[str, Any]:
     """Give strict validation the tuples that TOML cannot say."""
     pools = {
-        name: {**pool, "path": tuple(pool["path"])} if isinstance(pool.get("path"), list) else pool
+        name: {
+            key: tuple(value) if key in _LISTS and isinstance(value, list) else value
+            for key, value in pool.items()
+        }
         for name, pool in raw.get("pools", {}).items()
     }
     return {**raw, **({"pools": pools} if "pools" in raw else {})}
@@ -252,7 +259,17 @@ def _resolved(pool: PoolTable, folder: Path) -> PoolTable:
     path = tuple(str((folder / Path(entry).expanduser()).resolve()) for entry in pool.path)
     # not resolved: an environment's interpreter is a link, and where it points to is not the environment
     python = None if pool.python is None else str(folder / Path(pool.python).expanduser())
-    return pool.model_copy(update={"path": path, "python": python})
+    # not resolved either: a tool uses the name that its operator gave
+    read, write = (
+        tuple(str(_placed(entry, folder)) for entry in entries) for entries in (pool.read, pool.write)
+    )
+    secrets = {name: str(_placed(file, folder)) for name, file in pool.secrets.items()}
+    changed = {"path": path, "python": python, "read": read, "write": write, "secrets": secrets}
+    return pool.model_copy(update=changed)
+
+
+def _placed(entry: str, folder: Path) -> Path:
+    return Path(os.path.normpath(folder / Path(entry).expanduser()))
 
 
 def _explain(error: ValidationError, source: _Source) -> ConfigError:

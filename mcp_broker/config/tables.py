@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -10,6 +10,7 @@ from mcp_broker import limits
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 RatePerS = Annotated[float, Field(gt=0, le=limits.RATE_MAX, strict=False)]
+SecretName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
 Burst = Annotated[int, Field(ge=1, le=limits.RATE_MAX)]
 
 
@@ -82,7 +83,15 @@ class PoolTable(Table):
     max: Annotated[int, Field(ge=0, le=limits.WORKERS_MAX)] | None = None
     #: calls that one process runs at a time
     concurrency: Annotated[int, Field(ge=1, le=limits.WORKER_DEPTH_MAX)] = 1
-    isolation: str = "process"
+    #: a floor: what it cannot have here, it does not start with; `auto` takes the best that works, and says which
+    isolation: Literal["process", "restricted", "auto"] = "process"
+    #: folders and files that it may read, and those that it may also write, besides its scratch; relative to the file
+    read: tuple[str, ...] = ()
+    write: tuple[str, ...] = ()
+    #: without it, `none` at the levels that can, and `full` at `process`
+    network: Literal["none", "loopback", "full"] | None = None
+    #: name -> file that only its owner can read; relative to the file
+    secrets: dict[SecretName, str] = {}
     #: calls a second that each of its tools takes, all callers together, in place of what the tool itself says
     rate_per_s: RatePerS | None = None
     #: of these, calls at once after a pause; one second's calls if absent
@@ -94,10 +103,19 @@ class PoolTable(Table):
 
     @model_validator(mode="after")
     def _know_what_we_cannot(self) -> PoolTable:
-        if self.isolation != "process":
-            raise ValueError(
-                f"isolation = {self.isolation!r} is not supported yet; this version has 'process'"
-            )
+        if self.isolation == "process":
+            for key, is_bound in (
+                ("read", bool(self.read)),
+                ("write", bool(self.write)),
+                ("network", self.network not in {None, "full"}),
+            ):
+                if is_bound:
+                    raise ValueError(
+                        f"{key} cannot be enforced at isolation = 'process'; use 'restricted', or remove it"
+                    )
+        for name in self.env:
+            if name.startswith("MCPB_"):
+                raise ValueError(f"env may not set {name!r}: names with MCPB_ are ours")
         if self.max is not None and self.max < self.min:
             raise ValueError(f"max = {self.max} is below min = {self.min}")
         if self.max is not None and self.max > self.min:

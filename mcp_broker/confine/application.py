@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 from mcp_broker.confine import folders, kernel, landlock, mounts, privileges, rlimits, seccomp
 from mcp_broker.errors import ConfigError
+from mcp_broker.wire.confinement import ENDPOINT_FOLDER
 
 if TYPE_CHECKING:
     from mcp_broker.wire.confinement import Confinement
@@ -77,13 +78,11 @@ def _restrict(confinement: Confinement, scratch: str, endpoint: str, path: tuple
         *path,
     )
     read, write = _named(confinement.read), _named(confinement.write)
-    if endpoint.startswith(_IPC):
-        system = (*system, str(Path(endpoint.removeprefix(_IPC)).parent))
     if confinement.own_mounts:
+        elsewhere = {confinement.endpoint_folder: ENDPOINT_FOLDER} if confinement.endpoint_folder else {}
+        uid, scratch_mb = confinement.uid, confinement.scratch_mb
         mounts.leave(network=confinement.own_network)
-        mounts.enter(
-            mounts.View(system, read, write, hidden, scratch, confinement.scratch_mb, confinement.uid)
-        )
+        mounts.enter(mounts.View(system, read, write, hidden, scratch, scratch_mb, uid, elsewhere))
     privileges.gain_no_more()
     rlimits.limit(confinement.rlimits)
     if confinement.uid is not None:

@@ -19,8 +19,8 @@ import signal
 import socket
 import stat
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -64,6 +64,7 @@ class View:
         scratch: the private folder.
         scratch_mb: its size in memory, MiB; 0: the folder itself.
         uid: who will look; None: nobody changes.
+        elsewhere: folders of the host that are seen under another path, read-only.
     """
 
     system: tuple[str, ...]
@@ -73,6 +74,7 @@ class View:
     scratch: str
     scratch_mb: int
     uid: int | None
+    elsewhere: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -137,13 +139,14 @@ def _trees(view: View) -> Iterator[_Tree]:
     wanted |= dict.fromkeys(view.hidden, "hidden") | dict.fromkeys(folders.DEVICES, "device")
     if not view.scratch_mb:
         wanted[view.scratch] = "scratch"
-    for path in sorted(wanted):
-        kind = wanted[path]
+    sources = {path: path for path in wanted} | {seen: path for path, seen in view.elsewhere.items()}
+    for path in sorted(sources):
+        kind = wanted.get(path, "system")
         if kind == "hidden":
             yield _Tree(path, None, is_folder=True)
             continue
         flags = _OPEN_TREE_CLONE | os.O_CLOEXEC | _AT_RECURSIVE
-        fd = kernel.call("open_tree", _AT_FDCWD, os.fsencode(path), flags)
+        fd = kernel.call("open_tree", _AT_FDCWD, os.fsencode(sources[path]), flags)
         found = os.fstat(fd)
         attributes = _ATTR_NOSUID
         attributes |= 0 if kind == "device" else _ATTR_NODEV

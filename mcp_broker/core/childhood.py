@@ -52,11 +52,13 @@ class SpawnFailed:
         reason: one sentence for people.
         jitter: a random number of [0, 1).
         shortage: the machine had nothing left; another start may find something.
+        hopeless: another attempt would end the same way (a level of isolation that this machine does not have).
     """
 
     reason: str
     jitter: float = 0.0
     shortage: bool = False
+    hopeless: bool = False
 
 
 @dataclass(frozen=True, slots=True)

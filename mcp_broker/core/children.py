@@ -244,7 +244,7 @@ class Child:
         if event.shortage:
             after_s = self._restarts.after_shortage(event.jitter).after_s
             return [self._enter(State.BACKOFF, event.reason, now + after_s)]
-        return self._bury(now, Died(event.reason, jitter=event.jitter))
+        return self._bury(now, Died(event.reason, hopeless=event.hopeless, jitter=event.jitter))
 
     def _become_ready(self, event: Event, now: float) -> list[Effect]:
         del event

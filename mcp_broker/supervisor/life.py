@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from mcp_broker.supervisor.certificates import Exceeded, Interrupted
     from mcp_broker.supervisor.endpoint import Endpoint
+    from mcp_broker.supervisor.isolation.warden import Cell
     from mcp_broker.supervisor.process import Process
 
 
@@ -50,8 +51,8 @@ class Life:
             undo.pop_all()
         self.marks = self.page.marks
         self.tether: Tether | None = None
-        #: its own address; without one it uses the workers' common one
-        self.endpoint: Endpoint | None = None
+        #: its walls, once they are decided
+        self.cell: Cell | None = None
         self.process: Process | None = None
         #: what it did that no worker of ours does, for which we killed it
         self.violation = ""
@@ -75,6 +76,11 @@ class Life:
         return node.Admitted(
             thumbprint=self.keys.thumbprint, worker_id=self.worker_id, pool=self.pool, edition=self.edition
         )
+
+    @property
+    def endpoint(self) -> Endpoint | None:
+        """Its own address; without one it uses the workers' common one."""
+        return None if self.cell is None else self.cell.endpoint
 
     def listen(self, endpoint: Endpoint) -> node.Listen:
         """What the broker serves at this life's own address."""
@@ -118,6 +124,6 @@ class Life:
             self.our_end.close()
         else:
             self.tether.close()
-        if self.endpoint is not None:
-            self.endpoint.close()
+        if self.cell is not None:
+            self.cell.release()
         self.page.close()

@@ -30,6 +30,7 @@ from mcp_broker.supervisor.aftermath import Aftermath
 from mcp_broker.supervisor.broker import BrokerChild
 from mcp_broker.supervisor.commands import Commands
 from mcp_broker.supervisor.fleet import Fleet
+from mcp_broker.supervisor.isolation.warden import Warden
 from mcp_broker.supervisor.launch.local import LocalLauncher
 from mcp_broker.supervisor.lock import Lock
 from mcp_broker.supervisor.operations import Operations
@@ -121,6 +122,7 @@ class Supervisor:
         self._deaths = Deaths(self._state_dir)
         self.instance = self._counters.instance
         self._lineage = secrets.token_hex(8)
+        self.warden = Warden(self._state_dir)
         self._runtime = Runtime(self._state_dir, self.instance)
         self.run_dir = self._runtime.folder
         folders = (*self._runtime.earlier, self.run_dir)

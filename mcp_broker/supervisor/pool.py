@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from mcp_broker.core.children import BecameReady, Refused, Retire, State, Unwanted, Wanted
+from mcp_broker.core.children import Refused, Retire, State, Unwanted, Wanted
 from mcp_broker.core.restart import Restarts
 from mcp_broker.supervisor.slot import Slot
 from mcp_broker.wire import node
@@ -256,7 +256,7 @@ class Pool:
         slot = self.find(worker_id)
         if slot is not None:
             self.tools = tools
-            slot.tell(BecameReady())
+            slot.registered()
 
     def worker_refused(self, worker_id: str, reason: str) -> None:
         """Take the broker's word that a worker will not become ready."""

@@ -13,6 +13,8 @@ from mcp_broker.core import children
 from mcp_broker.errors import SupervisionError
 from mcp_broker.supervisor import reclaim
 from mcp_broker.supervisor.certificates import IMPORT_FAILED, Circumstances, Exceeded, Interrupted, certify
+from mcp_broker.supervisor.isolation import attestation
+from mcp_broker.supervisor.isolation.plan import Unattainable
 from mcp_broker.supervisor.launch import WorkerOrder
 from mcp_broker.supervisor.life import Life
 from mcp_broker.supervisor.process import SHORTAGES
@@ -23,6 +25,7 @@ from mcp_broker.wire.tether import Warm
 if TYPE_CHECKING:
     from mcp_broker.config import PoolTable
     from mcp_broker.core.restart import Restarts
+    from mcp_broker.supervisor.isolation.warden import Warden
     from mcp_broker.supervisor.launch import Launcher
     from mcp_broker.supervisor.poller import Poller
     from mcp_broker.supervisor.process import Exit
@@ -42,6 +45,7 @@ class Ground(Protocol):
     instance: str
     worker_endpoint: str
     worker_server_public: bytes
+    warden: Warden
 
     @property
     def is_leaving(self) -> bool:
@@ -104,6 +108,18 @@ class Slot:
         self._was_ready = False
 
     # -- what happens --------------------------------------------------------------------------------
+
+    def registered(self) -> None:
+        """Take the broker's word that the worker serves; one that lacks its walls is killed, and its pool given up."""
+        life = self.life
+        if life is None or life.process is None or life.cell is None:
+            return
+        lacks = attestation.fault(life.process.pid, life.cell.confinement)
+        if lacks:
+            self.tell(children.Refused(f"worker {life.worker_id} is not confined: {lacks}"))
+            self.kill()
+        else:
+            self.tell(children.BecameReady())
 
     def tell(self, event: children.Event) -> None:
         """Feed the machine, and do what it says."""
@@ -181,11 +197,17 @@ class Slot:
         except OSError as error:
             self._spawn_failed(f"cannot start a process: {error.strerror}", error.errno)
             return
+        try:
+            cell = life.cell = ground.warden.prepare(self._table, worker_id, life.scratch)
+        except SupervisionError as error:
+            self._never_lived(life, error)
+            return
+        life.level = cell.confinement.level
         ground.admitted(life)
         boot = node.WorkerBoot(
             worker_id=worker_id,
             pool=self._pool,
-            endpoint=ground.worker_endpoint,
+            endpoint=cell.address or ground.worker_endpoint,
             server_public=ground.worker_server_public,
             public=life.keys.public,
             secret=life.keys.secret,
@@ -196,6 +218,8 @@ class Slot:
             marks_fd=life.page.fd,
             scratch=str(life.scratch),
             shared_prefix=reclaim.prefix(ground.instance, worker_id),
+            confinement=cell.confinement,
+            secrets=cell.secrets,
         )
         order = WorkerOrder(
             worker_id=worker_id,
@@ -251,14 +275,16 @@ class Slot:
             is_news=True,
         )
         self._ground.take_back(life.remains(self._ground.instance))
-        self._spawn_failed(reason, error.details.get("errno"))
+        hopeless = isinstance(error, Unattainable)
+        self._spawn_failed(reason, error.details.get("errno"), hopeless=hopeless)
 
-    def _spawn_failed(self, reason: str, errno: object) -> None:
+    def _spawn_failed(self, reason: str, errno: object, *, hopeless: bool = False) -> None:
         self.tell(
             children.SpawnFailed(
                 reason,
                 jitter=random.random(),  # noqa: S311 (spreads restarts)
-                shortage=errno in SHORTAGES,
+                shortage=errno in SHORTAGES and not hopeless,
+                hopeless=hopeless,
             )
         )
 

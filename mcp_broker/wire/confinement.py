@@ -6,7 +6,12 @@ The supervisor decides it and reads afterwards from /proc what came of it; the w
 
 from __future__ import annotations
 
+from typing import Final
+
 from mcp_broker.wire.items import Record
+
+#: where a worker with a file system of its own sees the folder of its endpoint
+ENDPOINT_FOLDER: Final = "/run/broker"
 
 
 class Confinement(Record, kw_only=True, frozen=True):
@@ -25,6 +30,8 @@ class Confinement(Record, kw_only=True, frozen=True):
     network: str = "full"
     #: a mount namespace with nothing in it but what this record opens; private /dev/shm and System V IPC too
     own_mounts: bool = False
+    #: the host's folder with the socket to the broker, seen at ENDPOINT_FOLDER; it needs `own_mounts`
+    endpoint_folder: str = ""
     #: a network namespace of its own
     own_network: bool = False
     #: size of a scratch folder in memory, MiB, which ends with the process; 0: a folder of the host.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ class ToolContext:
         caller: who calls.
         deadline: when the call's time is over, on :func:`time.monotonic`'s clock, seconds; None: never.
         options: `options` of the pool, from the configuration.
+        secrets: name -> content, as the operator named them in the configuration; never in the environment.
         scratch: a private writable folder of this worker; it goes with the worker.
         traceparent: the caller's W3C trace context, to hand on.
         report: where :meth:`progress` goes; a test may collect it here.
@@ -55,6 +56,7 @@ class ToolContext:
     deadline: float | None = None
     options: dict[str, Any] = field(default_factory=dict)
     scratch: Path = Path()
+    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
     traceparent: str | None = None
     #: the caller wants no outcome any more
     cancelled: bool = False

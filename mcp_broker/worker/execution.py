@@ -6,9 +6,9 @@ import functools
 import resource
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
 from pydantic_core import ValidationError
@@ -118,6 +118,7 @@ class Execution:
         is_alone: one call runs at a time, so that what was started meanwhile is that call's.
         options: `options` of the pool.
         scratch: the worker's private folder.
+        secrets: of the pool, name -> content.
     """
 
     def __init__(
@@ -126,6 +127,7 @@ class Execution:
         interrupts: Interrupts,
         options: dict[str, Any],
         scratch: Path,
+        secrets: Mapping[str, str] = MappingProxyType({}),
         *,
         is_alone: bool = True,
     ) -> None:
@@ -136,6 +138,8 @@ class Execution:
         self._interrupts = interrupts
         self._options = options
         self._scratch = scratch
+        # one tool must not change what the next one reads
+        self._secrets = MappingProxyType(dict(secrets))
         self._is_alone = is_alone
         self.meter = Meter()
         #: takes what tools say of their progress; the shell's
@@ -326,6 +330,7 @@ class Execution:
             deadline=pending.deadline,
             options=self._options,
             scratch=self._scratch,
+            secrets=self._secrets,
             traceparent=dispatch.extra.traceparent if dispatch.extra is not None else None,
             report=functools.partial(self.report, pending) if self.report is not None else None,
         )

@@ -104,7 +104,8 @@ def serve(boot: WorkerBoot, tether: Tether) -> None:
     )
     has_tasks = any(tool.is_async for tool in tools.values())
     is_alone = boot.concurrency == 1 or not has_tasks
-    execution = Execution(tools, interrupts, boot.options, Path(boot.scratch), is_alone=is_alone)
+    scratch = Path(boot.scratch)
+    execution = Execution(tools, interrupts, boot.options, scratch, boot.secrets, is_alone=is_alone)
     link = Link(boot, wake_read)
     # what was imported stays: no collection need look at it again
     gc.collect()

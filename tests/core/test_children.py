@@ -292,3 +292,9 @@ def test_a_machine_with_nothing_left_is_waited_for() -> None:
     assert told == Announce(State.BACKOFF, "Too many open files")
     assert machine.deadline() == 0.0
     assert Spawn() in machine.expire(0.0)
+
+
+def test_a_start_that_this_machine_cannot_do_is_given_up_at_once() -> None:
+    machine = child()
+    drive(machine, Wanted(), SpawnFailed("no Landlock here", hopeless=True))
+    assert (machine.state, machine.reason) == (State.FATAL, "no Landlock here")

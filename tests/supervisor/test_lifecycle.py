@@ -139,6 +139,18 @@ def test_a_refused_registration_ends_its_pool_with_the_brokers_reason(start: Sta
     assert node.event("PoolFailed")["reason"] == "the name fake.tool belongs to another pool"
 
 
+def test_a_worker_without_its_walls_is_killed_and_its_pool_given_up_while_others_serve(start: Start) -> None:
+    node = start(pools={"bare": {"unconfined": True}, "good": {}})
+    failed = node.event("PoolFailed")
+    assert failed["pool"] == "bare"
+    assert failed["reason"] == (
+        "worker bare-1 is not confined: it may gain privileges (NoNewPrivs 0), which level process forbids"
+    )
+    wait_for(lambda: node.pools()["good"]["state"] == "ready", "the other pool")
+    deaths = [event["certificate"] for event in node.events if event["event"] == "WorkerDied"]
+    assert [death["kind"] for death in deaths] == ["boot_failure"]
+
+
 def test_an_interpreter_that_cannot_be_run_ends_its_pool_only(start: Start, tmp_path: Path) -> None:
     script = tmp_path / "python"
     script.write_text("#!/nowhere/at/all\n")

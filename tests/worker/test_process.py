@@ -44,7 +44,8 @@ def leave() -> None:
 def who(context: ToolContext) -> dict[str, object]:
     remaining = context.remaining_s()
     return {"call_id": context.call_id, "who": context.caller.principal, "left": remaining,
-            "scratch": str(context.scratch), "options": context.options}
+            "scratch": str(context.scratch), "options": context.options,
+            "secrets": dict(context.secrets)}
 
 @tool(name="try.large")
 def large(size: int) -> bytes:
@@ -147,11 +148,12 @@ def test_exit_of_a_tool_is_its_failure_not_the_workers(broker: ScriptedBroker, s
 
 
 def test_context_tells_of_call_caller_and_pool(broker: ScriptedBroker, start: Start, tmp_path: Any) -> None:
-    start(PLAIN, options={"folder": "data"})
+    start(PLAIN, options={"folder": "data"}, secrets={"key": "open sesame"})
     broker.welcome()
     told = value(broker.call("try.who", timeout_ms=5000))
     assert told["who"] == "ada"
     assert told["options"] == {"folder": "data"}
+    assert told["secrets"] == {"key": "open sesame"}
     assert told["scratch"] == str(tmp_path)
     assert told["call_id"] == f"{1:032x}"
     assert 0 < told["left"] <= 5

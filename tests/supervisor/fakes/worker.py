@@ -16,6 +16,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from mcp_broker import confine
 from mcp_broker.wire import codec
 from mcp_broker.wire.marks import MARKS_BYTES, Marks
 
@@ -57,6 +58,9 @@ def main() -> None:
     with open(given.boot_fd, "rb") as source:  # noqa: PTH123 (an inherited fd)
         boot = codec.decode_worker_boot(source.read())
     options: dict[str, Any] = boot.options
+    if not options.get("unconfined"):
+        keep = (boot.marks_fd, given.tether_fd)
+        confine.apply(boot.confinement, scratch=boot.scratch, endpoint=boot.endpoint, keep=keep)
     if not options.get("deaf"):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     tether = socket.socket(fileno=given.tether_fd)

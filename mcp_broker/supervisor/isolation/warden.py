@@ -1,0 +1,155 @@
+"""Who confines: knows what this machine can do, leases uids, and gives each life its walls."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from mcp_broker import limits
+from mcp_broker.auth.keys import read_secret
+from mcp_broker.confine import folders
+from mcp_broker.errors import CredentialError, SupervisionError
+from mcp_broker.supervisor.endpoint import Endpoint
+from mcp_broker.supervisor.isolation import plan, probe
+from mcp_broker.supervisor.isolation.uids import Lease, Uids
+from mcp_broker.wire.confinement import ENDPOINT_FOLDER, Confinement
+
+if TYPE_CHECKING:
+    from mcp_broker.config import PoolTable
+
+#: in the scratch folder: where its own endpoint is
+_ENDPOINT: Final = ".broker"
+
+
+@dataclass(slots=True)
+class Cell:
+    """What one life was given.
+
+    Args:
+        confinement: for its boot record.
+        secrets: name -> content.
+        endpoint: its own, or None.
+        address: of the broker as the worker sees it; "" where it uses the common one.
+        lease: of its uid, or None.
+    """
+
+    confinement: Confinement
+    secrets: dict[str, str]
+    endpoint: Endpoint | None = None
+    address: str = ""
+    lease: Lease | None = None
+
+    def release(self) -> None:
+        """Give everything back; the process is gone."""
+        if self.endpoint is not None:
+            self.endpoint.close()
+        if self.lease is not None:
+            self.lease.release()
+
+
+class Warden:
+    """Gives lives their walls.
+
+    Args:
+        state_dir: holds what was probed, and is closed to every worker.
+    """
+
+    def __init__(self, state_dir: Path) -> None:
+        self._state_dir = state_dir
+        self._probes: dict[str, probe.Probe] | None = None
+        self._uids: Uids | None = None
+
+    @property
+    def probes(self) -> dict[str, probe.Probe]:
+        """What this machine can do; tried when it is asked for first."""
+        if self._probes is None:
+            self._probes = probe.remembered(self._state_dir / "probes.json")
+        return self._probes
+
+    def walls(self, table: PoolTable) -> plan.Walls:
+        """Return what a pool's workers get.
+
+        Raises:
+            plan.Unattainable: this machine cannot do what the pool demands.
+        """
+        return plan.walls(table, self.probes, is_root=os.geteuid() == 0)
+
+    def prepare(self, table: PoolTable, worker_id: str, scratch: Path) -> Cell:
+        """Make what a life needs before its process exists.
+
+        Args:
+            scratch: exists, and is given to the worker's uid.
+
+        Raises:
+            plan.Unattainable: it cannot be had, and will not be had by trying again.
+            SupervisionError: it cannot be had now.
+        """
+        walls = self.walls(table)
+        if walls.level == "process":
+            return Cell(Confinement(rlimits={"core": 0}), _read(table.secrets))
+        for folder in (*table.read, *table.write):
+            self._check_folder(folder)
+        cell = Cell(Confinement(), _read(table.secrets))
+        try:
+            if walls.own_uid:
+                cell.lease = self._lease()
+            uid = None if cell.lease is None else cell.lease.uid
+            if walls.own_endpoint:
+                owner = None if uid is None else (uid, uid)
+                cell.endpoint = Endpoint(scratch / _ENDPOINT, worker_id, owner)
+                cell.address = f"ipc://{ENDPOINT_FOLDER}/{worker_id}"
+            if uid is not None:
+                os.chown(scratch, uid, uid)
+        except OSError as error:
+            cell.release()
+            why = f"cannot give {scratch} to a worker: {error.strerror}"
+            raise SupervisionError(why, {"errno": error.errno}) from error
+        except SupervisionError:
+            cell.release()
+            raise
+        cell.confinement = Confinement(
+            level=walls.level,
+            uid=uid,
+            read=table.read,
+            write=table.write,
+            hidden=(str(self._state_dir),),
+            network=walls.network,
+            own_mounts=walls.own_mounts,
+            own_network=walls.own_network,
+            endpoint_folder="" if cell.endpoint is None else str(cell.endpoint.folder),
+            rlimits={"core": 0},
+            oom_score_adj=limits.WORKER_OOM_SCORE,
+        )
+        return cell
+
+    def _lease(self) -> Lease:
+        if self._uids is None:
+            # the primitive works, so there is a range
+            self._uids = Uids(*(probe.uid_range() or limits.UID_RANGES[0]))
+        return self._uids.lease()
+
+    def _check_folder(self, folder: str) -> None:
+        """Refuse what would show a worker our keys."""
+        real, ours = os.path.realpath(folder), os.path.realpath(self._state_dir)
+        if folders.is_within(real, ours) or folders.is_within(ours, real):
+            raise plan.Unattainable(
+                f"its read or write lists {folder}, which holds the state directory {ours} or is in it;"
+                " name the folders that its tools need"
+            )
+
+
+def _read(files: dict[str, str]) -> dict[str, str]:
+    """Read the files that secrets are in."""
+    secrets = {}
+    for name, file in files.items():
+        try:
+            secrets[name] = read_secret(Path(file)).decode().removesuffix("\n")
+        except FileNotFoundError:
+            raise plan.Unattainable(f"its secret {name!r} cannot be read: there is no file {file}") from None
+        except CredentialError as error:
+            raise plan.Unattainable(f"its secret {name!r} cannot be read: {error}") from error
+        except UnicodeDecodeError:
+            raise plan.Unattainable(f"its secret {name!r} cannot be read: {file} is not UTF-8 text") from None
+    return secrets
