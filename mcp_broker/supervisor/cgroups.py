@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 _PREFIX: Final = "mcpb-"
+#: an empty group this old is not just about to get its first process
+_ABANDONED_S: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +90,7 @@ class Group:
         Raises:
             OSError: we may not (EACCES, EROFS), or the hierarchy has no room for it.
         """
-        self.path.mkdir(exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
 
     def add(self, pid: int) -> None:
         """Move a process here; what it starts from now on is here too.
@@ -187,8 +190,22 @@ def open_groups(instance: str, controller: str | None = None) -> Groups | None:
         if controller is None and not (top.path / "cgroup.kill").exists():
             top.remove()
             continue
+        _remove_abandoned(hierarchy.own)
         return Groups(top)
     return None
+
+
+def _remove_abandoned(own: Path) -> None:
+    """Remove what supervisors that were killed, and whose state directories nobody serves again, left: empty groups.
+
+    A supervisor without workers may lose its own so; it makes it anew.
+    """
+    made_before = time.time() - _ABANDONED_S
+    with contextlib.suppress(OSError):
+        for path in own.glob(f"{_PREFIX}*"):
+            with contextlib.suppress(OSError):
+                if path.stat().st_mtime < made_before:
+                    Group(path).remove()
 
 
 def _read(path: Path) -> str:

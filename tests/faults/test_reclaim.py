@@ -1,0 +1,189 @@
+"""Whatever a worker leaves is taken back after its end, told in a record, and nobody else's is touched."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from mcp_broker.errors import WorkerLost
+from mcp_broker.supervisor.reclaim.sysv import Item, remove
+from tests.support.running import Running
+from tests.support.waiting import wait_for
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = [pytest.mark.process, pytest.mark.slow]
+
+LEVELS = ("process",)
+
+TOOLS = '''
+"""Tools that leave things behind."""
+import ctypes, json, os, signal, subprocess, sys, time
+from multiprocessing import get_context, shared_memory
+from pathlib import Path
+from mcp_broker.worker import tool, ToolContext
+
+BABY = """
+import os, signal, sys, time
+for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+    signal.signal(number, signal.SIG_IGN)
+if sys.argv[1] == "daemon":
+    if os.fork(): os._exit(0)
+    os.setsid()
+    if os.fork(): os._exit(0)
+Path = sys.argv[2]
+with open(Path + ".part", "w") as file: file.write(str(os.getpid()))
+os.rename(Path + ".part", Path)
+time.sleep(600)
+"""
+
+def start(kind: str, path: Path, env: dict[str, str] | None) -> None:
+    subprocess.Popen([sys.executable, "-c", BABY, kind, str(path)], env=env)
+
+@tool(name="t.litter")
+def litter(context: ToolContext, outside: str, wipes: bool) -> str:
+    """Leave processes, shared memory, semaphores and files, and stay."""
+    top = context.scratch
+    env = {"PATH": os.environ["PATH"]} if wipes else None
+    for number in range(4):
+        start("child", top / f"child-{number}", env)
+    start("daemon", top / "daemon", env)
+    # not told to Python's own tracker, which would remove it
+    from multiprocessing import resource_tracker
+    memory = shared_memory.SharedMemory(create=True, size=100_000)
+    resource_tracker.unregister(memory._name, "shared_memory")
+    memory.buf[:] = bytes(100_000)
+    lock = get_context("spawn").Lock()
+    resource_tracker.unregister(lock._semlock.name, "semaphore")
+    sysv = ctypes.CDLL(None).shmget(0, 8192, 0o1600)
+    deep = os.open(top, os.O_RDONLY)
+    for _ in range(3000 if wipes else 30):
+        os.mkdir("d", dir_fd=deep)
+        deeper = os.open("d", os.O_RDONLY, dir_fd=deep)
+        os.close(deep)
+        deep = deeper
+    many = top / "many"
+    many.mkdir()
+    for number in range(3000):
+        (many / str(number)).touch()
+    (top / "link").symlink_to(outside)
+    (top / "closed" / "inner").mkdir(parents=True)
+    (top / "closed" / "inner" / "link").symlink_to(outside)
+    os.link(os.path.join(outside, "file"), top / "hard")
+    (top / "closed").chmod(0)
+    (top / "hog").write_bytes(bytes(5_000_000))
+    names = [f"child-{number}" for number in range(4)] + ["daemon"]
+    while not all((top / name).exists() for name in names):
+        time.sleep(0.001)
+    told = {"pids": [int((top / name).read_text()) for name in names], "shm": memory.name,
+            "sem": lock._semlock.name, "sysv": sysv, "scratch": str(top)}
+    Path(outside, "told.part").write_text(json.dumps(told))
+    Path(outside, "told.part").rename(Path(outside, "told"))
+    signal.pause()
+    return "never"
+
+@tool(name="t.pid")
+def pid() -> int:
+    """Return the worker's pid."""
+    return os.getpid()
+'''
+CONFIG = """
+[pools.t]
+module = "fault_tools"
+path = ["{folder}"]
+min = {workers}
+isolation = "LEVEL"
+"""
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def running(tmp_path: Path, level: str) -> Iterator[Running]:
+    with Running(tmp_path, tools=TOOLS, config=CONFIG.replace("LEVEL", level)) as broker:
+        yield broker
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Path:
+    folder = tmp_path / "outside"
+    folder.mkdir()
+    (folder / "file").write_text("kept")
+    return folder
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def reclaimed(running: Running, pid: int) -> dict[str, Any]:
+    """Return the reclaim record of the worker that had this pid, once there is one."""
+
+    def ask() -> Any:
+        return json.loads(running.command("why", str(pid), "--json").stdout).get("reclaim")
+
+    record: dict[str, Any] = wait_for(ask, what="the reclaim record")
+    return record
+
+
+@pytest.mark.parametrize("wipes", [False, True], ids=["named", "unnamed"])
+def test_nothing_of_a_killed_worker_is_left_and_the_record_says_what_was(
+    running: Running, outside: Path, wipes: bool
+) -> None:
+    with running.client() as client:
+        worker = client.call("t.pid")
+        future = client.submit("t.litter", {"outside": str(outside), "wipes": wipes}, timeout_s=60)
+        told_path = outside / "told"
+        wait_for(told_path.exists, what="the litter")
+        told = json.loads(told_path.read_text())
+        assert all(map(is_running, told["pids"]))
+        os.kill(worker, 9)
+        with pytest.raises(WorkerLost):
+            future.result(20)
+        record = reclaimed(running, worker)
+        assert client.call("t.pid") != worker
+    steps = {step["step"]: step for step in record["steps"]}
+    assert [step["left"] for step in record["steps"]] == [[]] * len(steps)
+    assert not any(map(is_running, told["pids"]))
+    assert steps["processes"]["count"] >= 1
+    assert not os.path.lexists(told["scratch"])
+    assert steps["scratch"]["count"] > (6000 if wipes else 3000)
+    assert steps["scratch"]["bytes"] >= 5_000_000
+    assert (outside / "file").read_text() == "kept"
+    for name in (told["shm"], f"sem.{told['sem'][1:]}"):
+        assert not os.path.lexists(f"/dev/shm/{name}")
+    assert steps["shared memory"]["count"] == 2
+    assert steps["shared memory"]["bytes"] >= 100_000
+    assert told["sysv"] < 0 or not remove(Item("shm", told["sysv"])), "it is gone already"
+    said = running.command("why", str(worker)).stdout
+    assert "taken back within" in said
+    assert "shared memory" in said
+
+
+def test_what_belongs_to_others_is_left_alone(running: Running, tmp_path: Path) -> None:
+    theirs = Path("/dev/shm") / f"psm_{tmp_path.name[-8:]}{os.getpid()}"
+    theirs.write_text("theirs")
+    try:
+        with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as stranger:
+            with running.client() as client:
+                worker = client.call("t.pid")
+                os.kill(worker, 9)
+                reclaimed(running, worker)
+            assert stranger.poll() is None
+            stranger.kill()
+        assert theirs.exists()
+    finally:
+        theirs.unlink()
