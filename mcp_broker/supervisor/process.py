@@ -14,6 +14,7 @@ import contextlib
 import errno
 import logging
 import os
+import resource  # noqa: F401 (os.wait4 imports it when it is first called, which may find no descriptor left)
 import signal
 import subprocess
 import threading
@@ -265,18 +266,17 @@ class Process:
         if self._pidfd is None:
             return
         self.kill()
-        pid, status, usage = os.wait4(self.pid, os.WNOHANG)
+        try:
+            pid, status, usage = os.wait4(self.pid, os.WNOHANG)
+        except ChildProcessError:
+            # reaped as a stray, by a supervisor that came to its end in disorder
+            self._let_go(-signal.SIGKILL)
+            self._finish(Exit(code=None, signal=signal.SIGKILL, cpu_s=0.0, max_rss_kib=0))
+            return
         if pid == 0:  # the pidfd spoke too early, which no kernel does; it will again
             return
         code = os.waitstatus_to_exitcode(status)
-        if self._popen is not None:
-            # so that Popen never waits for a pid that is no longer its own
-            self._popen.returncode = code
-        self._poller.remove(self._pidfd)
-        os.close(self._pidfd)
-        self._pidfd = None
-        self._stdout.close()
-        self._stderr.close()
+        self._let_go(code)
         self._finish(
             Exit(
                 code=code if code >= 0 else None,
@@ -285,6 +285,17 @@ class Process:
                 max_rss_kib=usage.ru_maxrss,
             )
         )
+
+    def _let_go(self, code: int) -> None:
+        if self._popen is not None:
+            # so that Popen never waits for a pid that is no longer its own
+            self._popen.returncode = code
+        if self._pidfd is not None:
+            self._poller.remove(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = None
+        self._stdout.close()
+        self._stderr.close()
 
     def _finish(self, end: Exit) -> None:
         self._is_over = True
