@@ -73,7 +73,7 @@ def _told(error: OSError) -> str:
 def _restrict(confinement: Confinement, scratch: str, endpoint: str, path: tuple[str, ...]) -> None:
     hidden = folders.existing(confinement.hidden)
     system = (
-        *folders.existing((*folders.SYSTEM, *folders.SETTINGS, *folders.KERNEL[1:])),
+        *folders.existing((*folders.SYSTEM, *folders.SETTINGS, *folders.SHOWN)),
         *folders.runtime(),
         *path,
     )

@@ -20,8 +20,11 @@ SETTINGS: Final = tuple(
         *("protocols", "mime.types", "ssl", "pki", "ca-certificates", "alternatives", "fonts"),
     )
 )
-#: what the kernel tells of processes (more is told of one's own than of others') and of processors
-KERNEL: Final = ("/proc", "/sys/devices/system")
+#: what the kernel tells of processes (more is told of one's own than of others'), of processors, and of memory that
+#: may be used: DuckDB aborts where it sees the latter and may not read it
+KERNEL: Final = ("/proc", "/sys/devices/system", "/sys/fs/cgroup")
+#: of these, what is shown in a file system of one's own, beside a new /proc
+SHOWN: Final = ("/sys/devices/system",)
 DEVICES: Final = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 #: found through the import system, since an editable install stands elsewhere
 _OURS: Final = ("mcp_broker", "mcp_broker_workers")

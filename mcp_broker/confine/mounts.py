@@ -79,11 +79,19 @@ class View:
 
 @dataclass(slots=True)
 class _Tree:
-    """A copy of a part of the host's tree that is not in sight yet; without one, what is there is covered."""
+    """A copy of a part of the host's tree that is not in sight yet; without one, an empty folder in memory.
+
+    Args:
+        fd: of the copy.
+        options: of the folder in memory.
+        is_cover: it only covers what would be seen otherwise.
+    """
 
     path: str
-    fd: int | None
-    is_folder: bool
+    fd: int | None = None
+    is_folder: bool = True
+    options: str = ""
+    is_cover: bool = False
 
 
 def leave(*, network: bool) -> None:
@@ -116,11 +124,6 @@ def enter(view: View) -> None:
     for tree in trees:
         _show(tree, root)
     _mount_kernel(root, view)
-    if view.scratch_mb:
-        _make_place(Path(root + view.scratch), is_folder=True)
-        owner = "" if view.uid is None else f",uid={view.uid},gid={view.uid}"
-        options = f"mode=700,size={view.scratch_mb}m{owner}"
-        kernel.mount("none", root + view.scratch, "tmpfs", _MS_NOSUID | _MS_NODEV, options)
     os.chdir(root)
     kernel.call("pivot_root", b".", b".")
     kernel.umount(".", _MNT_DETACH)
@@ -137,13 +140,17 @@ def _trees(view: View) -> Iterator[_Tree]:
             wanted.pop(path, None)
     wanted |= dict.fromkeys(view.read, "read") | dict.fromkeys(view.write, "write")
     wanted |= dict.fromkeys(view.hidden, "hidden") | dict.fromkeys(folders.DEVICES, "device")
-    if not view.scratch_mb:
-        wanted[view.scratch] = "scratch"
+    wanted[view.scratch] = "memory" if view.scratch_mb else "scratch"
     sources = {path: path for path in wanted} | {seen: path for path, seen in view.elsewhere.items()}
     for path in sorted(sources):
         kind = wanted.get(path, "system")
         if kind == "hidden":
-            yield _Tree(path, None, is_folder=True)
+            # nobody can list it, and what is opened below it can still be reached
+            yield _Tree(path, options="mode=711,size=1m", is_cover=True)
+            continue
+        if kind == "memory":
+            owner = "" if view.uid is None else f",uid={view.uid},gid={view.uid}"
+            yield _Tree(path, options=f"mode=700,size={view.scratch_mb}m{owner}")
             continue
         flags = _OPEN_TREE_CLONE | os.O_CLOEXEC | _AT_RECURSIVE
         fd = kernel.call("open_tree", _AT_FDCWD, os.fsencode(sources[path]), flags)
@@ -154,7 +161,7 @@ def _trees(view: View) -> Iterator[_Tree]:
         _set(fd, b"", _AT_EMPTY_PATH | _AT_RECURSIVE, attributes)
         if kind in {"read", "write"} and view.uid is not None:
             _map_owner(fd, found, view.uid)
-        yield _Tree(path, fd, stat.S_ISDIR(found.st_mode))
+        yield _Tree(path, fd, is_folder=stat.S_ISDIR(found.st_mode))
 
 
 def _map_owner(fd: int, found: os.stat_result, uid: int) -> None:
@@ -192,10 +199,11 @@ def _user_namespace(owner: int, group: int, uid: int) -> int:
 
 def _show(tree: _Tree, root: str) -> None:
     target = Path(root + tree.path)
+    if tree.is_cover and not target.is_dir():
+        return
     if tree.fd is None:
-        # nobody can list it, and what is opened below it can still be reached
-        if target.is_dir():
-            kernel.mount("none", str(target), "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=711,size=1m")
+        _make_place(target, is_folder=True)
+        kernel.mount("none", str(target), "tmpfs", _MS_NOSUID | _MS_NODEV, tree.options)
         return
     _make_place(target, is_folder=tree.is_folder)
     try:

@@ -14,6 +14,7 @@ from mcp_broker import Client
 from tests.support.waiting import wait_for
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
     from types import TracebackType
 
@@ -92,10 +93,20 @@ class Running:
     Args:
         tools: the source of the pool's module.
         config: with places for {folder} and {workers}; the module's name is fault_tools.
+        prefix: of the command line that starts it, such as what changes its user.
     """
 
-    def __init__(self, folder: Path, *, workers: int = 1, tools: str = TOOLS, config: str = CONFIG) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        workers: int = 1,
+        tools: str = TOOLS,
+        config: str = CONFIG,
+        prefix: Sequence[str] = (),
+    ) -> None:
         self.folder = folder
+        self._prefix = prefix
         self.state_dir = folder / "state"
         (folder / "fault_tools.py").write_text(tools)
         self._config = folder / "config.toml"
@@ -110,7 +121,7 @@ class Running:
     def start(self) -> None:
         command = [sys.executable, "-m", "mcp_broker", "start", "--config", str(self._config)]
         self.process = subprocess.Popen(
-            [*command, "--state-dir", str(self.state_dir)],
+            [*self._prefix, *command, "--state-dir", str(self.state_dir)],
             stdout=self._log,
             stderr=self._log,
             start_new_session=True,
