@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from mcp_broker.supervisor.certificates import Exceeded, Interrupted
     from mcp_broker.supervisor.endpoint import Endpoint
+    from mcp_broker.supervisor.isolation.uids import Lease
     from mcp_broker.supervisor.isolation.warden import Cell
     from mcp_broker.supervisor.process import Process
 
@@ -62,6 +63,7 @@ class Life:
         #: the limit that it is killed for
         self.exceeded: Exceeded | None = None
         self._was_asked = False
+        self._lease: Lease | None = None
         self.rss_kib = 0
         self.cpu_s = 0.0
 
@@ -105,7 +107,7 @@ class Life:
         return self.page.stack() if self._was_asked else ""
 
     def remains(self, instance: str) -> reclaim.Remains:
-        """Return what its end may leave behind."""
+        """Return what its end may leave behind; after :meth:`end`."""
         process = self.process
         return reclaim.Remains(
             worker_id=self.worker_id,
@@ -115,6 +117,7 @@ class Life:
             prefix=reclaim.prefix(instance, self.worker_id),
             scratch=self.scratch,
             started_wall=time.time() if process is None else process.started_wall,
+            lease=self._lease,
         )
 
     def end(self) -> None:
@@ -125,5 +128,7 @@ class Life:
         else:
             self.tether.close()
         if self.cell is not None:
+            # the uid stays taken until nothing of it is left
+            self._lease, self.cell.lease = self.cell.lease, None
             self.cell.release()
         self.page.close()

@@ -57,35 +57,43 @@ def litter(context: ToolContext, outside: str, wipes: bool) -> str:
     start("daemon", top / "daemon", env)
     # not told to Python's own tracker, which would remove it
     from multiprocessing import resource_tracker
-    memory = shared_memory.SharedMemory(create=True, size=100_000)
-    resource_tracker.unregister(memory._name, "shared_memory")
-    memory.buf[:] = bytes(100_000)
-    lock = get_context("spawn").Lock()
-    resource_tracker.unregister(lock._semlock.name, "semaphore")
+    shm, sem = "", ""
+    try:
+        memory = shared_memory.SharedMemory(create=True, size=100_000)
+        resource_tracker.unregister(memory._name, "shared_memory")
+        memory.buf[:] = bytes(100_000)
+        lock = get_context("spawn").Lock()
+        resource_tracker.unregister(lock._semlock.name, "semaphore")
+        shm, sem = memory.name, lock._semlock.name
+    except PermissionError:
+        pass  # confined by Landlock alone
     sysv = ctypes.CDLL(None).shmget(0, 8192, 0o1600)
     deep = os.open(top, os.O_RDONLY)
-    for _ in range(3000 if wipes else 30):
+    for _ in range(1000 if wipes else 30):
         os.mkdir("d", dir_fd=deep)
         deeper = os.open("d", os.O_RDONLY, dir_fd=deep)
         os.close(deep)
         deep = deeper
     many = top / "many"
     many.mkdir()
-    for number in range(3000):
+    for number in range(1000):
         (many / str(number)).touch()
     (top / "link").symlink_to(outside)
     (top / "closed" / "inner").mkdir(parents=True)
     (top / "closed" / "inner" / "link").symlink_to(outside)
-    os.link(os.path.join(outside, "file"), top / "hard")
+    try:
+        os.link(os.path.join(outside, "file"), top / "hard")
+    except OSError:
+        pass  # another mount, or another's file
     (top / "closed").chmod(0)
     (top / "hog").write_bytes(bytes(5_000_000))
     names = [f"child-{number}" for number in range(4)] + ["daemon"]
     while not all((top / name).exists() for name in names):
         time.sleep(0.001)
-    told = {"pids": [int((top / name).read_text()) for name in names], "shm": memory.name,
-            "sem": lock._semlock.name, "sysv": sysv, "scratch": str(top)}
-    Path(outside, "told.part").write_text(json.dumps(told))
-    Path(outside, "told.part").rename(Path(outside, "told"))
+    told = {"pids": [int((top / name).read_text()) for name in names], "shm": shm, "sem": sem,
+            "sysv": sysv, "scratch": str(top)}
+    (top / "told.part").write_text(json.dumps(told))
+    (top / "told.part").rename(top / "told")
     signal.pause()
     return "never"
 
@@ -110,16 +118,17 @@ def level(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def running(tmp_path: Path, level: str) -> Iterator[Running]:
+    # the folder that the tools are imported from: a confined worker may have a uid of its own
+    tmp_path.chmod(0o755)
     with Running(tmp_path, tools=TOOLS, config=CONFIG.replace("LEVEL", level)) as broker:
         yield broker
 
 
 @pytest.fixture
 def outside(tmp_path: Path) -> Path:
-    folder = tmp_path / "outside"
-    folder.mkdir()
-    (folder / "file").write_text("kept")
-    return folder
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "file").write_text("kept")
+    return tmp_path / "outside"
 
 
 def is_running(pid: int) -> bool:
@@ -135,18 +144,19 @@ def reclaimed(running: Running, pid: int) -> dict[str, Any]:
     def ask() -> Any:
         return json.loads(running.command("why", str(pid), "--json").stdout).get("reclaim")
 
-    record: dict[str, Any] = wait_for(ask, what="the reclaim record")
+    record: dict[str, Any] = wait_for(ask, within_s=30, what="the reclaim record")
     return record
 
 
 @pytest.mark.parametrize("wipes", [False, True], ids=["named", "unnamed"])
 def test_nothing_of_a_killed_worker_is_left_and_the_record_says_what_was(
-    running: Running, outside: Path, wipes: bool
+    running: Running, outside: Path, level: str, wipes: bool
 ) -> None:
     with running.client() as client:
         worker = client.call("t.pid")
         future = client.submit("t.litter", {"outside": str(outside), "wipes": wipes}, timeout_s=60)
-        told_path = outside / "told"
+        (pool,) = running.status()["pools"]
+        told_path = running.state_dir / "run" / pool["workers"][0]["id"] / "told"
         wait_for(told_path.exists, what="the litter")
         told = json.loads(told_path.read_text())
         assert all(map(is_running, told["pids"]))
@@ -160,17 +170,18 @@ def test_nothing_of_a_killed_worker_is_left_and_the_record_says_what_was(
     assert not any(map(is_running, told["pids"]))
     assert steps["processes"]["count"] >= 1
     assert not os.path.lexists(told["scratch"])
-    assert steps["scratch"]["count"] > (6000 if wipes else 3000)
+    assert steps["scratch"]["count"] > (2000 if wipes else 1000)
     assert steps["scratch"]["bytes"] >= 5_000_000
     assert (outside / "file").read_text() == "kept"
     for name in (told["shm"], f"sem.{told['sem'][1:]}"):
-        assert not os.path.lexists(f"/dev/shm/{name}")
-    assert steps["shared memory"]["count"] == 2
-    assert steps["shared memory"]["bytes"] >= 100_000
-    assert told["sysv"] < 0 or not remove(Item("shm", told["sysv"])), "it is gone already"
+        assert not name.strip("sem.") or not os.path.lexists(f"/dev/shm/{name}")
+    if level == "process":
+        assert steps["shared memory"]["count"] == 2
+        assert steps["shared memory"]["bytes"] >= 100_000
+        assert told["sysv"] < 0 or not remove(Item("shm", told["sysv"])), "it is gone already"
     said = running.command("why", str(worker)).stdout
     assert "taken back within" in said
-    assert "shared memory" in said
+    assert "scratch" in said
 
 
 def test_what_belongs_to_others_is_left_alone(running: Running, tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol
 
-from mcp_broker import limits
+from mcp_broker import limits, proctable
 from mcp_broker.supervisor.reclaim import leftovers, memory, sysv
 from mcp_broker.supervisor.reclaim.folders import Removal
-from mcp_broker.supervisor.reclaim.strays import Swept, sweep
+from mcp_broker.supervisor.reclaim.strays import Swept, of_uid, sweep
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -45,8 +45,8 @@ class Remains:
         prefix: of the names of shared memory and semaphores that are its.
         scratch: its private folder.
         folders: further folders that are its own, such as that of its socket.
-        uid: its own uid, where no other process has it.
         started_wall: when its process was started, seconds since 1970.
+        lease: of its own uid, if no other process has it; released in the end.
     """
 
     worker_id: str
@@ -56,8 +56,22 @@ class Remains:
     prefix: str
     scratch: Path
     folders: tuple[Path, ...] = ()
-    uid: int | None = None
     started_wall: float = 0.0
+    lease: Lease | None = None
+
+    @property
+    def uid(self) -> int | None:
+        """Its own uid, None where others have it too."""
+        return None if self.lease is None else self.lease.uid
+
+
+class Lease(Protocol):
+    """A uid that was lent to one worker."""
+
+    uid: int
+
+    def release(self) -> None:
+        """Let others have it."""
 
 
 class Site(Protocol):
@@ -137,6 +151,12 @@ def _processes(remains: Remains, site: Site, tally: Tally) -> Iterator[float]:
             else:
                 yield 0.0
                 break
+        while remains.uid is not None and (owned := of_uid(remains.uid)):
+            for pid, starttime in owned:
+                proctable.kill_exactly(pid, starttime)
+            killed |= owned
+            sweep(site.alive(), site.bystanders, None if site.groups is None else site.groups.top.path)
+            yield _GONE_S
         while group is not None and group.exists and not group.remove():
             sweep(site.alive(), site.bystanders, None if site.groups is None else site.groups.top.path)
             yield _GONE_S
@@ -207,6 +227,14 @@ def _removed(path: Path, tally: Tally) -> Iterator[float]:
             tally.missed(what)
 
 
+def _uid(remains: Remains, site: Site, tally: Tally) -> Iterator[float]:
+    del site
+    if remains.lease is not None:
+        remains.lease.release()
+        tally.count = 1
+    yield 0.0
+
+
 def _record(remains: Remains, site: Site, tally: Tally) -> Iterator[float]:
     path = site.run_dir / f"{remains.worker_id}.json"
     tally.count = int(os.path.lexists(path))
@@ -224,5 +252,6 @@ STEPS: Final = (
     Step("system v", "System V shared memory, semaphores, queues", 1.0, ALL, _sysv),
     Step("folders", "folders of its own beside the scratch, as that of its socket", 5.0, ALL, _folders),
     Step("scratch", "the private folder, which is HOME and TMPDIR", 600.0, ALL, _scratch),
+    Step("uid", "the uid that was lent to it", 1.0, ALL, _uid),
     Step("record", "the note for a next start", 1.0, ALL, _record),
 )

@@ -117,6 +117,23 @@ def _find(
     return found
 
 
+def of_uid(uid: int) -> set[Identity]:
+    """Return the processes that run as a uid, whoever their parents are."""
+    try:
+        # one system call tells that there is none, which is what there mostly is
+        os.getpriority(os.PRIO_USER, uid)
+    except ProcessLookupError:
+        return set()
+    found = set()
+    for entry in proctable.read_all().values():
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            # not the owner of its folder: that is root's for a process that hides its memory
+            status = Path(f"/proc/{entry.pid}/status").read_bytes()
+            if int(status.partition(b"\nUid:")[2].split()[0]) == uid and entry.state != "Z":
+                found.add((entry.pid, entry.starttime))
+    return found
+
+
 def _reap(entry: proctable.Entry, swept: Swept) -> None:
     with contextlib.suppress(ChildProcessError):
         pid, status = os.waitpid(entry.pid, os.WNOHANG)
