@@ -198,7 +198,8 @@ def test_a_very_deep_folder_is_removed(tmp_path: Path) -> None:
     finally:
         os.fchdir(home)
         os.close(home)
-    assert reclaim.remove_tree(top)
+    # what would be left of it, pytest itself could not remove
+    assert reclaim.remove_tree(top, 60.0)
     assert not top.exists()
 
 

@@ -131,13 +131,19 @@ class Removal:
                     yield from self._freed(entry.name, folder)
                     continue
                 try:
-                    # it must be ours to write before it may be moved: its ".." changes
-                    os.close(self._opened(entry.name, folder))
-                    moved = f".{self._token}-{self._moved}"
-                    os.rename(entry.name, moved, src_dir_fd=folder, dst_dir_fd=top)
-                    self._moved += 1
+                    self._move_up(entry.name, folder, top)
                 except OSError as error:
                     self._missed(entry.name, error)
+
+    def _move_up(self, name: str, folder: int, top: int) -> None:
+        moved = f".{self._token}-{self._moved}"
+        try:
+            os.rename(name, moved, src_dir_fd=folder, dst_dir_fd=top)
+        except PermissionError:
+            # it must be ours to write before it may be moved: its ".." changes
+            os.close(self._opened(name, folder))
+            os.rename(name, moved, src_dir_fd=folder, dst_dir_fd=top)
+        self._moved += 1
 
     def _opened(self, name: str, folder: int | None) -> int:
         """Open a folder for listing whatever its mode is, and never a link, nor what is mounted there."""
@@ -151,7 +157,8 @@ class Removal:
             # by way of the descriptor: between two looks at a name it may become another's
             same = f"/proc/self/fd/{handle}"
             with contextlib.suppress(PermissionError):
-                os.chmod(same, 0o700)  # noqa: PTH101 (a path object for each folder costs as much as the call)
+                if os.fstat(handle).st_mode & 0o700 != 0o700:  # noqa: PLR2004 (as ls shows them)
+                    os.chmod(same, 0o700)  # noqa: PTH101 (a path object for each folder costs as much as the call)
             return os.open(same, _LISTED)
         finally:
             os.close(handle)
