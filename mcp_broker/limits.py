@@ -214,6 +214,16 @@ SCRATCH_ENTRY_KIB: Final = 4
 #: written, before the kernel kills it without a word.
 MEMORY_SLACK_SHARE: Final = 0.125
 MEMORY_SLACK_MB_MIN: Final = 16
+#: A throttled worker that has rested so long has not let go of what it holds, and is replaced.
+THROTTLED_REST_S: Final = 2.0
+#: Share by which a worker may be recycled before its configured calls, memory or age.
+RECYCLE_JITTER: Final = 0.2
+#: Row R8: adaptive limits look back and ahead so far, add so much, change so often; use is kept in such steps.
+ADAPT_WINDOW_S: Final = 3600.0
+ADAPT_AHEAD_S: Final = 300.0
+ADAPT_HEADROOM_SHARE: Final = 0.2
+ADAPT_EVERY_S: Final = 300.0
+ADAPT_STEP_S: Final = 10.0
 
 # -- records ----------------------------------------------------------------------------------------
 

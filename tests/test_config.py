@@ -116,7 +116,6 @@ def test_a_wrong_configuration_is_refused_with_place_and_mend(text: str, said: s
     [
         "spare = 1",
         "start = 'zygote'",
-        "limits = { memory_mb = 100 }",
         "max = 4",
     ],
 )
@@ -159,6 +158,32 @@ def test_what_a_pool_may_read_write_and_keep_secret_is_relative_to_the_file(tmp_
 
 def test_a_table_of_a_later_version_is_refused() -> None:
     assert "'audit' at the top is not supported yet" in refusal("[audit]\nfile = 'x'")
+
+
+def test_a_worker_has_limits_without_a_word_and_may_have_up_to_the_most() -> None:
+    usual = config.parse("[pools.m]\nmodule = 'm'").pools["m"].limits
+    assert (usual.memory_mb, usual.cpu_s, usual.open_files, usual.connections) == (100, 30.0, 50, 10)
+    assert (usual.processes, usual.scratch_mb) == (limits.PROCESSES, limits.SCRATCH_MB)
+    assert (usual.adaptive, usual.recycle_calls, usual.recycle_rss_mb, usual.recycle_age_s) == (
+        False, None, None, None,
+    )  # fmt: skip
+    most = config.parse(
+        "[pools.m]\nmodule = 'm'\n[pools.m.limits]\nmemory_mb = 500\ncpu_s = 120\nopen_files = 200\nconnections = 50"
+    )
+    assert most.pools["m"].limits.cpu_s == 120.0
+
+
+@pytest.mark.parametrize("row", ["memory_mb = 501", "cpu_s = 120.5", "open_files = 201", "connections = 51"])
+def test_more_than_the_most_is_refused(row: str) -> None:
+    said = refusal(f"[pools.mine]\nmodule = 'mine'\n[pools.mine.limits]\n{row}")
+    assert "line 4: pools.mine.limits." in said
+    assert "less than or equal to" in said
+
+
+def test_an_unknown_limit_names_the_nearest_one() -> None:
+    said = refusal("[pools.mine]\nmodule = 'mine'\n[pools.mine.limits]\nmemory = 5")
+    assert "unknown key 'memory' in [pools.mine.limits]; did you mean 'memory_mb'?" in said
+    assert "must be a table" in refusal("[pools.mine]\nmodule = 'mine'\nlimits = 5")
 
 
 def test_what_this_version_does_is_accepted() -> None:

@@ -27,6 +27,7 @@ from mcp_broker.config.tables import (
     Config,
     LimitsTable,
     ObserveTable,
+    PoolLimits,
     PoolTable,
     StateTable,
     Table,
@@ -39,6 +40,7 @@ __all__ = [
     "Config",
     "LimitsTable",
     "ObserveTable",
+    "PoolLimits",
     "PoolTable",
     "StateTable",
     "Table",
@@ -53,7 +55,7 @@ _ENVIRONMENT_PREFIX: Final = "MCP_BROKER_"
 #: keys that this design knows and this version does not serve: refused by name, never silently accepted
 _NOT_YET: Final[Mapping[str, frozenset[str]]] = {
     "": frozenset({"audit"}),
-    "pools": frozenset({"limits", "spare", "start"}),
+    "pools": frozenset({"spare", "start"}),
 }
 _POOL_NAME: Final = re.compile(r"^[a-z][a-z0-9_.]{0,63}\Z")
 _TABLES: Final[Mapping[str, type[Table]]] = {
@@ -192,6 +194,8 @@ def _refuse_unknown_keys(raw: dict[str, Any], source: _Source) -> None:
             )
         for key in _a_table(raw["pools"], (name,), source, within=("pools",)):
             _check_key(("pools", name), key, PoolTable, _NOT_YET["pools"], source)
+        for key in _a_table(raw["pools"][name], ("limits",), source, within=("pools", name)):
+            _check_key(("pools", name, "limits"), key, PoolLimits, frozenset(), source)
 
 
 def _a_table(

@@ -14,6 +14,11 @@ SecretName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
 Burst = Annotated[int, Field(ge=1, le=limits.RATE_MAX)]
 
 
+# of a table with a field `limits`, which hides the module in its annotations
+Workers = Annotated[int, Field(ge=0, le=limits.WORKERS_MAX)]
+Concurrency = Annotated[int, Field(ge=1, le=limits.WORKER_DEPTH_MAX)]
+
+
 class Table(BaseModel):
     """One table of the file."""
 
@@ -69,6 +74,29 @@ class ObserveTable(Table):
     log_level: Annotated[str, Field(pattern="^(debug|info|warning|error)$")] = "info"
 
 
+class PoolLimits(Table):
+    """``[pools.NAME.limits]``: what one worker may use; docs/limits.md tells how each is measured."""
+
+    #: growth above the worker's resident memory when it was ready
+    memory_mb: Annotated[int, Field(ge=1, le=limits.MEMORY_MB_MAX)] = limits.MEMORY_MB
+    #: CPU seconds of a call, with the processes that it starts
+    cpu_s: Annotated[float, Field(gt=0, le=limits.CPU_S_MAX, strict=False)] = limits.CPU_S
+    #: descriptors of each process, above what the worker held when it was ready
+    open_files: Annotated[int, Field(ge=1, le=limits.OPEN_FILES_MAX)] = limits.OPEN_FILES
+    #: sockets of all its processes, above what the worker held when it was ready
+    connections: Annotated[int, Field(ge=0, le=limits.CONNECTIONS_MAX)] = limits.CONNECTIONS
+    #: processes below it
+    processes: Annotated[int, Field(ge=0, le=limits.PROCESSES_MAX)] = limits.PROCESSES
+    #: files in its private folder
+    scratch_mb: Annotated[int, Field(ge=1, le=limits.SCRATCH_MB_MAX)] = limits.SCRATCH_MB
+    #: memory, CPU, files and connections follow what is used, up to the most that may be configured
+    adaptive: bool = False
+    #: after so many calls, so much resident memory, so long a life another worker takes its place, at the latest
+    recycle_calls: Annotated[int, Field(ge=1)] | None = None
+    recycle_rss_mb: Annotated[int, Field(ge=1)] | None = None
+    recycle_age_s: Annotated[float, Field(ge=1, strict=False)] | None = None
+
+
 class PoolTable(Table):
     """``[pools.NAME]``: workers of one kind."""
 
@@ -79,10 +107,10 @@ class PoolTable(Table):
     #: another interpreter, which has this package installed
     python: str | None = None
     #: processes that are kept ready
-    min: Annotated[int, Field(ge=0, le=limits.WORKERS_MAX)] = 1
-    max: Annotated[int, Field(ge=0, le=limits.WORKERS_MAX)] | None = None
+    min: Workers = 1
+    max: Workers | None = None
     #: calls that one process runs at a time
-    concurrency: Annotated[int, Field(ge=1, le=limits.WORKER_DEPTH_MAX)] = 1
+    concurrency: Concurrency = 1
     #: a floor: what it cannot have here, it does not start with; `auto` takes the best that works, and says which
     isolation: Literal["process", "restricted", "auto"] = "process"
     #: folders and files that it may read, and those that it may also write, besides its scratch; relative to the file
@@ -98,6 +126,8 @@ class PoolTable(Table):
     burst: Burst | None = None
     #: handed to the tools unchanged
     options: dict[str, Any] = {}
+    #: what one of its workers may use
+    limits: PoolLimits = PoolLimits()
     #: added to the worker's environment
     env: dict[str, str] = {}
 

@@ -7,7 +7,7 @@ what is true of its connection from its messages.
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from mcp_broker import limits
 from mcp_broker.core import uploads
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from mcp_broker.core.outbox import Body
     from mcp_broker.core.routing import Routing
     from mcp_broker.wire.reclaims import Reclaim
+
+
+#: pressures of a worker's report at which it gets no calls
+_CLOSE: Final = frozenset({"unmeasured", "throttle", "exceeded"})
 
 
 class Crew:
@@ -90,7 +94,7 @@ class Crew:
     ) -> None:
         was, worker.state = worker.state, after
         if isinstance(message, messages.Ready):
-            worker.depth = message.depth
+            worker.announce(message.depth)
             if was is WorkerState.REGISTERED:
                 self._routing.care.ready(worker.pool, now)
                 tools = tuple(
@@ -217,12 +221,25 @@ class Crew:
                 pool.failure = report.reason if report.state == "failed" else ""
                 if pool.failure:
                     self._dispatcher.fail_backlog(pool, pool.failure)
+                self._throttle(report, now)
+
+    def _throttle(self, report: node.PoolReport, now: float) -> None:
+        """Give no calls to workers that are close to a limit, until they are not any more."""
+        for seen in report.workers:
+            worker = self.by_id.get(seen.id)
+            is_close = seen.pressure in _CLOSE
+            if worker is None or worker.is_throttled is is_close:
+                continue
+            worker.throttle(on=is_close)
+            if not is_close:
+                self._dispatcher.pump(worker.pool, now)
 
     def _admit(self, admitted: node.Admitted, now: float) -> None:
         if admitted.worker_id in self.by_id:
             return
         pool = self._dispatcher.pool(admitted.pool)
         worker = Worker(admitted.worker_id, admitted.thumbprint, pool, self.dirty)
+        worker.throttle(on=admitted.is_measured)
         if not self.admission_complete:
             self._routing.reconciliation.expects(worker, now)
         pool.workers[worker.worker_id] = worker

@@ -99,6 +99,9 @@ def _pool(routing: Routing, pool: Pool) -> dict[str, Any]:
                 "served": worker.served if worker is not None else 0,
                 "rss_mb": round(seen.rss_kib / 1024, 1),
                 "cpu_s": round(seen.cpu_s, 2),
+                "pressure": seen.pressure,
+                "limit": seen.limit,
+                "limit_share": seen.share,
                 "since_wall": seen.since_wall,
             }
         )

@@ -108,7 +108,9 @@ class Worker:
 
     Attributes:
         held: the calls that occupy it, by id, in the order of their seq; ended ones too, until it says so.
-        depth: how many it takes at a time, by its own word.
+        announced: how many it takes at a time, by its own word.
+        depth: how many it is given at a time: none while its node says that it is close to a limit.
+        is_throttled: that is so.
         seq: the number of its last dispatch.
         received: outcomes that came over its connection.
         receipts: which of them have arrived at their callers.
@@ -120,12 +122,14 @@ class Worker:
 
     __slots__ = (
         "_dirty_list",
+        "announced",
         "certificate",
         "depth",
         "dirty",
         "held",
         "is_retiring",
         "is_silent",
+        "is_throttled",
         "outbox",
         "pool",
         "receipts",
@@ -148,7 +152,8 @@ class Worker:
         self.routing_id = b""
         self.session_id = b""
         self.held: dict[bytes, Call] = {}
-        self.depth = 0
+        self.announced = self.depth = 0
+        self.is_throttled = False
         self.seq = 0
         self.is_silent = self.is_retiring = False
         self.connected(0)
@@ -163,6 +168,16 @@ class Worker:
         self.seq = max(self.seq, seq)
         self.received = self.told = 0
         self.receipts = Receipts()
+
+    def announce(self, depth: int) -> None:
+        """Take its word for how many it takes at a time."""
+        self.announced = depth
+        self.depth = 0 if self.is_throttled else depth
+
+    def throttle(self, *, on: bool) -> None:
+        """Give it no more calls, or again as many as it takes; what it holds it goes on holding."""
+        self.is_throttled = on
+        self.announce(self.announced)
 
     @property
     def is_registered(self) -> bool:

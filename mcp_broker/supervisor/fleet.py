@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 from mcp_broker.core.children import State
 from mcp_broker.core.restart import Policy
 from mcp_broker.supervisor import events
+from mcp_broker.supervisor.metering import Metering
 from mcp_broker.supervisor.pool import Pool, Times
 from mcp_broker.wire import node
 
@@ -39,6 +41,7 @@ class Fleet:
         self.pools: dict[str, Pool] = {}
         for name, table in config.pools.items():
             self.pools[name] = Pool(ground, name, table, *_ways(config))
+        self._metering = Metering(ground, self)
         self._definitions = definitions
         for name, tools in definitions.load().items():
             if name in self.pools:
@@ -91,6 +94,9 @@ class Fleet:
         before = self.tools()
         for pool in self.pools.values():
             pool.worker_up(worker_id, tools)
+        slot = self.find(worker_id)
+        if slot is not None:
+            self._metering.began(slot, time.monotonic())
         now = self.tools()
         if now != before:
             self._definitions.save(now)
@@ -108,18 +114,20 @@ class Fleet:
 
     def deadlines(self) -> Iterator[float]:
         """Return the instants at which pools have something to do."""
+        yield self._metering.deadline()
         for pool in self.pools.values():
             yield from pool.deadlines()
 
     def expire(self, now: float) -> None:
         """Do what is due."""
+        self._metering.expire(now)
         for slot in self.slots:
             slot.expire(now)
 
     def sample(self) -> None:
-        """Read what the workers cost now."""
+        """Read what the workers cost now that are not measured, since they are not ready."""
         for slot in self.slots:
-            if slot.life is not None:
+            if slot.life is not None and slot.life.metered is None:
                 slot.life.sample()
 
     # -- what they amount to ---------------------------------------------------------------------------

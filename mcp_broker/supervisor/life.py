@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mcp_broker.supervisor.endpoint import Endpoint
     from mcp_broker.supervisor.isolation.uids import Lease
     from mcp_broker.supervisor.isolation.warden import Cell
+    from mcp_broker.supervisor.metering import Metered
     from mcp_broker.supervisor.process import Process
 
 
@@ -64,6 +65,8 @@ class Life:
         self.exceeded: Exceeded | None = None
         self._was_asked = False
         self._lease: Lease | None = None
+        #: what it uses, once it was ready
+        self.metered: Metered | None = None
         self.rss_kib = 0
         self.cpu_s = 0.0
 
@@ -76,7 +79,11 @@ class Life:
     def admitted(self) -> node.Admitted:
         """What the broker lets in for this life."""
         return node.Admitted(
-            thumbprint=self.keys.thumbprint, worker_id=self.worker_id, pool=self.pool, edition=self.edition
+            thumbprint=self.keys.thumbprint,
+            worker_id=self.worker_id,
+            pool=self.pool,
+            edition=self.edition,
+            is_measured=True,
         )
 
     @property
@@ -93,6 +100,21 @@ class Life:
         entry = None if self.process is None else proctable.read(self.process.pid)
         if entry is not None:
             self.rss_kib, self.cpu_s = entry.rss_kib, entry.cpu_s
+
+    def report(self, state: str) -> node.WorkerReport:
+        """Return what the broker tells those who ask."""
+        reading = None if self.metered is None else self.metered.meter.reading
+        return node.WorkerReport(
+            id=self.worker_id,
+            pid=0 if self.process is None else self.process.pid,
+            state=state,
+            since_wall=0.0 if self.process is None else self.process.started_wall,
+            rss_kib=self.rss_kib,
+            cpu_s=self.cpu_s,
+            pressure="unmeasured" if reading is None else reading.level.name.lower(),
+            limit="" if reading is None else reading.limit,
+            share=0.0 if reading is None else round(reading.share, 3),
+        )
 
     def ask_stack(self) -> None:
         """Have the process write what its threads are doing; only one that was ready has a handler for the signal."""
@@ -132,3 +154,5 @@ class Life:
             self._lease, self.cell.lease = self.cell.lease, None
             self.cell.release()
         self.page.close()
+        if self.metered is not None:
+            self.metered.gauge.scratch.close()

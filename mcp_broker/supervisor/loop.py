@@ -373,6 +373,10 @@ class Supervisor:
     def _tell(self, message: node.FromSupervisor) -> None:
         self._broker.send(message)
 
+    def known(self) -> dict[int, str]:
+        """Return our own children that are no strays: pid -> name."""
+        return {**dict.fromkeys(self._aftermath.bystanders, ""), **self._alive()}
+
     def _alive(self) -> dict[int, str]:
         """Return our own live children: pid -> name."""
         alive = self._fleet.alive()

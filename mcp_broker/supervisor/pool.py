@@ -323,14 +323,7 @@ class Pool:
             state=self.state,
             wanted=self.size,
             workers=tuple(
-                node.WorkerReport(
-                    id=slot.life.worker_id,
-                    pid=slot.life.process.pid,
-                    state=slot.child.state.value,
-                    since_wall=slot.life.process.started_wall,
-                    rss_kib=slot.life.rss_kib,
-                    cpu_s=slot.life.cpu_s,
-                )
+                slot.life.report(slot.child.state.value)
                 for slot in self.slots
                 if slot.life is not None and slot.life.process is not None and slot.life.process.pid
             ),

@@ -23,6 +23,8 @@ from mcp_broker.wire import codec, node
 from mcp_broker.wire.tether import Warm
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from mcp_broker.config import PoolTable
     from mcp_broker.core.restart import Restarts
     from mcp_broker.supervisor.isolation.warden import Warden
@@ -72,6 +74,9 @@ class Ground(Protocol):
     def strayed(self) -> None:
         """Processes may have lost their parent."""
 
+    def known(self) -> Mapping[int, str]:
+        """Return our own children that are no strays: pid -> name."""
+
     def changed(self) -> None:
         """Something that a report shows is different now."""
 
@@ -100,7 +105,7 @@ class Slot:
     ) -> None:
         self._ground = ground
         self._pool = pool
-        self._table = table
+        self.table = table
         self.edition = edition
         self.child = children.Child(restarts, start_s=start_s, retire_s=retire_s)
         self.life: Life | None = None
@@ -148,7 +153,7 @@ class Slot:
         seq = started if order.seq == node.WHATEVER else order.seq
         # not started: CANCEL reaches it in time; and one call at a time means that an earlier one has ended.
         # Either way the process now runs somebody else's call, or none.
-        if seq > started or (self._table.concurrency == 1 and seq < started):
+        if seq > started or (self.table.concurrency == 1 and seq < started):
             return
         life.interrupted = Interrupted(seq, order.stage, order.why)
         if order.stage == "term":
@@ -160,7 +165,7 @@ class Slot:
     def exceed(self, exceeded: Exceeded) -> None:
         """Take note that this worker is over a limit, and ask for its stacks; whoever tells so kills it soon after."""
         life = self.life
-        if life is None or life.exceeded is not None or self.child.state is not children.State.RUNNING:
+        if life is None or life.exceeded is not None or self.child.state not in _AT_WORK:
             return
         life.exceeded = exceeded
         life.ask_stack()
@@ -198,7 +203,7 @@ class Slot:
             self._spawn_failed(f"cannot start a process: {error.strerror}", error.errno)
             return
         try:
-            cell = life.cell = ground.warden.prepare(self._table, worker_id, life.scratch)
+            cell = life.cell = ground.warden.prepare(self.table, worker_id, life.scratch)
         except SupervisionError as error:
             self._never_lived(life, error)
             return
@@ -211,10 +216,10 @@ class Slot:
             server_public=ground.worker_server_public,
             public=life.keys.public,
             secret=life.keys.secret,
-            module=self._table.module,
-            path=self._table.path,
-            concurrency=self._table.concurrency,
-            options=self._table.options,
+            module=self.table.module,
+            path=self.table.path,
+            concurrency=self.table.concurrency,
+            options=self.table.options,
             marks_fd=life.page.fd,
             scratch=str(life.scratch),
             shared_prefix=reclaim.prefix(ground.instance, worker_id),
@@ -224,7 +229,7 @@ class Slot:
         order = WorkerOrder(
             worker_id=worker_id,
             instance=ground.instance,
-            pool=self._table,
+            pool=self.table,
             boot=codec.encode(boot),
             pass_fds=(life.page.fd,),
             tether_fd=life.their_end.fileno(),
@@ -306,7 +311,7 @@ class Slot:
             exceeded=life.exceeded,
             stack=life.stack,
         )
-        certificate = certify(life.process, self._pool, self._table.module, end, known)
+        certificate = certify(life.process, self._pool, self.table.module, end, known)
         # the caller of the call that died waits for this: the rest comes after it
         is_news = certificate.kind != "operator"
         self._ground.died(certificate, life.marks.started_calls(), is_news=is_news)
@@ -328,6 +333,6 @@ class Slot:
     def _meant_interrupt(self, life: Life) -> Interrupted | None:
         """Return the last interrupt, unless the worker went on to another call after it."""
         stopped = life.interrupted
-        if stopped is None or (self._table.concurrency == 1 and stopped.seq != life.marks.started_seq):
+        if stopped is None or (self.table.concurrency == 1 and stopped.seq != life.marks.started_seq):
             return None
         return stopped

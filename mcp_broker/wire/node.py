@@ -55,6 +55,11 @@ class WorkerReport(Record, kw_only=True, frozen=True):
     since_wall: float
     rss_kib: int = 0
     cpu_s: float = 0.0
+    #: how close it is to a limit: normal, warning, throttle (it gets no calls) or exceeded; unmeasured before it is ready
+    pressure: str = "normal"
+    #: the limit of which it uses most, and the share of it
+    limit: str = ""
+    share: float = 0.0
 
 
 class PoolReport(Record, kw_only=True, frozen=True):
@@ -79,6 +84,8 @@ class Admitted(Record, kw_only=True, frozen=True):
     pool: str
     #: which form of the pool's table it runs; a later one may bring other tools while earlier ones live
     edition: int = 0
+    #: its node measures it: it gets no calls before a report tells of its pressure, so that what it holds then is its own
+    is_measured: bool = False
 
 
 class NodeMessage(msgspec.Struct, array_like=True, frozen=True):

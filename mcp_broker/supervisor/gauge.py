@@ -1,0 +1,270 @@
+"""What a worker and all below it hold and have used, read from /proc. Every process may be gone at any moment.
+
+Cheap things are read each time: memory and CPU, three small files a process. Descriptors are looked at more rarely. What
+only an exact look tells (memory that processes share counts once) is asked for when the cheap figure, which is never
+too low, comes near the limit.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from mcp_broker import proctable
+from mcp_broker.core.metering import Sample
+from mcp_broker.supervisor.scratch import Scratch
+
+_TICKS_A_SECOND: Final = os.sysconf("SC_CLK_TCK")
+_PAGE_KIB: Final = os.sysconf("SC_PAGE_SIZE") / 1024
+#: standard input, output and error: every process has them
+_STANDARD: Final = 3
+#: memory that resident sets do not show while nobody maps it
+_SHARED: Final = ("/memfd:", "/dev/shm/", "/SYSV", "/dev/zero")  # noqa: S108 (looked for, not made)
+_DELETED: Final = " (deleted)"
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """What a tree's descriptors hold.
+
+    Args:
+        most: descriptors of the process with most of them, above those that every process has, or the worker had.
+        sockets: inodes.
+        shared_kib: memory files, whether they are mapped or not.
+        deleted_kib: files in the scratch folder that have no name any more.
+    """
+
+    most: int
+    sockets: int
+    shared_kib: float
+    deleted_kib: float
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What the tree costs, as its stat files tell.
+
+    Args:
+        rss_kib: memory that processes share counts once for each.
+    """
+
+    rss_kib: float
+    cpu_s: float
+
+
+class Gauge:
+    """Reads one worker.
+
+    Args:
+        pid: of the worker.
+        scratch: its private folder.
+    """
+
+    def __init__(self, pid: int, scratch: Path) -> None:
+        self._pid = pid
+        self._folder = str(scratch)
+        self.scratch = Scratch(scratch)
+        self._own_files = 0
+        self.files = Files(0, 0, 0.0, 0.0)
+        self.cost = Cost(0.0, 0.0)
+        self.processes = 0
+        self._pids = [pid]
+        #: when it was ready: as the cheap figure and as the exact one tell it, and memory files of both
+        self._ready_kib = 0.0
+        self._ready_pss_kib: float | None = None
+        self._ready_shared_kib = 0.0
+
+    def ready(self) -> Sample:
+        """Read what it holds before its first call; from then on its descriptors count above that."""
+        self.look(())
+        self._own_files = self.look_at_files()
+        self.files = replace(self.files, most=0)
+        shares = self._shares(self._pids)
+        self._ready_pss_kib = None if shares is None else shares[0]
+        self._ready_shared_kib = self.files.shared_kib
+        self._ready_kib = self.cost.rss_kib + self.files.shared_kib
+        return self.sample()
+
+    def look(self, adopted: Iterable[int]) -> list[int]:
+        """Read memory and CPU of the tree; return its processes.
+
+        Args:
+            adopted: processes that lost their parent and are known to be this worker's.
+        """
+        pids = tree(self._pid, adopted)
+        rss_kib = cpu_s = 0.0
+        for pid in pids:
+            cost = read(pid)
+            if cost is not None:
+                rss_kib += cost.rss_kib
+                cpu_s += cost.cpu_s
+        # what a process used that has ended unreaped is not seen any more, but was used
+        self.cost = Cost(rss_kib, max(self.cost.cpu_s, cpu_s))
+        self.processes = len(pids) - 1
+        self._pids = pids
+        return pids
+
+    def look_at_files(self) -> int:
+        """Read the tree's descriptors; return how many the worker itself has."""
+        own = most = 0
+        sockets: set[str] = set()
+        shared: dict[tuple[int, int], float] = {}
+        deleted: dict[tuple[int, int], float] = {}
+        for pid in self._pids:
+            links = descriptors(pid)
+            if pid == self._pid:
+                own = len(links)
+                most = max(most, own - self._own_files)
+            else:
+                most = max(most, len(links) - _STANDARD)
+            for path, link in links:
+                if link.startswith("socket:"):
+                    sockets.add(link)
+                elif link.startswith(_SHARED):
+                    _add(shared, path)
+                elif link.endswith(_DELETED) and link.startswith(self._folder):
+                    _add(deleted, path)
+        self.files = Files(most, len(sockets), sum(shared.values()), sum(deleted.values()))
+        return own
+
+    def sample(self, *, with_files: bool = True, exactly: bool = False) -> Sample:
+        """Make a sample of what was looked at.
+
+        Args:
+            with_files: its descriptors were looked at, too.
+            exactly: count what processes share once.
+        """
+        files = self.files
+        return Sample(
+            memory_mb=(self.exact_kib() if exactly else self.cost.rss_kib + files.shared_kib) / 1024,
+            cpu_s=self.cost.cpu_s,
+            processes=self.processes,
+            open_files=files.most if with_files else None,
+            connections=files.sockets if with_files else None,
+            scratch_mb=(self.scratch.kib + files.deleted_kib) / 1024,
+        )
+
+    @property
+    def is_exact(self) -> bool:
+        """Nothing is shared that the cheap figure counts twice."""
+        return self.processes == 0 and self.files.shared_kib <= self._ready_shared_kib
+
+    def exact_kib(self) -> float:
+        """Return the tree's memory with what is shared counted once, on the scale of the cheap figure.
+
+        That scale has the whole of what the worker held when it was ready, also the part that it shares with others.
+        """
+        cheap = self.cost.rss_kib + self.files.shared_kib
+        shares = self._shares(self._pids)
+        if shares is None or self._ready_pss_kib is None:
+            return cheap
+        pss_kib, mapped_kib = shares
+        unmapped_kib = max(0.0, self.files.shared_kib - self._ready_shared_kib - mapped_kib)
+        return min(cheap, self._ready_kib + pss_kib - self._ready_pss_kib + unmapped_kib)
+
+    @staticmethod
+    def _shares(pids: Iterable[int]) -> tuple[float, float] | None:
+        """Return the tree's proportional memory, and of it the memory files, KiB; None if it cannot be read."""
+        total = mapped = 0.0
+        for pid in pids:
+            text = _text(f"/proc/{pid}/smaps_rollup")
+            if text is None:
+                if read(pid) is None:
+                    continue
+                return None
+            for line in text.splitlines():
+                if line.startswith(b"Pss:"):
+                    total += float(line.split()[1])
+                elif line.startswith(b"Pss_Shmem:"):
+                    mapped += float(line.split()[1])
+        return total, mapped
+
+
+def _add(sizes: dict[tuple[int, int], float], path: str) -> None:
+    try:
+        info = os.stat(path)  # noqa: PTH116 (a Path costs more than the call)
+    except OSError:
+        return
+    sizes[info.st_dev, info.st_ino] = info.st_blocks / 2
+
+
+def tree(pid: int, adopted: Iterable[int] = ()) -> list[int]:
+    """Return a process, and all that descend from it or from those that are adopted, the process first."""
+    found = [pid]
+    seen = {pid}
+    found += [one for one in adopted if one not in seen]
+    seen.update(found)
+    for parent in found:  # grows meanwhile
+        for child in children(parent):
+            if child not in seen:
+                seen.add(child)
+                found.append(child)
+    return found
+
+
+def children(pid: int) -> list[int]:
+    """Return the pids of a process's children."""
+    try:
+        tasks = os.listdir(f"/proc/{pid}/task")  # noqa: PTH208 (a Path each costs more than all)
+    except OSError:
+        return []
+    found: list[int] = []
+    for task in tasks:
+        text = _text(f"/proc/{pid}/task/{task}/children")
+        if text is None:
+            # a thread that just ended, or a kernel without CONFIG_PROC_CHILDREN
+            continue
+        if text:
+            found += map(int, text.split())
+    return found
+
+
+def descriptors(pid: int) -> list[tuple[str, str]]:
+    """Return the open descriptors of a process: path in /proc and what it leads to."""
+    folder = f"/proc/{pid}/fd"
+    try:
+        names = os.listdir(folder)  # noqa: PTH208 (the same)
+    except OSError:
+        return []
+    found = []
+    for name in names:
+        path = f"{folder}/{name}"
+        try:
+            found.append((path, os.readlink(path)))  # noqa: PTH115 (the same)
+        except OSError:
+            continue
+    return found
+
+
+def read(pid: int) -> Cost | None:
+    """Return what one process costs, with the children that it has reaped; None when it is gone."""
+    text = _text(f"/proc/{pid}/stat")
+    if not text:
+        return None
+    fields = text[text.rindex(b")") + 2 :].split()
+    if fields[0] == b"Z":
+        # it holds nothing any more, and its time is its parent's when it is reaped
+        return Cost(0.0, 0.0)
+    cpu_s = sum(map(int, fields[11:15])) / _TICKS_A_SECOND
+    return Cost(int(fields[21]) * _PAGE_KIB, cpu_s)
+
+
+def of_worker(pid: int) -> str:
+    """Return the worker that a process says it belongs to, "" if it does not say."""
+    return proctable.environment(pid).get(proctable.WORKER_VARIABLE.encode(), b"").decode(errors="replace")
+
+
+def _text(path: str) -> bytes | None:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        return os.read(fd, 65536)
+    except OSError:
+        return None
+    finally:
+        os.close(fd)

@@ -1,0 +1,260 @@
+"""Measuring workers while they work, and what follows: warnings, throttling, kills, replacements.
+
+Rules
+
+1. Who runs something is looked at every 50 ms; who rests, once a second, and once when it comes to rest.
+2. Measuring takes a twentieth of a core at most: with many at work, each is looked at more rarely.
+3. Who is over a limit writes down what it is doing, for 20 ms; then it is killed with all that it started.
+4. A level is part of the report: a worker that is throttled gets no calls by the broker's hand.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import time
+from typing import TYPE_CHECKING, Final, Protocol
+
+from mcp_broker import limits
+from mcp_broker.core.adaptive import Adaptive
+from mcp_broker.core.metering import LIMITS, Bounds, Level, Meter
+from mcp_broker.core.recycling import Policy, Recycling
+from mcp_broker.supervisor import gauge
+from mcp_broker.supervisor.certificates import Exceeded
+from mcp_broker.supervisor.gauge import Gauge
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from mcp_broker.config import PoolTable
+    from mcp_broker.supervisor.fleet import Fleet
+    from mcp_broker.supervisor.life import Life
+    from mcp_broker.supervisor.pool import Pool
+    from mcp_broker.supervisor.slot import Slot
+
+_log = logging.getLogger("mcp_broker.supervisor")
+
+#: above this share of its memory a worker is worth an exact look
+_NEAR: Final = limits.WARNING_SHARE - limits.RELIEF_SHARE
+#: what `adaptive = true` adapts -> the most that it may become
+_ADAPTED: Final[Mapping[str, float]] = {
+    "memory_mb": limits.MEMORY_MB_MAX,
+    "cpu_s": limits.CPU_S_MAX,
+    "open_files": limits.OPEN_FILES_MAX,
+    "connections": limits.CONNECTIONS_MAX,
+}
+
+
+class Metered:
+    """What is known of one life: instruments, levels, and when to look again.
+
+    Args:
+        bounds: of its pool, now.
+    """
+
+    def __init__(self, life: Life, pid: int, bounds: Bounds, table: PoolTable, now: float) -> None:
+        self.gauge = Gauge(pid, life.scratch)
+        self.meter = Meter(bounds, self.gauge.ready())
+        policy = Policy(table.limits.recycle_calls, table.limits.recycle_rss_mb, table.limits.recycle_age_s)
+        self.recycling = Recycling(policy, random.random(), now)  # noqa: S311 (spreads replacements)
+        self.was_resting = True
+        self.next_at = now
+        self.files_at = now
+        #: set when it is to be killed
+        self.doomed_at: float | None = None
+
+    def is_due(self, now: float, *, is_resting: bool) -> bool:
+        """Tell whether to look at it now."""
+        return not (is_resting and self.was_resting) or now >= self.next_at
+
+    def observe(self, life: Life, now: float, adopted: list[int], *, is_resting: bool) -> bool:
+        """Look at it; return whether its level has changed."""
+        instruments, meter = self.gauge, self.meter
+        instruments.look(adopted)
+        with_files = is_resting or now >= self.files_at
+        if with_files:
+            instruments.look_at_files()
+            instruments.scratch.look()
+            self.files_at = now + limits.METER_FILES_S
+        sample = instruments.sample(with_files=with_files)
+        if not instruments.is_exact and sample.memory_mb - meter.ready_mb >= meter.bounds.memory_mb * _NEAR:
+            sample = instruments.sample(with_files=with_files, exactly=True)
+        life.rss_kib, life.cpu_s = int(instruments.cost.rss_kib), instruments.cost.cpu_s
+        has_changed = meter.observe(sample, life.marks.started_seq, is_resting=is_resting)
+        self.was_resting = is_resting
+        # who is throttled gets calls again as soon as it has let go
+        throttled = meter.reading.level >= Level.THROTTLE
+        self.next_at = now + (limits.METER_IDLE_S if throttled else limits.METER_RESTING_S)
+        return has_changed
+
+
+class Allowance:
+    """What the workers of one pool may use: the configured limits, or ones that follow what is used."""
+
+    def __init__(self, table: PoolTable) -> None:
+        self.table = table
+        wanted = table.limits
+        self.bounds = Bounds(**{limit: getattr(wanted, limit) for limit in LIMITS})
+        self._adaptive = {
+            limit: Adaptive(getattr(wanted, limit), most)
+            for limit, most in _ADAPTED.items()
+            if wanted.adaptive
+        }
+
+    def learn(self, pool: Pool, used: Mapping[str, float], now: float) -> None:
+        """Take what a worker uses now; limits that change count for all workers of the pool."""
+        changed = [limit for limit, one in self._adaptive.items() if one.observe(used[limit], now)]
+        if not changed:
+            return
+        values = {limit: getattr(self.bounds, limit) for limit in LIMITS}
+        self.bounds = Bounds(**values | {limit: round(self._adaptive[limit].value, 3) for limit in changed})
+        for slot in pool.slots:
+            if slot.life is not None and slot.life.metered is not None:
+                slot.life.metered.meter.bounds = self.bounds
+        said = ", ".join(f"{limit} = {getattr(self.bounds, limit):g}" for limit in changed)
+        _log.info("limits of pool %s follow their use: %s", pool.name, said)
+
+
+class Owner(Protocol):
+    """What measuring needs of the supervisor."""
+
+    def changed(self) -> None:
+        """Something that a report shows is different now."""
+
+    def strayed(self) -> None:
+        """Processes may have lost their parent."""
+
+    def known(self) -> Mapping[int, str]:
+        """Return our own children that are no strays: pid -> name."""
+
+
+class Metering:
+    """Measures the workers of a fleet.
+
+    Args:
+        owner: told what a report shows.
+
+    Attributes:
+        spent_s: of CPU, on measuring.
+    """
+
+    def __init__(self, owner: Owner, fleet: Fleet) -> None:
+        self._owner = owner
+        self._fleet = fleet
+        self._allowances: dict[str, Allowance] = {}
+        self._next_at = 0.0
+        self.spent_s = 0.0
+
+    # -- who is measured -----------------------------------------------------------------------------
+
+    def began(self, slot: Slot, now: float) -> None:
+        """Begin with a worker that has just become ready: what it holds now is its own."""
+        life = slot.life
+        pool = None if life is None else self._fleet.pools.get(life.pool)
+        if life is None or life.process is None or pool is None or life.metered is not None:
+            return
+        bounds = self._allowance(pool, slot.table).bounds
+        life.metered = Metered(life, life.process.pid, bounds, slot.table, now)
+        # the broker waits for it
+        self._owner.changed()
+
+    def _allowance(self, pool: Pool, table: PoolTable) -> Allowance:
+        known = self._allowances.get(pool.name)
+        if known is None or known.table is not table:
+            known = self._allowances[pool.name] = Allowance(table)
+        return known
+
+    # -- time ----------------------------------------------------------------------------------------
+
+    def deadline(self) -> float:
+        """Return when there is something to do."""
+        doomed = [
+            life.metered.doomed_at
+            for slot in self._fleet.slots
+            if (life := slot.life) is not None
+            and life.metered is not None
+            and life.metered.doomed_at is not None
+        ]
+        return min([self._next_at, *doomed])
+
+    def expire(self, now: float) -> None:
+        """Do what is due."""
+        if now < self.deadline():
+            return
+        began_s = time.thread_time()
+        busy = False
+        adopted = self._adopted() if now >= self._next_at else {}
+        for slot in self._fleet.slots:
+            life = slot.life
+            if life is None or life.metered is None:
+                continue
+            if life.metered.doomed_at is not None:
+                if now >= life.metered.doomed_at:
+                    self._kill(slot)
+                continue
+            is_resting = life.marks.is_resting
+            busy = busy or not is_resting
+            if life.metered.is_due(now, is_resting=is_resting):
+                self._look(slot, life, life.metered, now, adopted, is_resting=is_resting)
+        spent_s = time.thread_time() - began_s
+        self.spent_s += spent_s
+        pause_s = limits.METER_S if busy else limits.METER_IDLE_S
+        self._next_at = now + max(pause_s, spent_s / limits.METER_SHARE_MAX)
+
+    def _adopted(self) -> dict[str, list[int]]:
+        """Return what lost its parent and is ours now, by the worker that it says it belongs to."""
+        known = self._owner.known()
+        found: dict[str, list[int]] = {}
+        for pid in gauge.children(os.getpid()):
+            if pid not in known:
+                found.setdefault(gauge.of_worker(pid), []).append(pid)
+        return found
+
+    # -- what follows ----------------------------------------------------------------------------------
+
+    def _look(
+        self,
+        slot: Slot,
+        life: Life,
+        metered: Metered,
+        now: float,
+        adopted: Mapping[str, list[int]],
+        *,
+        is_resting: bool,
+    ) -> None:
+        has_changed = metered.observe(life, now, adopted.get(life.worker_id, []), is_resting=is_resting)
+        meter = metered.meter
+        if has_changed:
+            self._owner.changed()
+            self._say(life, meter)
+        pool = self._fleet.pools.get(life.pool)
+        if pool is None:
+            return
+        self._allowance(pool, slot.table).learn(pool, meter.used, now)
+        if meter.reading.level is Level.EXCEEDED:
+            reading = meter.reading
+            slot.exceed(Exceeded(reading.limit, reading.value, reading.used))
+            metered.doomed_at = now + limits.STACK_S
+            return
+        reason = metered.recycling.reason(meter, life.rss_kib / 1024, now, is_resting=is_resting)
+        if reason and pool.replace(slot):
+            _log.info("worker %s is replaced: %s", life.worker_id, reason)
+
+    @staticmethod
+    def _say(life: Life, meter: Meter) -> None:
+        reading = meter.reading
+        says = {
+            Level.NORMAL: "is well below its limits again",
+            Level.WARNING: "comes near a limit",
+            Level.THROTTLE: "is close to a limit and gets no calls",
+            Level.EXCEEDED: "is over a limit and is killed",
+        }[reading.level]
+        how = f": {reading.limit} = {reading.value:g}, used {reading.used:.1f}" if reading.limit else ""
+        level = logging.INFO if reading.level is Level.NORMAL else logging.WARNING
+        _log.log(level, "worker %s %s%s", life.worker_id, says, how)
+
+    def _kill(self, slot: Slot) -> None:
+        slot.kill()
+        # what has left its group is below the supervisor then, and nobody's
+        self._owner.strayed()

@@ -1,0 +1,191 @@
+"""What a process and all below it hold, against what they were told to hold."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mcp_broker import limits, proctable
+from mcp_broker.supervisor.gauge import Gauge, tree
+from mcp_broker.supervisor.scratch import Scratch
+from tests.support.waiting import wait_for
+
+MIB = 1 << 20
+
+#: runs what it reads, a line at a time, and says when it is done
+HOLDER = """
+import mmap, os, socket, subprocess, sys
+print("up", flush=True)
+for line in sys.stdin:
+    exec(line)
+    print("done", flush=True)
+"""
+
+pytestmark = pytest.mark.process
+
+
+class Holder:
+    """A process that holds what it is told to."""
+
+    def __init__(self, folder: Path) -> None:
+        self.popen = subprocess.Popen(
+            [sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, proctable.WORKER_VARIABLE: "held-1"}, start_new_session=True,
+        )  # fmt: skip
+        self.heard()
+        self.gauge = Gauge(self.popen.pid, folder)
+        self.ready = self.gauge.ready()
+
+    def heard(self) -> None:
+        assert self.popen.stdout is not None
+        assert self.popen.stdout.readline()
+
+    def does(self, line: str) -> None:
+        assert self.popen.stdin is not None
+        self.popen.stdin.write(line + "\n")
+        self.popen.stdin.flush()
+        self.heard()
+
+    def grown(self, *, exactly: bool = False) -> float:
+        """Return its memory above what it held at first, MiB."""
+        self.gauge.look(())
+        self.gauge.look_at_files()
+        return self.gauge.sample(exactly=exactly).memory_mb - self.ready.memory_mb
+
+    def close(self) -> None:
+        for pid in reversed(tree(self.popen.pid)):
+            os.kill(pid, 9)
+        self.popen.wait()
+        for pipe in (self.popen.stdin, self.popen.stdout):
+            assert pipe is not None
+            pipe.close()
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[Holder]:
+    held = Holder(tmp_path)
+    yield held
+    held.close()
+
+
+def test_memory_of_its_own_is_seen_as_it_is(holder: Holder) -> None:
+    holder.does(f"own = bytearray(b'x') * {20 * MIB}")
+    assert 19 < holder.grown() < 23
+    assert holder.gauge.is_exact
+
+
+def test_a_memory_file_counts_once_whether_it_is_mapped_or_not(holder: Holder) -> None:
+    holder.does(f"fd = os.memfd_create('tool'); os.write(fd, b'x' * {20 * MIB})")
+    assert 19 < holder.grown() < 23, "resident sets do not show it"
+    holder.does(f"page = mmap.mmap(fd, {20 * MIB}); sum(page[at] for at in range(0, {20 * MIB}, 4096))")
+    assert 39 < holder.grown() < 45, "the cheap figure counts it twice"
+    assert not holder.gauge.is_exact
+    assert 19 < holder.grown(exactly=True) < 25
+
+
+def test_what_a_forked_child_shares_counts_once_and_what_it_writes_counts(holder: Holder) -> None:
+    holder.does(f"own = bytearray(b'x') * {20 * MIB}")
+    holder.does(
+        "r, w = os.pipe(); pid = os.fork() or [own.__setitem__(slice(0, 10 << 20), b'y' * (10 << 20)),"
+        " os.write(w, b'x'), os.read(r, 9) and __import__('time').sleep(60)]"
+    )
+    wait_for(lambda: 27 < holder.grown(exactly=True) < 37, what="the child's own ten")
+    assert holder.gauge.processes == 1
+
+
+def test_descriptors_and_sockets_count_above_what_it_had(holder: Holder) -> None:
+    assert (holder.ready.open_files, holder.gauge.files.most) == (0, 0)
+    holder.does("files = [open(os.devnull) for _ in range(5)]; pair = socket.socketpair()")
+    holder.gauge.look(())
+    holder.gauge.look_at_files()
+    sample = holder.gauge.sample()
+    assert (sample.open_files, sample.connections) == (7, 2)
+
+
+def test_processes_and_their_cpu_count_also_after_their_end(holder: Holder) -> None:
+    holder.does("subprocess.run([sys.executable, '-c', 'sum(range(8_000_000))'])")
+    holder.gauge.look(())
+    assert holder.gauge.processes == 0
+    spent = holder.gauge.cost.cpu_s - holder.ready.cpu_s
+    assert spent > 0.05
+    holder.does("one = subprocess.Popen(['sleep', '60'])")
+    assert len(holder.gauge.look(())) == 2
+    assert holder.gauge.cost.cpu_s - holder.ready.cpu_s >= spent
+
+
+def test_a_process_without_parent_is_counted_where_it_says_it_belongs(holder: Holder) -> None:
+    other = subprocess.Popen(["sleep", "60"])
+    try:
+        assert holder.gauge.look([other.pid]) == [holder.popen.pid, other.pid]
+        assert holder.gauge.processes == 1
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_a_process_that_is_gone_holds_nothing(tmp_path: Path) -> None:
+    popen = subprocess.Popen(["true"])
+    popen.wait()
+    gauge = Gauge(popen.pid, tmp_path)
+    gauge.ready()
+    assert gauge.sample().memory_mb == 0
+
+
+# -- folders --------------------------------------------------------------------------------------
+
+
+def passes(scratch: Scratch) -> float:
+    while not scratch.look():
+        pass
+    return scratch.kib
+
+
+def test_a_folder_is_counted_to_its_depths_and_links_are_not_followed(tmp_path: Path) -> None:
+    folder = tmp_path / "scratch"
+    below = folder / "a" / "b"
+    below.mkdir(parents=True)
+    (below / "file").write_bytes(b"x" * MIB)
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "large").write_bytes(b"x" * 8 * MIB)
+    (folder / "link").symlink_to(tmp_path / "else")
+    scratch = Scratch(folder)
+    assert 1024 <= passes(scratch) < 1100
+    (below / "file").unlink()
+    assert passes(scratch) < 50
+
+
+def test_many_empty_files_are_something_and_are_counted_a_little_at_a_time(tmp_path: Path) -> None:
+    for number in range(limits.SCRATCH_ENTRIES_A_LOOK + 10):
+        (tmp_path / str(number)).touch()
+    scratch = Scratch(tmp_path)
+    assert not scratch.look()
+    assert scratch.kib == limits.SCRATCH_ENTRIES_A_LOOK * 4, "what is counted so far is told"
+    assert scratch.look()
+    assert scratch.kib == (limits.SCRATCH_ENTRIES_A_LOOK + 10) * 4
+
+
+def test_a_folder_nested_without_end_holds_no_descriptors_afterwards(tmp_path: Path) -> None:
+    def open_files() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    here = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(300):
+        os.mkdir("d", dir_fd=here)
+        below = os.open("d", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = below
+    os.close(here)
+    before = open_files()
+    assert passes(Scratch(tmp_path)) == limits.SCRATCH_DEPTH_MAX * 4
+    half = Scratch(tmp_path)
+    for number in range(limits.SCRATCH_ENTRIES_A_LOOK * 2):
+        (tmp_path / str(number)).touch()
+    half.look()
+    half.close()
+    assert open_files() == before
+    assert passes(Scratch(tmp_path / "nowhere")) == 0
