@@ -71,6 +71,10 @@ CONNECT_S: Final = 5.0
 #: worth some waiting.
 RETIRE_S: Final = 300.0
 
+#: A wait for a worker that makes a pool grow: a person notices it, and a worker is up about as soon.
+GROW_WAIT_S: Final = 0.25
+#: How long a pool has more workers than it needs: bursts that come back within it find them.
+SHRINK_AFTER_S: Final = 30.0
 #: A supervisor that says nothing of a command for so long is stuck: it says every second how far it is.
 COMMAND_SILENCE_S: Final = 5.0
 #: Between two words of the supervisor about a command that takes its time.

@@ -55,7 +55,7 @@ _ENVIRONMENT_PREFIX: Final = "MCP_BROKER_"
 #: keys that this design knows and this version does not serve: refused by name, never silently accepted
 _NOT_YET: Final[Mapping[str, frozenset[str]]] = {
     "": frozenset({"audit"}),
-    "pools": frozenset({"spare", "start"}),
+    "pools": frozenset({"start"}),
 }
 _POOL_NAME: Final = re.compile(r"^[a-z][a-z0-9_.]{0,63}\Z")
 _TABLES: Final[Mapping[str, type[Table]]] = {

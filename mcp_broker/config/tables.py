@@ -108,7 +108,13 @@ class PoolTable(Table):
     python: str | None = None
     #: processes that are kept ready
     min: Workers = 1
+    #: to so many it grows by itself; as many as `min` if absent
     max: Workers | None = None
+    #: a wait for a worker that makes it grow, and how long none may have been needed for it to shrink
+    grow_wait_s: Annotated[float, Field(ge=0, le=3600, strict=False)] = limits.GROW_WAIT_S
+    shrink_after_s: Annotated[float, Field(gt=0, le=86_400, strict=False)] = limits.SHRINK_AFTER_S
+    #: processes beside these whose tools are imported, and that take over at once when one dies
+    spare: Workers = 0
     #: calls that one process runs at a time
     concurrency: Concurrency = 1
     #: a floor: what it cannot have here, it does not start with; `auto` takes the best that works, and says which
@@ -148,8 +154,6 @@ class PoolTable(Table):
                 raise ValueError(f"env may not set {name!r}: names with MCPB_ are ours")
         if self.max is not None and self.max < self.min:
             raise ValueError(f"max = {self.max} is below min = {self.min}")
-        if self.max is not None and self.max > self.min:
-            raise ValueError("max above min is not supported yet: pools do not grow by themselves")
         return _checked_burst(self)
 
 

@@ -67,6 +67,11 @@ class BecameReady:
 
 
 @dataclass(frozen=True, slots=True)
+class CalledUp:
+    """A process that was ready as a spare is to become ready for work."""
+
+
+@dataclass(frozen=True, slots=True)
 class Refused:
     """The broker will never take this process's registration."""
 
@@ -111,7 +116,7 @@ class BackoffOver:
 
 
 Event = (
-    Wanted | Unwanted | Retire | Spawned | SpawnFailed | BecameReady | Refused | Died
+    Wanted | Unwanted | Retire | Spawned | SpawnFailed | BecameReady | CalledUp | Refused | Died
     | StartTimedOut | RetireTimedOut | StopTimedOut | BackoffOver
 )  # fmt: skip
 

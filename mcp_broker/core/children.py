@@ -38,6 +38,7 @@ from mcp_broker.core.childhood import (
     Announce,
     BackoffOver,
     BecameReady,
+    CalledUp,
     Died,
     Dismiss,
     Effect,
@@ -69,6 +70,7 @@ __all__ = [
     "Announce",
     "BackoffOver",
     "BecameReady",
+    "CalledUp",
     "Child",
     "Died",
     "Dismiss",
@@ -251,6 +253,11 @@ class Child:
         self._ready_at = now
         return [self._enter(State.RUNNING)]
 
+    def _call_up(self, event: Event, now: float) -> list[Effect]:
+        del event
+        self._ready_at = None
+        return [self._enter(State.STARTING, deadline=now + self._start_s)]
+
     def _refuse(self, event: Event, now: float) -> list[Effect]:
         assert isinstance(event, Refused)  # noqa: S101 (TABLE says so; narrows the type)
         self._fault, self._is_hopeless = event.reason, True
@@ -296,6 +303,7 @@ class Child:
         Spawned:       (_impossible, _nothing,        _impossible,   _impossible,        _signal_late,     _impossible,  _impossible),
         SpawnFailed:   (_impossible, _fail_start,     _impossible,   _impossible,        _die_stopping,    _impossible,  _impossible),
         BecameReady:   (_nothing,    _become_ready,   _nothing,      _nothing,           _nothing,         _nothing,     _nothing),
+        CalledUp:      (_impossible, _impossible,     _call_up,      _impossible,         _impossible,      _impossible,  _impossible),
         Refused:       (_nothing,    _refuse,         _refuse,       _refuse_retiring,   _nothing,         _nothing,     _nothing),
         Died:          (_impossible, _die,            _die,          _die_stopping,      _die_stopping,    _impossible,  _impossible),
         StartTimedOut: (_impossible, _time_start_out, _impossible,   _impossible,        _impossible,      _impossible,  _impossible),

@@ -14,12 +14,14 @@ from mcp_broker.core import uploads
 from mcp_broker.core.bucket import Rate
 from mcp_broker.core.calls import CallState
 from mcp_broker.core.clients import Verdict
+from mcp_broker.core.registry import Registration
 from mcp_broker.core.workers import EVENT_OF_KIND, WORKER_TABLE, Worker, WorkerEvent, WorkerState
 from mcp_broker.errors import InvalidArgument, InvalidTransition
 from mcp_broker.wire import messages, node, payload
 
 if TYPE_CHECKING:
     from mcp_broker.core.outbox import Body
+    from mcp_broker.core.pool import Pool
     from mcp_broker.core.routing import Routing
     from mcp_broker.wire.reclaims import Reclaim
 
@@ -138,12 +140,13 @@ class Crew:
         refusal: str | None = None
         details: dict[str, Any] = {}
         code = "INVALID_ARGUMENT"
+        came = Registration.JOINED
         if message.protocol != messages.PROTOCOL or messages.MAJOR not in message.majors:
             code, refusal = "UNSUPPORTED_VERSION", f"this broker speaks version {messages.MAJOR}"
             details = {"supported": [messages.MAJOR]}
         else:
             try:
-                self._routing.registry.register(worker.pool, message.tools)
+                came = self._routing.registry.register(worker.pool, message.tools, worker.edition)
             except InvalidArgument as invalid:
                 refusal, details = invalid.message, invalid.details
         if refusal is not None:
@@ -152,7 +155,9 @@ class Crew:
             self._routing.to_node.append(node.WorkerRefused(worker.worker_id, refusal))
             return True
         worker.state = WorkerState.REGISTERED
-        worker.pool.failure = ""
+        worker.pool.failure = worker.pool.closed
+        if came is not Registration.JOINED:
+            self._supersede(worker.pool)
         worker.pool.regate(self._routing.registry.of(worker.pool), now)
         worker.connected(message.seq)
         worker.send(
@@ -171,6 +176,13 @@ class Crew:
         )
         self._routing.reconciliation.registered(worker, message.held, now)
         return True
+
+    def _supersede(self, pool: Pool) -> None:
+        """Give no more calls to workers of earlier editions, which serve other tools, and tell the supervisor."""
+        for worker in pool.workers.values():
+            if worker.edition < pool.edition and worker.state < WorkerState.DYING:
+                self._retire(worker)
+        self._routing.to_node.append(node.Superseded(pool.name, pool.edition))
 
     def unreachable(self, routing_id: bytes) -> None:
         """The socket could not reach a worker; whether its process lives is its node's to say."""
@@ -214,14 +226,26 @@ class Crew:
         elif isinstance(message, node.Tools):
             self._routing.registry.recall(self._dispatcher.pool(message.pool), message.tools)
         elif isinstance(message, node.Report):
-            for report in message.pools:
-                pool = self._dispatcher.pool(report.name)
-                pool.report = report
-                self._routing.registry.set_rate(pool, Rate.of(report.rate_per_s, report.burst))
-                pool.failure = report.reason if report.state == "failed" else ""
-                if pool.failure:
-                    self._dispatcher.fail_backlog(pool, pool.failure)
-                self._throttle(report, now)
+            self._report(message.pools, now)
+
+    def _report(self, reports: tuple[node.PoolReport, ...], now: float) -> None:
+        dispatcher, registry = self._dispatcher, self._routing.registry
+        for report in reports:
+            pool = dispatcher.pool(report.name)
+            pool.report = report
+            registry.set_rate(pool, Rate.of(report.rate_per_s, report.burst))
+            pool.closed = report.reason if report.state == "closing" else ""
+            pool.failure = report.reason if report.state in {"closing", "closed", "failed"} else ""
+            if pool.failure and not pool.closed:
+                dispatcher.fail_backlog(pool, pool.failure)
+            self._throttle(report, now)
+        named = {report.name for report in reports}
+        for pool in [pool for pool in dispatcher.pools.values() if pool.report and pool.name not in named]:
+            # it is in the configuration no more, and its workers have gone
+            dispatcher.fail_backlog(pool, "it was taken out of the configuration")
+            registry.forget(pool)
+            if not pool.workers:
+                del dispatcher.pools[pool.name]
 
     def _throttle(self, report: node.PoolReport, now: float) -> None:
         """Give no calls to workers that are close to a limit, until they are not any more."""
@@ -238,9 +262,10 @@ class Crew:
         if admitted.worker_id in self.by_id:
             return
         pool = self._dispatcher.pool(admitted.pool)
-        worker = Worker(admitted.worker_id, admitted.thumbprint, pool, self.dirty)
+        worker = Worker(admitted.worker_id, admitted.thumbprint, pool, self.dirty, admitted.edition)
         worker.throttle(on=admitted.is_measured)
-        if not self.admission_complete:
+        if not (self.admission_complete or admitted.is_spare):
+            # a spare has not been told to connect: there is nothing that it could hold
             self._routing.reconciliation.expects(worker, now)
         pool.workers[worker.worker_id] = worker
         self.by_id[worker.worker_id] = worker

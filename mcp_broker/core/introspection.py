@@ -75,11 +75,17 @@ def _schema(text: str) -> Any:  # noqa: ANN401 (JSON)
 def _pool_state(routing: Routing, pool: Pool) -> str:
     ready = sum(worker.state is WorkerState.READY for worker in pool.workers.values())
     if pool.failure:
-        return "failed"
-    wanted = pool.report.wanted if pool.report is not None else 1
-    if ready >= wanted:
+        return pool.report.state if pool.report is not None else "failed"
+    if ready >= _least(pool):
         return "draining" if routing.draining else "ready"
     return "degraded" if ready else "starting"
+
+
+def _least(pool: Pool) -> int:
+    """Return how many ready workers make a pool ready."""
+    if pool.report is None:
+        return 1
+    return pool.report.wanted if pool.report.least is None else pool.report.least
 
 
 def _pool(routing: Routing, pool: Pool) -> dict[str, Any]:
@@ -108,7 +114,10 @@ def _pool(routing: Routing, pool: Pool) -> dict[str, Any]:
     return {
         "name": pool.name,
         "state": _pool_state(routing, pool),
-        "min": report.wanted if report is not None else 0,
+        "min": _least(pool) if report is not None else 0,
+        "wanted": report.wanted if report is not None else 0,
+        "max": (report.most or report.wanted) if report is not None else 0,
+        "spares": report.spares if report is not None else 0,
         "ready": sum(worker.state is WorkerState.READY for worker in pool.workers.values()),
         "queued": pool.waiting.calls,
         "queued_bytes": pool.waiting.bytes,

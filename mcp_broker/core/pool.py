@@ -36,7 +36,9 @@ class Pool:
         rate: what the operator lets each of its tools take.
         drain_per_s: waiting calls that its workers took of late; 0: none ever waited for long.
         report: what the supervisor last said of it.
-        failure: why the supervisor gave it up, or "".
+        failure: why it takes no calls, or "": it was given up, or is closed.
+        closed: by whose wish it takes no calls, or ""; what waits is served yet.
+        edition: the latest that one of its workers had.
     """
 
     def __init__(self, name: str, budget: Budget) -> None:
@@ -47,8 +49,10 @@ class Pool:
         self.gates: tuple[Gate, ...] = ()
         self.rate: Rate | None = None
         self.report: PoolReport | None = None
-        self.failure = ""
+        self.failure = self.closed = ""
+        self.edition = 0
         self.drain_per_s = 0.0
+        self._waits_since: float | None = None
         self._budget = budget
         self._drained = 0
         self._measured_at = 0.0
@@ -166,12 +170,24 @@ class Pool:
 
     def measure(self, now: float) -> None:
         """Note, every now and then, how fast the backlog drains; while nothing waits, nobody can tell."""
+        if not self.backlog.count:
+            self._waits_since = None
+        elif self._waits_since is None:
+            self._waits_since = now
         drained, self._drained = self._drained, 0
         span_s, self._measured_at = now - self._measured_at, now
         if not self.backlog.count or not 0 < span_s <= limits.DRAIN_SPAN_S_MAX:
             return
         rate = drained / span_s
         self.drain_per_s = (self.drain_per_s * 3 + rate) / 4 if self.drain_per_s else rate
+
+    def wait_s(self, now: float) -> float:
+        """Estimate how long a call that comes now waits; 0 if no other worker could shorten that."""
+        # what waits behind closed gates waits for other calls
+        if not self.backlog.count or not self.backlog.is_ready or self._waits_since is None:
+            return 0.0
+        estimate = self.waiting.calls / self.drain_per_s if self.drain_per_s else 0.0
+        return max(estimate, min(now - self._waits_since, limits.DRAIN_SPAN_S_MAX))
 
     def retry_after_s(self, waiting: int) -> float:
         """Estimate when it is worth trying again: once a tenth of what waits now will have been served."""

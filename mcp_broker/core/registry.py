@@ -1,7 +1,8 @@
 """Which tools there are, and which pool serves each.
 
 A worker's tools are registered all together or not at all. A name belongs to one pool and has one definition;
-it stays while its pool has no live worker, so that calls can wait for one.
+it stays while its pool has no live worker, so that calls can wait for one. Workers of a later edition of a pool may bring
+other definitions while earlier ones live; a pool that closes may lose its names to another.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterable
+from enum import Enum
 from typing import TYPE_CHECKING
 
 from mcp_broker.core.bucket import Bucket, Rate
@@ -39,6 +41,17 @@ def _check_schemas(definition: ToolDefinition) -> None:
                 f"a schema of the tool {definition.name!r} cannot be listed: {error}",
                 {"name": definition.name},
             ) from error
+
+
+class Registration(Enum):
+    """What came of a worker's tools."""
+
+    #: the worker serves what its pool serves
+    JOINED = 0
+    #: the pool serves what this worker brought; those of earlier editions do not
+    SUPERSEDES = 1
+    #: the pool serves what a later edition brought; this worker does not
+    OUTDATED = 2
 
 
 class Tool:
@@ -147,18 +160,54 @@ class Registry:
         self.version += 1
         self.is_metered = any(tool.bucket is not None for tool in self.tools.values())
 
-    def register(self, pool: Pool, definitions: tuple[ToolDefinition, ...]) -> None:
+    def register(self, pool: Pool, definitions: tuple[ToolDefinition, ...], edition: int = 0) -> Registration:
         """Add a worker's tools, all or none.
 
-        A worker of a pool that has no other worker may bring other definitions: that is a new version of the
-        code, and nobody is left who serves the old one.
+        Other definitions than the pool's present ones may come from a worker of a pool that has no other worker, or of a
+        later edition: from then on they are the pool's, and workers of earlier editions that serve others are outdated.
 
         Raises:
             InvalidArgument: a name is reserved, twice in the list, another pool's, or differs from what the
-                pool's live workers serve (the worker's fault); ``details["name"]`` says which.
+                pool's live workers of this edition serve (the worker's fault); ``details["name"]`` says which.
         """
-        seen: set[str] = set()
-        alone = not any(worker.is_registered for worker in pool.workers.values())
+        known = self._examine(pool, definitions)
+        mine = {tool.name: tool.definition for tool in self.of(pool)}
+        others = any(worker.is_registered for worker in pool.workers.values())
+        if edition < pool.edition:
+            is_same = mine == {definition.name: definition for definition in definitions}
+            return Registration.JOINED if is_same else Registration.OUTDATED
+        is_later, pool.edition = edition > pool.edition, edition
+        if others and not is_later:
+            for definition in definitions:
+                if known[definition.name] is not None and mine[definition.name] != definition:
+                    raise InvalidArgument(
+                        f"the tool {definition.name!r} differs from what the other workers of pool {pool.name!r} serve",
+                        {"name": definition.name, "pool": pool.name},
+                    )
+        else:
+            for name in mine.keys() - known.keys():
+                del self.tools[name]
+        for definition in definitions:
+            tool = known[definition.name]
+            if tool is None:
+                # calls that wait in another pool are for its worker to answer
+                self.tools[definition.name] = Tool(definition, pool)
+                continue
+            tool.is_recalled = False
+            if tool.definition != definition:
+                # the same object, so that calls that wait for it find the new definition
+                tool.define(definition)
+        self.changed()
+        is_other = mine != {tool.name: tool.definition for tool in self.of(pool)}
+        return Registration.SUPERSEDES if others and is_later and is_other else Registration.JOINED
+
+    def _examine(self, pool: Pool, definitions: tuple[ToolDefinition, ...]) -> dict[str, Tool | None]:
+        """Return the pool's present tools of these names, None for those that are new to it.
+
+        Raises:
+            InvalidArgument: a name cannot be had.
+        """
+        known: dict[str, Tool | None] = {}
         for definition in definitions:
             name = definition.name
             if name.startswith(RESERVED_PREFIX):
@@ -166,38 +215,26 @@ class Registry:
                     f"the name {name!r} is reserved: names under 'system.' are the broker's own",
                     {"name": name},
                 )
-            if name in seen:
+            if name in known:
                 raise InvalidArgument(f"the tool {name!r} is defined twice by one worker", {"name": name})
-            seen.add(name)
             _check_schemas(definition)
-            known = self.tools.get(name)
-            if known is None or (known.is_recalled and known.pool is not pool):
-                # what nobody has brought this time may have moved to another pool meanwhile
+            tool = known[name] = self.tools.get(name)
+            if tool is None or tool.pool is pool:
                 continue
-            if known.pool is not pool:
-                owner = known.pool.name if known.pool is not None else "the broker"
+            if tool.pool is None or not (tool.is_recalled or tool.pool.closed):
+                owner = tool.pool.name if tool.pool is not None else "the broker"
                 raise InvalidArgument(
                     f"the tool {name!r} is already served by pool {owner!r}; rename one of the two",
                     {"name": name, "pool": owner},
                 )
-            if known.definition != definition and not alone:
-                raise InvalidArgument(
-                    f"the tool {name!r} differs from what the other workers of pool {pool.name!r} serve",
-                    {"name": name, "pool": pool.name},
-                )
-        if alone:
-            for name in [name for name, tool in self.tools.items() if tool.pool is pool and name not in seen]:
-                del self.tools[name]
-        for definition in definitions:
-            known = self.tools.get(definition.name)
-            if known is None or known.pool is not pool:
-                # calls that wait in the other pool are for its worker to answer
-                self.tools[definition.name] = Tool(definition, pool)
-                continue
-            known.is_recalled = False
-            if known.definition != definition:
-                # the same object, so that calls that wait for it find the new definition
-                known.define(definition)
+            # what nobody has brought this time, or a closed pool has, may have moved to another pool
+            known[name] = None
+        return known
+
+    def forget(self, pool: Pool) -> None:
+        """Forget the tools of a pool that is no more."""
+        for tool in self.of(pool):
+            del self.tools[tool.name]
         self.changed()
 
     def similar(self, name: str, among: Iterable[str]) -> list[str]:

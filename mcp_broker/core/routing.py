@@ -23,6 +23,7 @@ from mcp_broker.core.clientele import Clientele
 from mcp_broker.core.commands import Commands
 from mcp_broker.core.crew import Crew
 from mcp_broker.core.dead_letters import DeadLetters
+from mcp_broker.core.demand import Demands
 from mcp_broker.core.detached import Detached
 from mcp_broker.core.idempotency import Idempotency
 from mcp_broker.core.pools import Dispatcher
@@ -70,6 +71,7 @@ class Routing:
         self.commands = Commands(self)
         self.clientele = Clientele(self)
         self.crew = Crew(self)
+        self._demands = Demands(self.dispatcher)
         self.draining = False
         self._drain_until = self._part_at = 0.0
         self.drained = False
@@ -102,12 +104,17 @@ class Routing:
         elif isinstance(message, node.Boot):
             self.boot = message
             self.lineage = message.lineage
-            burst = int(message.limits.get("burst", 0))
-            self.rates.principal = Rate.of(message.limits.get("rate_per_s"), burst)
+            self._limit(message.limits)
+        elif isinstance(message, node.Limits):
+            self._limit(message.limits)
         elif isinstance(message, node.Progressed | node.Commanded):
             self.commands.heard(message, now)
         else:
             self.crew.from_node(message, now)
+
+    def _limit(self, configured: dict[str, int | float]) -> None:
+        rate = Rate.of(configured.get("rate_per_s"), int(configured.get("burst", 0)))
+        self.rates.principal = rate
 
     def deadline(self) -> float:
         """Return when :meth:`expire` has something to do at the latest."""
@@ -152,6 +159,7 @@ class Routing:
             self._beat()
             for pool in self.dispatcher.pools.values():
                 pool.measure(now)
+            self.to_node += self._demands.news(now)
             if self.care.watched:
                 self.care.look(now)
         self.care.settle(now)

@@ -118,6 +118,7 @@ class Worker:
         is_silent: it was admitted by an earlier broker and has not told yet what it holds.
         is_retiring: it is to get no more calls, and to go when it holds none, however often it registers.
         certificate: how it died, once it has.
+        edition: of its pool, that it runs.
     """
 
     __slots__ = (
@@ -126,6 +127,7 @@ class Worker:
         "certificate",
         "depth",
         "dirty",
+        "edition",
         "held",
         "is_retiring",
         "is_silent",
@@ -144,7 +146,10 @@ class Worker:
         "worker_id",
     )  # fmt: skip
 
-    def __init__(self, worker_id: str, thumbprint: str, pool: Pool, dirty_list: list[Worker]) -> None:
+    def __init__(
+        self, worker_id: str, thumbprint: str, pool: Pool, dirty_list: list[Worker], edition: int = 0
+    ) -> None:
+        self.edition = edition
         self.worker_id = worker_id
         self.thumbprint = thumbprint
         self.pool = pool

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from mcp_broker.core.children import State
 from mcp_broker.core.restart import Policy
-from mcp_broker.supervisor import events
+from mcp_broker.supervisor import events, standing
 from mcp_broker.supervisor.metering import Metering
-from mcp_broker.supervisor.pool import Pool, Times
+from mcp_broker.supervisor.pool import Pool
+from mcp_broker.supervisor.slot import Times
 from mcp_broker.wire import node
 
 if TYPE_CHECKING:
@@ -106,6 +107,25 @@ class Fleet:
         for pool in self.pools.values():
             pool.worker_refused(worker_id, reason)
 
+    def asked(self, demand: node.Demand) -> None:
+        """Take the broker's word on what is asked of pools; about one that is no more it means nothing."""
+        now = time.monotonic()
+        for one in demand.pools:
+            pool = self.pools.get(one.name)
+            if pool is not None:
+                pool.observe(one)
+                pool.adapt(now)
+
+    def vacant(self, name: str) -> None:
+        """Take the broker's word that no call waits for a pool that closes."""
+        if name in self.pools:
+            self.pools[name].vacate()
+
+    def superseded(self, name: str, edition: int) -> None:
+        """Take the broker's word that workers of earlier editions of a pool get no more calls."""
+        if name in self.pools:
+            self.pools[name].supersede(edition)
+
     def interrupt(self, order: node.Interrupt) -> None:
         """End one call of a worker; about one that is gone it means nothing."""
         slot = self.find(order.worker_id)
@@ -125,7 +145,10 @@ class Fleet:
             slot.expire(now)
 
     def sample(self) -> None:
-        """Read what the workers cost now that are not measured, since they are not ready."""
+        """Read what the workers cost now that are not measured, and let pools adapt to what is asked of them."""
+        now = time.monotonic()
+        for pool in self.pools.values():
+            pool.adapt(now)
         for slot in self.slots:
             if slot.life is not None and slot.life.metered is None:
                 slot.life.sample()
@@ -170,7 +193,7 @@ class Fleet:
 
     def report(self) -> node.Report:
         """Return what the broker tells those who ask."""
-        return node.Report(tuple(pool.report() for pool in self.pools.values()))
+        return node.Report(tuple(standing.report(pool) for pool in self.pools.values()))
 
     def announce(self) -> None:
         """Say which pools became ready, or are given up, since the last time."""

@@ -58,8 +58,8 @@ class Life:
         self.process: Process | None = None
         #: what it did that no worker of ours does, for which we killed it
         self.violation = ""
-        #: a spare whose tools are imported
-        self.is_warm = False
+        #: it has not been told to connect to the broker
+        self.is_spare = False
         self.interrupted: Interrupted | None = None
         #: the limit that it is killed for
         self.exceeded: Exceeded | None = None
@@ -84,6 +84,7 @@ class Life:
             pool=self.pool,
             edition=self.edition,
             is_measured=True,
+            is_spare=self.is_spare,
         )
 
     @property

@@ -335,6 +335,12 @@ class Supervisor:
             self._fleet.worker_refused(message.worker_id, message.reason)
         elif isinstance(message, node.Interrupt):
             self._fleet.interrupt(message)
+        elif isinstance(message, node.Demand):
+            self._fleet.asked(message)
+        elif isinstance(message, node.Vacant):
+            self._fleet.vacant(message.pool)
+        elif isinstance(message, node.Superseded):
+            self._fleet.superseded(message.pool, message.edition)
         elif isinstance(message, node.Command):
             self._commands.take(message, time.monotonic())
         elif self._phase is Phase.DRAINING:

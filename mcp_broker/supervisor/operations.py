@@ -32,8 +32,11 @@ class Operations:
 
     def scale(self, arguments: dict[str, Any]) -> Look:
         """Keep so many workers of a pool, until told otherwise or the configuration says so anew."""
-        pool = self._pool(arguments["pool"])
-        pool.scale(arguments.get("workers"))
+        pool, size = self._pool(arguments["pool"]), arguments.get("workers")
+        if size == 0:
+            pool.close(f"an operator has scaled it to 0; `mcp-broker scale {pool.name} auto` brings it back")
+        else:
+            pool.scale(size)
 
         def look() -> Progress | dict[str, Any]:
             if not pool.is_settled:

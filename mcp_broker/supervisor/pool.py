@@ -1,58 +1,49 @@
-"""One pool: its slots, which come and go, and what they amount to.
+"""One pool: its slots, which come and go.
 
-A slot is one of three:
+A slot is one of four:
 
 - a *member* counts: there are as many as the pool's size says;
+- a *spare* is warm (its tools are imported) and idle: it takes the place of a member that dies, at once, and what was the
+  member starts again as a spare;
 - a *successor* starts up to take a member's place; once it is ready, the member retires;
 - one that *leaves* was retired: it finishes its calls, ends, and is forgotten.
 
 An *edition* is one form of the pool's table. Workers of an earlier one are replaced a few at a time (a roll), or all at
 once when the broker says that a later one serves other tools. Each edition has a record of deaths of its own, so that
 a broken one cannot take down the workers that are left of the one before.
+
+A pool *closes* when an operator wants none of it: the broker takes no more calls for it, says when none waits, and then
+the members retire.
 """
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from mcp_broker.core.children import Refused, Retire, State, Unwanted, Wanted
 from mcp_broker.core.restart import Restarts
+from mcp_broker.core.scaling import Bounds, Load, Scaler
+from mcp_broker.supervisor import standing
 from mcp_broker.supervisor.slot import Slot
-from mcp_broker.wire import node
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from mcp_broker.config import PoolTable
     from mcp_broker.core.restart import Policy
-    from mcp_broker.supervisor.slot import Ground
+    from mcp_broker.supervisor.slot import Ground, Times
+    from mcp_broker.wire import node
     from mcp_broker.wire.messages import ToolDefinition
 
 #: of the members, so many are replaced at a time in a roll: each costs a process more meanwhile
 _ROLL_SHARE: Final = 4
 #: whom a smaller pool does without first
 _DISPENSABLE: Final = (
-    State.FATAL,
-    State.STOPPED,
-    State.BACKOFF,
-    State.STOPPING,
-    State.STARTING,
-    State.RUNNING,
+    *(State.FATAL, State.STOPPED, State.BACKOFF, State.STOPPING),
+    *(State.RETIRING, State.STARTING, State.RUNNING),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Times:
-    """How long the processes of a pool may take, at most, seconds.
-
-    Args:
-        start_s: from spawned to ready.
-        retire_s: from being retired to being told to end.
-    """
-
-    start_s: float
-    retire_s: float
 
 
 @dataclass(slots=True)
@@ -74,29 +65,49 @@ class Pool:
         edition: which form of the table new workers have.
         tools: what its workers serve, by the broker's word.
         setback: why the last roll stopped, or "".
+        closed: why it takes no calls, or "".
     """
 
     def __init__(self, ground: Ground, name: str, table: PoolTable, policy: Policy, times: Times) -> None:
         self.name = name
-        self.table = table
         self._ground = ground
-        self._policy = policy
-        self._times = times
-        self._restarts = Restarts(policy)
-        #: restarts of earlier editions
-        self._restarted = 0
-        self.edition = 1
-        self.size = table.min
         self.members: list[Slot] = []
+        self.spares: list[Slot] = []
         self.leaving: list[Slot] = []
         self._successions: list[Succession] = []
         self.tools: tuple[ToolDefinition, ...] = ()
+        self.edition = 0
+        #: restarts of earlier editions
+        self._restarted = 0
+        self._take_table(table, policy, times)
+
+    def _take_table(self, table: PoolTable, policy: Policy, times: Times) -> None:
+        self.table = table
+        self._times = times
+        self._restarts = Restarts(policy)
+        self.edition += 1
         self.setback = ""
+        self.resize(table)
+
+    def resize(self, table: PoolTable) -> None:
+        """Take what a table says of how many workers there are, and how fast they may be asked; no worker is replaced."""
+        self.table = table
+        self.closed = "" if max(table.min, table.max or 0) else "its configuration wants no workers (min = 0)"
+        self._is_fixed = False
+        bounds = Bounds(table.min, table.max or table.min, table.grow_wait_s, table.shrink_after_s)
+        self._scaler = Scaler(bounds, time.monotonic())
+        self.size = table.min
+        self._ground.changed()
 
     @property
     def slots(self) -> list[Slot]:
         """Every slot, whatever it is."""
-        return [*self.members, *(one.successor for one in self._successions), *self.leaving]
+        return [
+            *self.members,
+            *self.spares,
+            *(one.successor for one in self._successions),
+            *self.leaving,
+        ]
 
     @property
     def tool_names(self) -> tuple[str, ...]:
@@ -107,7 +118,7 @@ class Pool:
 
     def start(self) -> None:
         """Want every worker up; slots that were given up start afresh."""
-        for slot in self.members:
+        for slot in (*self.members, *self.spares):
             slot.tell(Wanted())
         self._fit()
 
@@ -117,11 +128,25 @@ class Pool:
             slot.tell(Unwanted())
 
     def scale(self, size: int | None) -> None:
-        """Want so many workers, or as many as the table says; slots that were given up start afresh."""
-        self.size = self.table.min if size is None else size
+        """Want so many workers until told otherwise, or as many as the table says; what was given up starts afresh."""
+        self.resize(self.table)
         self.setback = ""
+        if size is not None:
+            self.size, self._is_fixed = size, True
+            self.closed = ""
         self.start()
+
+    def close(self, reason: str) -> None:
+        """Take no more calls, and have no workers once those that wait are done; what was given up does nothing more."""
+        self.closed = reason
         self._ground.changed()
+
+    def vacate(self) -> None:
+        """Take the broker's word that no call waits for it any more, nor will."""
+        if self.closed:
+            self.size = 0
+            self._fit()
+            self._ground.changed()
 
     def replace(self, member: Slot) -> bool:
         """Have another slot take a member's place: it is ready first, then the member retires.
@@ -131,55 +156,108 @@ class Pool:
         """
         if member not in self.members or any(one.member is member for one in self._successions):
             return False
-        self._begin(member)
+        successor = self._recruit()
+        if member.child.state is State.RUNNING:
+            self._successions.append(Succession(member, successor))
+        else:
+            # nothing is lost with it
+            self._hand_over(member, successor)
         return True
 
     def change(self, table: PoolTable, policy: Policy, times: Times) -> None:
         """Take another table; its size is the table's, and its workers are replaced by ones of it."""
         self._restarted += self._restarts.total
-        self.table, self._policy, self._times = table, policy, times
-        self._restarts = Restarts(policy)
-        self.edition += 1
-        self.setback = ""
         for one in list(self._successions):
             # they were to be of the edition before
             self._give_up(one)
-        self.size = table.min
+        self._take_table(table, policy, times)
         self._fit()
-        self._ground.changed()
 
     def supersede(self, edition: int) -> None:
         """Let members of earlier editions go at once: the broker gives them no more calls."""
-        for slot in [slot for slot in self.members if slot.edition < edition]:
-            successor = next((one.successor for one in self._successions if one.member is slot), None)
-            if successor is None:
-                successor = self._new_slot()
-                successor.tell(Wanted())
-            self._hand_over(slot, successor)
-        self._fit()
+        for member in [slot for slot in self.members if slot.edition < edition]:
+            successor = next((one.successor for one in self._successions if one.member is member), None)
+            self._hand_over(member, successor or self._recruit())
+
+    def observe(self, demand: node.PoolDemand) -> None:
+        """Take the broker's word on what is asked of it."""
+        load = Load(demand.waiting, demand.wait_s, demand.ready, demand.busy)
+        self._scaler.observe(load, time.monotonic())
+
+    def adapt(self, now: float) -> None:
+        """Grow or shrink as far as the demand says and the table lets it."""
+        if self._is_fixed or self.closed or self.table.max in {None, self.table.min}:
+            return
+        size = self._scaler.decide(self.size, now)
+        if size != self.size:
+            self.size = size
+            self._fit()
+            self._ground.changed()
 
     # -- how they come and go ------------------------------------------------------------------------
 
-    def _new_slot(self) -> Slot:
-        return Slot(
+    def _new_slot(self, *, is_spare: bool) -> Slot:
+        slot = Slot(
             self._ground,
             self.name,
             self.table,
             self._restarts,
-            start_s=self._times.start_s,
-            retire_s=self._times.retire_s,
+            self._times,
             edition=self.edition,
+            is_spare=is_spare,
+            on_death=self._bereaved,
         )
+        slot.tell(Wanted())
+        return slot
+
+    def _warm_spare(self) -> Slot | None:
+        """Return a spare that can go at once, if there is one of the present edition."""
+        return next((slot for slot in self.spares if slot.is_warm and slot.edition == self.edition), None)
+
+    def _recruit(self) -> Slot:
+        """Return a slot that becomes ready as soon as may be: a warm spare, or a new one."""
+        spare = self._warm_spare()
+        if spare is None:
+            return self._new_slot(is_spare=False)
+        self.spares.remove(spare)
+        spare.call_up()
+        return spare
+
+    def _bereaved(self, slot: Slot) -> None:
+        """A slot's process has died, and it has not been decided what comes next: a warm spare takes a member's place."""
+        if self._ground.is_leaving or slot not in self.members or slot.child.state is not State.RUNNING:
+            return
+        spare = self._warm_spare()
+        if spare is None:
+            return
+        spare.call_up()
+        self.members[self.members.index(slot)] = spare
+        self.spares[self.spares.index(spare)] = slot
+        slot.is_spare = True
+        for one in self._successions:
+            if one.member is slot:
+                one.member = spare
 
     def _fit(self) -> None:
-        """Have as many members as the size says."""
+        """Have as many members as the size says, and as many spares as the table says."""
         while len(self.members) < self.size:
-            slot = self._new_slot()
-            self.members.append(slot)
-            slot.tell(Wanted())
+            self.members.append(self._recruit())
         while len(self.members) > self.size:
             # of two alike, the younger: the older one has its caches warm
             self._retire(min(reversed(self.members), key=_worth))
+        wanted = 0 if self.closed else self.table.spare
+        for slot in [slot for slot in self.spares if slot.edition < self.edition][::-1]:
+            self._dismiss_spare(slot)
+        while len(self.spares) > wanted:
+            self._dismiss_spare(self.spares[-1])
+        while len(self.spares) < wanted:
+            self.spares.append(self._new_slot(is_spare=True))
+
+    def _dismiss_spare(self, spare: Slot) -> None:
+        """End a spare: the broker knows nothing of it, and it holds nothing."""
+        self.spares.remove(spare)
+        self.leaving.append(spare)
+        spare.tell(Unwanted())
 
     def _retire(self, member: Slot) -> None:
         for one in [one for one in self._successions if one.member is member]:
@@ -187,15 +265,6 @@ class Pool:
         self.members.remove(member)
         self.leaving.append(member)
         member.tell(Retire())
-
-    def _begin(self, member: Slot) -> None:
-        successor = self._new_slot()
-        if member.child.state is State.RUNNING:
-            self._successions.append(Succession(member, successor))
-        else:
-            # nothing is lost with it
-            self._hand_over(member, successor)
-        successor.tell(Wanted())
 
     def _give_up(self, succession: Succession) -> None:
         self._successions.remove(succession)
@@ -212,6 +281,8 @@ class Pool:
         """Go on with what has changed: successors that are ready or given up, rolls, slots that have left."""
         if self.leaving:
             self.leaving = [slot for slot in self.leaving if slot.child.state is not State.STOPPED]
+        if self._ground.is_leaving:
+            return
         for one in list(self._successions):
             state = one.successor.child.state
             if state is State.RUNNING or one.member.child.state is not State.RUNNING:
@@ -220,14 +291,14 @@ class Pool:
                 self.setback = one.successor.child.reason
                 self._give_up(one)
                 self._ground.changed()
-        if not self.setback:
+        if not (self.setback or self.closed):
             self._roll()
+        self._fit()
 
     def _roll(self) -> None:
         """Have members of earlier editions replaced, a few at a time."""
-        outdated = [slot for slot in self.members if slot.edition < self.edition]
         room = max(1, self.size // _ROLL_SHARE) - len(self._successions)
-        for slot in outdated:
+        for slot in [slot for slot in self.members if slot.edition < self.edition]:
             if room <= 0:
                 return
             room -= self.replace(slot)
@@ -235,11 +306,10 @@ class Pool:
     @property
     def is_settled(self) -> bool:
         """Nothing is under way: the members are ready or given up, and of one edition, or the roll has stopped."""
-        return (
-            not self._successions
-            and not self.leaving
-            and all(slot.child.state in {State.RUNNING, State.FATAL} for slot in self.members)
-            and (bool(self.setback) or all(slot.edition == self.edition for slot in self.members))
+        if self._successions or self.leaving or (self.closed and self.members):
+            return False
+        return all(slot.child.state in {State.RUNNING, State.FATAL} for slot in self.members) and (
+            bool(self.setback) or all(slot.edition == self.edition for slot in self.members)
         )
 
     # -- what happens --------------------------------------------------------------------------------
@@ -292,46 +362,19 @@ class Pool:
         return sum(slot.child.state is State.RUNNING for slot in self.members)
 
     @property
-    def reason(self) -> str:
-        """Why a slot is not as it should be, of the worst one; or why the last roll stopped."""
-        for state in (State.FATAL, State.BACKOFF, State.STOPPING):
-            for slot in self.members:
-                if slot.child.state is state and slot.child.reason:
-                    return slot.child.reason
-        if self.setback:
-            return f"its successors could not start, so the workers before them stay: {self.setback}"
-        return ""
+    def restarts(self) -> int:
+        """How often its processes were started again."""
+        return self._restarted + self._restarts.total
 
     @property
     def state(self) -> str:
-        """One of ready, starting, degraded, failed, stopped."""
-        states = [slot.child.state for slot in self.members]
-        if all(state is State.RUNNING for state in states):
-            return "degraded" if self.setback else "ready"
-        if all(state is State.FATAL for state in states):
-            return "failed"
-        if State.FATAL in states or State.BACKOFF in states:
-            return "degraded"
-        if State.STARTING in states or any(slot.child.is_wanted for slot in self.members):
-            return "starting"
-        return "stopped"
+        """See :func:`mcp_broker.supervisor.standing.state`."""
+        return standing.state(self)
 
-    def report(self) -> node.PoolReport:
-        """Return what the broker tells those who ask."""
-        return node.PoolReport(
-            name=self.name,
-            state=self.state,
-            wanted=self.size,
-            workers=tuple(
-                slot.life.report(slot.child.state.value)
-                for slot in self.slots
-                if slot.life is not None and slot.life.process is not None and slot.life.process.pid
-            ),
-            reason=self.reason,
-            restarts=self._restarted + self._restarts.total,
-            rate_per_s=self.table.rate_per_s,
-            burst=self.table.burst,
-        )
+    @property
+    def reason(self) -> str:
+        """Why it is not as it should be, or ""."""
+        return standing.reason(self)
 
 
 def _worth(slot: Slot) -> tuple[int, int]:

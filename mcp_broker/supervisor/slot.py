@@ -6,6 +6,7 @@ import logging
 import random
 import signal
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -20,10 +21,10 @@ from mcp_broker.supervisor.life import Life
 from mcp_broker.supervisor.process import SHORTAGES
 from mcp_broker.supervisor.tether import Tether
 from mcp_broker.wire import codec, node
-from mcp_broker.wire.tether import Warm
+from mcp_broker.wire.tether import Go, Warm
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from mcp_broker.config import PoolTable
     from mcp_broker.core.restart import Restarts
@@ -81,15 +82,28 @@ class Ground(Protocol):
         """Something that a report shows is different now."""
 
 
+@dataclass(frozen=True, slots=True)
+class Times:
+    """How long the processes of a pool may take, at most, seconds.
+
+    Args:
+        start_s: from spawned to ready.
+        retire_s: from being retired to being told to end.
+    """
+
+    start_s: float
+    retire_s: float
+
+
 class Slot:
     """Keeps one worker of a pool as wanted.
 
     Args:
         pool: the pool's name.
         restarts: the record of deaths that the pool's slots share.
-        start_s: from spawned to ready, at most.
-        retire_s: from being retired to being told to end, at most.
         edition: which form of the pool's table it has.
+        is_spare: its processes import their tools, and wait to be called up.
+        on_death: told that its process has died, before it is decided what comes next.
     """
 
     def __init__(
@@ -98,16 +112,19 @@ class Slot:
         pool: str,
         table: PoolTable,
         restarts: Restarts,
+        times: Times,
         *,
-        start_s: float,
-        retire_s: float,
         edition: int,
+        is_spare: bool,
+        on_death: Callable[[Slot], None],
     ) -> None:
         self._ground = ground
         self._pool = pool
         self.table = table
         self.edition = edition
-        self.child = children.Child(restarts, start_s=start_s, retire_s=retire_s)
+        self.is_spare = is_spare
+        self._on_death = on_death
+        self.child = children.Child(restarts, start_s=times.start_s, retire_s=times.retire_s)
         self.life: Life | None = None
         #: registered at least once in this life
         self._was_ready = False
@@ -135,6 +152,26 @@ class Slot:
     def expire(self, now: float) -> None:
         """Do what is due."""
         self._perform(self.child.expire(now))
+
+    @property
+    def is_born(self) -> bool:
+        """It has a process just now."""
+        life = self.life
+        return life is not None and life.process is not None and bool(life.process.pid)
+
+    @property
+    def is_warm(self) -> bool:
+        """A spare that can be called up."""
+        return self.is_spare and self.child.state is children.State.RUNNING
+
+    def call_up(self) -> None:
+        """Have a warm spare connect to the broker and serve."""
+        life = self.life
+        assert life is not None  # noqa: S101 (it is warm)
+        assert life.tether is not None  # noqa: S101
+        life.tether.send(Go())
+        self.is_spare = life.is_spare = self._was_ready = False
+        self.tell(children.CalledUp())
 
     def interrupt(self, order: node.Interrupt) -> None:
         """End one call of this worker, as far as that is still the call that runs."""
@@ -208,6 +245,8 @@ class Slot:
             self._never_lived(life, error)
             return
         life.level = cell.confinement.level
+        life.is_spare = self.is_spare
+        # a spare's key too: one that is called up connects sooner than a busy broker would hear of its key
         ground.admitted(life)
         boot = node.WorkerBoot(
             worker_id=worker_id,
@@ -222,6 +261,7 @@ class Slot:
             options=self.table.options,
             marks_fd=life.page.fd,
             scratch=str(life.scratch),
+            is_spare=life.is_spare,
             shared_prefix=reclaim.prefix(ground.instance, worker_id),
             confinement=cell.confinement,
             secrets=cell.secrets,
@@ -254,8 +294,8 @@ class Slot:
 
     def _warmed(self, _message: Warm) -> None:
         if self.life is not None:
-            self.life.is_warm = True
-            self._ground.changed()
+            # before that it would not hear that it is called up
+            self.tell(children.BecameReady())
 
     def _violated(self, what: str) -> None:
         """A tool took its worker over: what it might say next is not waited for."""
@@ -315,6 +355,7 @@ class Slot:
         # the caller of the call that died waits for this: the rest comes after it
         is_news = certificate.kind != "operator"
         self._ground.died(certificate, life.marks.started_calls(), is_news=is_news)
+        self._on_death(self)
         self.life = None
         life.end()
         self._ground.take_back(life.remains(self._ground.instance))

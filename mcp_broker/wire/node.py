@@ -66,6 +66,7 @@ class PoolReport(Record, kw_only=True, frozen=True):
     """One pool as its supervisor sees it."""
 
     name: str
+    #: ready, starting, degraded, failed, stopped; closing: what waits is served, and no more is taken; closed
     state: str
     wanted: int
     workers: tuple[WorkerReport, ...] = ()
@@ -74,6 +75,11 @@ class PoolReport(Record, kw_only=True, frozen=True):
     #: calls a second that each of its tools takes, in the long run and at once, as the operator says
     rate_per_s: float | None = None
     burst: int | None = None
+    #: how many workers make it ready, and how many it may have; None: as many as are wanted
+    least: int | None = None
+    most: int | None = None
+    #: how many warm workers stand by
+    spares: int = 0
 
 
 class Admitted(Record, kw_only=True, frozen=True):
@@ -86,6 +92,21 @@ class Admitted(Record, kw_only=True, frozen=True):
     edition: int = 0
     #: its node measures it: it gets no calls before a report tells of its pressure, so that what it holds then is its own
     is_measured: bool = False
+    #: it connects when it is told to, and holds nothing until then
+    is_spare: bool = False
+
+
+class PoolDemand(Record, kw_only=True, frozen=True):
+    """What is asked of one pool."""
+
+    name: str
+    #: calls that wait for a worker
+    waiting: int
+    #: how long one that comes now is expected to wait; 0: more workers would not help
+    wait_s: float
+    #: workers that can take calls, and those of them that hold any
+    ready: int
+    busy: int
 
 
 class NodeMessage(msgspec.Struct, array_like=True, frozen=True):
@@ -195,6 +216,31 @@ class Command(NodeMessage, tag="COMMAND", frozen=True):
     timeout_ms: int
 
 
+class Limits(NodeMessage, tag="LIMITS", frozen=True):
+    """Supervisor: the `[limits]` of the configuration are others now."""
+
+    limits: dict[str, int | float]
+
+
+class Demand(NodeMessage, tag="DEMAND", frozen=True):
+    """Broker, a few times a second at most: the pools of which something else is asked than was told before."""
+
+    pools: tuple[PoolDemand, ...]
+
+
+class Vacant(NodeMessage, tag="VACANT", frozen=True):
+    """Broker: a pool that closes takes no calls, and none waits for it any more."""
+
+    pool: str
+
+
+class Superseded(NodeMessage, tag="SUPERSEDED", frozen=True):
+    """Broker: workers of this edition serve other tools than those of earlier ones, which get no calls any more."""
+
+    pool: str
+    edition: int
+
+
 class Progressed(NodeMessage, tag="PROGRESSED", frozen=True):
     """Supervisor: a command has come so far (0.0 to 1.0, if that is known); also that it is being looked after."""
 
@@ -265,9 +311,12 @@ class Drained(NodeMessage, tag="DRAINED", frozen=True):
 
 
 FromSupervisor = (
-    Boot | Admit | Listen | Died | Retire | Reclaimed | Report | Deaths | Tools | Progressed | Commanded | Shutdown
+    Boot | Admit | Listen | Died | Retire | Reclaimed | Report | Deaths | Tools | Limits
+    | Progressed | Commanded | Shutdown
 )  # fmt: skip
-ToSupervisor = Serving | WorkerUp | WorkerRefused | Interrupt | Command | Drained
+ToSupervisor = (
+    Serving | WorkerUp | WorkerRefused | Interrupt | Demand | Vacant | Superseded | Command | Drained
+)  # fmt: skip
 
 
 class WorkerBoot(Record, kw_only=True, frozen=True):

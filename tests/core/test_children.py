@@ -8,6 +8,7 @@ from mcp_broker.core.children import (
     Announce,
     BackoffOver,
     BecameReady,
+    CalledUp,
     Child,
     Died,
     Dismiss,
@@ -129,14 +130,18 @@ CELLS: dict[tuple[State, Event], tuple[State, tuple[Effect, ...]] | None] = {
     (State.FATAL, StartTimedOut()): IMPOSSIBLE,
     (State.FATAL, StopTimedOut()): IMPOSSIBLE,
     (State.FATAL, BackoffOver()): IMPOSSIBLE,
+    (State.STOPPED, CalledUp()): IMPOSSIBLE,
     (State.STOPPED, Retire()): (State.STOPPED, ()),
     (State.STOPPED, RetireTimedOut()): IMPOSSIBLE,
+    (State.STARTING, CalledUp()): IMPOSSIBLE,
     (State.STARTING, Retire()): (State.STOPPING, STOP),
     (State.STARTING, RetireTimedOut()): IMPOSSIBLE,
+    (State.RUNNING, CalledUp()): (State.STARTING, (Announce(State.STARTING, ""),)),
     (State.RUNNING, Retire()): (State.RETIRING, RETIRE),
     (State.RUNNING, RetireTimedOut()): IMPOSSIBLE,
     (State.RETIRING, Wanted()): (State.RETIRING, ()),
     (State.RETIRING, Unwanted()): (State.STOPPING, STOP),
+    (State.RETIRING, CalledUp()): IMPOSSIBLE,
     (State.RETIRING, Retire()): (State.RETIRING, ()),
     (State.RETIRING, Spawned()): IMPOSSIBLE,
     (State.RETIRING, SpawnFailed("no")): IMPOSSIBLE,
@@ -147,10 +152,13 @@ CELLS: dict[tuple[State, Event], tuple[State, tuple[Effect, ...]] | None] = {
     (State.RETIRING, RetireTimedOut()): (State.STOPPING, STOP),
     (State.RETIRING, StopTimedOut()): IMPOSSIBLE,
     (State.RETIRING, BackoffOver()): IMPOSSIBLE,
+    (State.STOPPING, CalledUp()): IMPOSSIBLE,
     (State.STOPPING, Retire()): (State.STOPPING, ()),
     (State.STOPPING, RetireTimedOut()): IMPOSSIBLE,
+    (State.BACKOFF, CalledUp()): IMPOSSIBLE,
     (State.BACKOFF, Retire()): (State.STOPPED, STOPPED),
     (State.BACKOFF, RetireTimedOut()): IMPOSSIBLE,
+    (State.FATAL, CalledUp()): IMPOSSIBLE,
     (State.FATAL, Retire()): (State.STOPPED, STOPPED),
     (State.FATAL, RetireTimedOut()): IMPOSSIBLE,
 }
@@ -227,6 +235,14 @@ def test_a_retired_child_ends_without_being_counted_however_it_died() -> None:
     machine = Child(restarts)
     drive(machine, *PATHS[State.RETIRING], Died("crash"))
     assert (machine.state, restarts.total) == (State.STOPPED, 0)
+
+
+def test_a_spare_that_is_called_up_has_to_become_ready_in_time_once_more() -> None:
+    machine = child(Policy(intensity=0))
+    drive(machine, *PATHS[State.RUNNING])
+    drive(machine, CalledUp(), now=100.0)
+    assert machine.deadline() == 100.0 + START_S
+    assert Kill() in machine.expire(100.0 + START_S)
 
 
 def test_wanted_again_while_it_stops_starts_once_it_is_gone_without_being_counted() -> None:

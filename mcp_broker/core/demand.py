@@ -1,0 +1,50 @@
+"""What pools are asked for, told to the supervisor a few times a second: how many workers a pool has is its to decide.
+
+Derived from what the machines know anyway, at each heartbeat; the hot path counts nothing for it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mcp_broker.core.workers import WorkerState
+from mcp_broker.wire import node
+
+if TYPE_CHECKING:
+    from mcp_broker.core.pool import Pool
+    from mcp_broker.core.pools import Dispatcher
+
+
+class Demands:
+    """What the supervisor was told last, and what there is to tell now."""
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self._dispatcher = dispatcher
+        self._told: dict[str, node.PoolDemand] = {}
+        #: closed pools of which it was said that nothing waits any more
+        self._vacant: set[str] = set()
+
+    def news(self, now: float) -> list[node.NodeMessage]:
+        """Return what is different since the last time."""
+        demands = {pool.name: _demand(pool, now) for pool in self._dispatcher.pools.values()}
+        changed = tuple(demand for name, demand in demands.items() if self._told.get(name) != demand)
+        self._told = demands
+        messages: list[node.NodeMessage] = [node.Demand(changed)] if changed else []
+        for pool in self._dispatcher.pools.values():
+            if not pool.closed:
+                self._vacant.discard(pool.name)
+            elif not pool.waiting.calls and pool.name not in self._vacant:
+                self._vacant.add(pool.name)
+                messages.append(node.Vacant(pool.name))
+        return messages
+
+
+def _demand(pool: Pool, now: float) -> node.PoolDemand:
+    ready = [worker for worker in pool.workers.values() if worker.state is WorkerState.READY]
+    return node.PoolDemand(
+        name=pool.name,
+        waiting=pool.waiting.calls,
+        wait_s=round(pool.wait_s(now), 2),
+        busy=sum(bool(worker.held) for worker in ready),
+        ready=len(ready),
+    )
