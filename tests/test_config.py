@@ -114,9 +114,7 @@ def test_a_wrong_configuration_is_refused_with_place_and_mend(text: str, said: s
 @pytest.mark.parametrize(
     "row",
     [
-        "spare = 1",
         "start = 'zygote'",
-        "max = 4",
     ],
 )
 def test_what_this_version_cannot_enforce_is_refused_and_never_silently_accepted(row: str) -> None:
