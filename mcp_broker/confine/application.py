@@ -12,6 +12,7 @@ context exists and before any code of a tool runs. It works after exec and after
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -72,11 +73,8 @@ def _told(error: OSError) -> str:
 
 def _restrict(confinement: Confinement, scratch: str, endpoint: str, path: tuple[str, ...]) -> None:
     hidden = folders.existing(confinement.hidden)
-    system = (
-        *folders.existing((*folders.SYSTEM, *folders.SETTINGS, *folders.SHOWN)),
-        *folders.runtime(),
-        *path,
-    )
+    needed = (*folders.runtime(), *path)
+    system = (*folders.existing((*folders.SYSTEM, *folders.SETTINGS, *folders.SHOWN)), *needed)
     read, write = _named(confinement.read), _named(confinement.write)
     if confinement.own_mounts:
         elsewhere = {confinement.endpoint_folder: ENDPOINT_FOLDER} if confinement.endpoint_folder else {}
@@ -87,6 +85,7 @@ def _restrict(confinement: Confinement, scratch: str, endpoint: str, path: tuple
     rlimits.limit(confinement.rlimits)
     if confinement.uid is not None:
         privileges.become(confinement.uid)
+        _check_reach(confinement, (*needed, scratch))
         _check_writable(write, confinement.uid)
     landlock.restrict(_rules(confinement, scratch, endpoint, (*system, *read), write, hidden))
     seccomp.install(seccomp.program(_policy(confinement, endpoint)))
@@ -97,6 +96,16 @@ def _named(paths: Iterable[str]) -> tuple[str, ...]:
     for path in paths:
         Path(path).stat()
     return folders.existing(paths)
+
+
+def _check_reach(confinement: Confinement, paths: Iterable[str]) -> None:
+    """Refuse to go on as a uid that cannot even import: it would fail later, and less clearly."""
+    for path in paths:
+        if not os.access(path, os.R_OK):
+            mend = "install Python and the tools where others may read them"
+            if not confinement.own_mounts:
+                mend += ", or let the supervisor make mounts (CAP_SYS_ADMIN)"
+            raise PermissionError(errno.EACCES, f"uid {confinement.uid} cannot reach it: {mend}", path)
 
 
 def _check_writable(write: Iterable[str], uid: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import sys
@@ -49,8 +50,10 @@ def existing(paths: Iterable[str]) -> tuple[str, ...]:
     found: dict[str, None] = {}
     for path in paths:
         for name in (os.path.normpath(path), os.path.realpath(path)):
-            if name != "/" and Path(name).exists():
-                found.setdefault(name)
+            # one that cannot be looked at cannot be opened either
+            with contextlib.suppress(OSError):
+                if name != "/" and Path(name).exists():
+                    found.setdefault(name)
     return tuple(found)
 
 

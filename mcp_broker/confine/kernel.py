@@ -47,7 +47,9 @@ class Refused(OSError):  # noqa: N818 (a fact about the kernel; its errno says w
         self.step = step
 
     def __str__(self) -> str:
-        return f"{self.step}: {errno.errorcode.get(self.errno or 0, self.errno)} ({self.strerror})"
+        # one number has two names, and this is the one that manuals use
+        named = {**errno.errorcode, errno.EOPNOTSUPP: "EOPNOTSUPP"}
+        return f"{self.step}: {named.get(self.errno or 0, self.errno)} ({self.strerror})"
 
 
 def machine() -> str:

@@ -94,6 +94,7 @@ class Running:
         tools: the source of the pool's module.
         config: with places for {folder} and {workers}; the module's name is fault_tools.
         prefix: of the command line that starts it, such as what changes its user.
+        ready: wait until all pools are.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class Running:
         tools: str = TOOLS,
         config: str = CONFIG,
         prefix: Sequence[str] = (),
+        ready: bool = True,
     ) -> None:
         self.folder = folder
         self._prefix = prefix
@@ -112,13 +114,13 @@ class Running:
         self._config = folder / "config.toml"
         self._config.write_text(config.format(folder=folder, workers=workers))
         self._log = (folder / "start.log").open("ab")
-        self.start()
+        self.start(ready=ready)
 
     @property
     def profile(self) -> Path:
         return self.state_dir / "clients" / "default.toml"
 
-    def start(self) -> None:
+    def start(self, *, ready: bool = True) -> None:
         command = [sys.executable, "-m", "mcp_broker", "start", "--config", str(self._config)]
         self.process = subprocess.Popen(
             [*self._prefix, *command, "--state-dir", str(self.state_dir)],
@@ -126,7 +128,8 @@ class Running:
             stderr=self._log,
             start_new_session=True,
         )
-        wait_for(self.is_ready, within_s=20, what="the broker being ready")
+        if ready:
+            wait_for(self.is_ready, within_s=20, what="the broker being ready")
 
     def is_ready(self) -> bool:
         assert self.process.poll() is None, (self.folder / "start.log").read_text()
