@@ -318,6 +318,17 @@ TETHER_BYTES_MAX: Final = 4096
 TETHER_MESSAGES_PER_S: Final = 100.0
 TETHER_MESSAGES_BURST: Final = 200
 
+#: One packet to a zygote: a worker's whole environment is in it. Half of what a socket takes by default.
+ZYGOTE_BYTES_MAX: Final = 100 * 1024
+#: A zygote imports for a third of a second on an idle machine; workers wait for it as long as that pays.
+ZYGOTE_START_S: Final = 5.0
+#: A zygote forks in a few milliseconds. One that has forked nothing for so long, with orders before it, hangs.
+ZYGOTE_ANSWER_S: Final = 2.0
+#: One for each interpreter and environment that a configuration names, and each keeps some 30 MiB.
+ZYGOTES_MAX: Final = 8
+#: Room for a worker's id where others see it: a pool's name of 64 characters, and a number.
+WORKER_ID_CHARS_MAX: Final = 96
+
 #: Heartbeats (each HEARTBEAT_S) between two to a client without, and to a worker without, calls.
 IDLE_BEATS: Final = 20
 WORKER_IDLE_BEATS: Final = 4

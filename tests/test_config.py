@@ -112,16 +112,6 @@ def test_a_wrong_configuration_is_refused_with_place_and_mend(text: str, said: s
 
 
 @pytest.mark.parametrize(
-    "row",
-    [
-        "start = 'zygote'",
-    ],
-)
-def test_what_this_version_cannot_enforce_is_refused_and_never_silently_accepted(row: str) -> None:
-    assert "not supported yet" in refusal(f"[pools.mine]\nmodule = 'mine'\n{row}")
-
-
-@pytest.mark.parametrize(
     "row", ["read = ['/data']", "write = ['/data']", "network = 'none'", "network = 'loopback'"]
 )
 def test_a_bound_that_level_process_cannot_hold_is_refused(row: str) -> None:

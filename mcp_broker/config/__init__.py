@@ -53,10 +53,7 @@ __all__ = [
 _ENVIRONMENT_PREFIX: Final = "MCP_BROKER_"
 
 #: keys that this design knows and this version does not serve: refused by name, never silently accepted
-_NOT_YET: Final[Mapping[str, frozenset[str]]] = {
-    "": frozenset({"audit"}),
-    "pools": frozenset({"start"}),
-}
+_NOT_YET: Final = frozenset({"audit"})
 _POOL_NAME: Final = re.compile(r"^[a-z][a-z0-9_.]{0,63}\Z")
 _TABLES: Final[Mapping[str, type[Table]]] = {
     "broker": BrokerTable,
@@ -182,7 +179,7 @@ def _validated(raw: dict[str, Any], source: _Source, folder: Path, environ: Mapp
 
 def _refuse_unknown_keys(raw: dict[str, Any], source: _Source) -> None:
     for key in raw:
-        _check_key((), key, Config, _NOT_YET[""], source)
+        _check_key((), key, Config, _NOT_YET, source)
     for table, model in _TABLES.items():
         for key in _a_table(raw, (table,), source):
             _check_key((table,), key, model, frozenset(), source)
@@ -193,7 +190,7 @@ def _refuse_unknown_keys(raw: dict[str, Any], source: _Source) -> None:
                 " use lower-case letters, digits, '_' and '.', at most 64"
             )
         for key in _a_table(raw["pools"], (name,), source, within=("pools",)):
-            _check_key(("pools", name), key, PoolTable, _NOT_YET["pools"], source)
+            _check_key(("pools", name), key, PoolTable, frozenset(), source)
         for key in _a_table(raw["pools"][name], ("limits",), source, within=("pools", name)):
             _check_key(("pools", name, "limits"), key, PoolLimits, frozenset(), source)
 

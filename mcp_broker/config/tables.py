@@ -126,6 +126,8 @@ class PoolTable(Table):
     network: Literal["none", "loopback", "full"] | None = None
     #: name -> file that only its owner can read; relative to the file
     secrets: dict[SecretName, str] = {}
+    #: how a process is started: forked from one that has imported what every worker imports, or executed anew
+    start: Literal["zygote", "exec"] = "zygote"
     #: calls a second that each of its tools takes, all callers together, in place of what the tool itself says
     rate_per_s: RatePerS | None = None
     #: of these, calls at once after a pause; one second's calls if absent

@@ -115,6 +115,7 @@ class Life:
             pressure="unmeasured" if reading is None else reading.level.name.lower(),
             limit="" if reading is None else reading.limit,
             share=0.0 if reading is None else round(reading.share, 3),
+            start="" if self.process is None else self.process.start,
         )
 
     def ask_stack(self) -> None:

@@ -31,7 +31,7 @@ from mcp_broker.supervisor.broker import BrokerChild
 from mcp_broker.supervisor.commands import Commands
 from mcp_broker.supervisor.fleet import Fleet
 from mcp_broker.supervisor.isolation.warden import Warden
-from mcp_broker.supervisor.launch.local import LocalLauncher
+from mcp_broker.supervisor.launch.forks import ForkingLauncher
 from mcp_broker.supervisor.lock import Lock
 from mcp_broker.supervisor.operations import Operations
 from mcp_broker.supervisor.poller import Poller
@@ -88,7 +88,7 @@ class Supervisor:
         self._config = config
         self._state_dir = state_dir.absolute()
         self._on_event = on_event
-        self.launcher: Launcher = launcher or LocalLauncher()
+        self.launcher: Launcher = launcher or ForkingLauncher()
         self._phase = Phase.SERVING
         self._failure: str | None = None
         self._is_dirty = False
@@ -141,6 +141,7 @@ class Supervisor:
         self.worker_endpoint = ports.worker_endpoint
         self.worker_server_public = self._authority.workers.public
         self.poller = Poller()
+        self.launcher.open(self)
         self._started_wall = time.time()
         self._fleet = Fleet(self, self._config, Definitions(self._state_dir), self._on_event)
         self._broker = BrokerChild(self)
@@ -172,14 +173,15 @@ class Supervisor:
         deadlines = [self._sample_at]
         if self._phase is Phase.DRAINING:
             deadlines.append(self._drain_deadline)
-        dues = (self._aftermath.deadline(), self._broker.child.deadline(), self._commands.deadline())
-        deadlines += [at for at in dues if at is not None]
+        others = (self._aftermath, self._broker.child, self._commands, self.launcher)
+        deadlines += [at for at in (other.deadline() for other in others) if at is not None]
         deadlines.extend(self._fleet.deadlines())
         return min(deadlines)
 
     def _expire(self, now: float) -> None:
         self._broker.expire(now)
         self._fleet.expire(now)
+        self.launcher.expire(now)
         if self._phase is Phase.DRAINING and now >= self._drain_deadline:
             self._stop_workers()
         if now >= self._sample_at:
@@ -201,7 +203,9 @@ class Supervisor:
             self._phase = Phase.STOPPING_BROKER
             self._broker.tell(children.Unwanted())
         if self._phase is Phase.STOPPING_BROKER and not self._broker.child.is_alive:
-            self._phase = Phase.STOPPED
+            self.launcher.stop()
+            if not self.launcher.alive():
+                self._phase = Phase.STOPPED
 
     def _end(self, signals: Signals) -> None:
         # after an orderly stop there is nothing left to do here
@@ -209,6 +213,7 @@ class Supervisor:
         self._broker.tell(children.Unwanted())
         self._fleet.stop()
         self._kill_all()
+        self.launcher.stop()
         self._aftermath.end(self.poller)
         self._runtime.remove()
         self._counters.close()
@@ -385,7 +390,7 @@ class Supervisor:
 
     def _alive(self) -> dict[int, str]:
         """Return our own live children: pid -> name."""
-        alive = self._fleet.alive()
+        alive = {**self.launcher.alive(), **self._fleet.alive()}
         if self._broker.process is not None:
             alive[self._broker.pid] = self._broker.process.name
         return alive

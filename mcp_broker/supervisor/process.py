@@ -105,7 +105,7 @@ class Process:
         try:
             self.execute(argv, env=env, cwd=cwd, pass_fds=pass_fds)
         except SupervisionError:
-            self._end_output()
+            self.discard()
             raise
 
     @classmethod
@@ -125,6 +125,8 @@ class Process:
         self._poller = poller
         self._on_exit = on_exit
         self._on_birth: Callable[[], None] | None = None
+        #: how it came to be: "exec" or "zygote"
+        self.start = ""
         self._popen: subprocess.Popen[bytes] | None = None
         self._pidfd: int | None = None
         self._is_over = False
@@ -174,6 +176,7 @@ class Process:
             )
         except OSError as error:
             raise _no_start(argv[0], error) from error
+        self.start = "exec"
         self._be(self._popen.pid)
 
     def adopt(self, pid: int) -> None:
@@ -185,6 +188,7 @@ class Process:
         entry = proctable.read(pid)
         if entry is None or entry.ppid != os.getpid():
             raise SupervisionError(f"process {pid} is no child of ours")
+        self.start = "zygote"
         self._be(pid)
 
     def _be(self, pid: int) -> None:
@@ -218,7 +222,7 @@ class Process:
 
     def abandon(self, reason: str) -> None:
         """Say that an unborn child will never be; its owner hears of it as of an end."""
-        self._end_output()
+        self.discard()
         if not self.is_doomed:
             self._stderr.tail = reason.encode()
         self._finish(
@@ -227,7 +231,8 @@ class Process:
             else Exit(code=EXIT_NEVER_STARTED, signal=None, cpu_s=0.0, max_rss_kib=0)
         )
 
-    def _end_output(self) -> None:
+    def discard(self) -> None:
+        """Let go of an unborn child that nobody waits for."""
         os.close(self._stdout_end)
         os.close(self._stderr_end)
         self._stdout.close()

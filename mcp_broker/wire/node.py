@@ -60,6 +60,8 @@ class WorkerReport(Record, kw_only=True, frozen=True):
     #: the limit of which it uses most, and the share of it
     limit: str = ""
     share: float = 0.0
+    #: how its process came to be: "exec" or "zygote"
+    start: str = ""
 
 
 class PoolReport(Record, kw_only=True, frozen=True):

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import atexit
-import logging
-import os
-import sys
-from typing import NoReturn
 
-from mcp_broker.worker.process import main
+from mcp_broker.worker.process import run
 
 
 def _arguments() -> argparse.Namespace:
@@ -19,19 +14,6 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _leave(code: int) -> NoReturn:
-    """End the process after what it owes, without tearing the interpreter down.
-
-    The teardown destroys modules in no useful order: it costs time at every restart, and binding libraries
-    report their own objects as leaks on the way.
-    """
-    atexit._run_exitfuncs()  # noqa: SLF001 (the only way to have them run before os._exit)
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
 if __name__ == "__main__":
     given = _arguments()
-    _leave(main(given.boot_fd, given.tether_fd))
+    run(given.boot_fd, given.tether_fd)

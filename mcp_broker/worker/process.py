@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import faulthandler
+import functools
 import gc
 import importlib.metadata
+import logging
 import mmap
 import os
 import signal
 import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from mcp_broker import confine
 from mcp_broker.errors import ConfigError, WireError
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
 #: it cannot serve at all, and would not a second time: no module, no tool, tools refused
 EXIT_BOOT: Final = 3
 _PR_SET_PDEATHSIG: Final = 1
+#: which plugins pydantic leaves out
+_PLUGINS: Final = "PYDANTIC_DISABLE_PLUGINS"
 
 
 def read_boot(fd: int) -> WorkerBoot:
@@ -100,7 +105,7 @@ def serve(boot: WorkerBoot, tether: Tether) -> None:
     session = Session(
         (tool.definition for tool in tools.values()),
         boot.concurrency,
-        f"mcp-broker/{importlib.metadata.version('mcp-broker')} python/{sys.version_info[0]}.{sys.version_info[1]}",
+        agent(),
     )
     has_tasks = any(tool.is_async for tool in tools.values())
     is_alone = boot.concurrency == 1 or not has_tasks
@@ -122,6 +127,55 @@ def serve(boot: WorkerBoot, tether: Tether) -> None:
         from mcp_broker.worker.loop import Loop
 
         Loop(session, link, execution, interrupts).run()
+
+
+@functools.cache
+def agent() -> str:
+    """Return what runs here, for the broker."""
+    python = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    return f"mcp-broker/{importlib.metadata.version('mcp-broker')} python/{python}"
+
+
+def warm() -> None:
+    """Do beforehand what every worker does and none does differently: imports, and what they do at first use.
+
+    Nobody's code but ours runs. A plugin of pydantic, which any installed package may bring, is not loaded here but in
+    each worker.
+    """
+    from mcp_broker.worker import loop, tasks
+    from mcp_broker.worker.tool import made, tool
+
+    del loop, tasks
+    agent()
+    os.environ[_PLUGINS] = "__all__"
+    try:
+
+        @tool(name="warm.up")
+        def warm_up(
+            text: str, count: int = 1, *, rows: list[dict[str, float]] | None = None
+        ) -> dict[str, int]:
+            """Have pydantic load what it loads late."""
+            del rows
+            return {text: count}
+
+        warm_up.validate({"text": "a"})
+    finally:
+        del os.environ[_PLUGINS]
+        made.clear()
+
+
+def run(boot_fd: int, tether_fd: int) -> NoReturn:
+    """Be a worker, and end the process after what it owes, without tearing the interpreter down.
+
+    The teardown destroys modules in no useful order: it costs time at every restart, and binding libraries
+    report their own objects as leaks on the way.
+    """
+    code = main(boot_fd, tether_fd)
+    atexit._run_exitfuncs()  # noqa: SLF001 (the only way to have them run before os._exit)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def main(boot_fd: int, tether_fd: int) -> int:

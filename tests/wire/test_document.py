@@ -13,7 +13,7 @@ import pytest
 from zmq.utils import z85
 
 from mcp_broker import limits
-from mcp_broker.wire import messages, node, tether
+from mcp_broker.wire import messages, node, tether, zygote
 from mcp_broker.wire.items import Record
 from tests.wire.field_tables import Row, rows
 from tests.wire.make_vectors import FOLDER
@@ -113,6 +113,12 @@ def test_tether_kinds_are_those_of_the_code() -> None:
     written = [(line[0], line[1]) for line in table(section("Tether"))]
     sides = (("worker", tether.FromWorker), ("supervisor", tether.ToWorker))
     kinds = [(side, kind) for side, union in sides for kind in typing.get_args(union) or (union,)]
+    assert written == [(side, messages.kind_of(kind)) for side, kind in kinds]
+
+
+def test_zygote_kinds_are_those_of_the_code() -> None:
+    written = [(line[0], line[1]) for line in table(section("Zygote"))]
+    kinds = [("supervisor", zygote.Order), *(("zygote", kind) for kind in zygote.FromZygote.__args__)]
     assert written == [(side, messages.kind_of(kind)) for side, kind in kinds]
 
 

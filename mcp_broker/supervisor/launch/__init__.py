@@ -53,11 +53,50 @@ class BrokerOrder:
     scratch: Path
 
 
+class Ground(Protocol):
+    """What a launcher with processes of its own stands on: the supervisor, as far as it sees it."""
+
+    poller: Poller
+    run_dir: Path
+    instance: str
+
+    def strayed(self) -> None:
+        """Processes may have lost their parent."""
+
+
 class Launcher(Protocol):
-    """Starts processes and hands them over; raises SupervisionError when it cannot."""
+    """Starts processes and hands them over; raises SupervisionError when it cannot.
+
+    One that keeps processes of its own for this is opened before the first start, served in every turn of the loop, and
+    stopped after the last.
+    """
 
     def launch_worker(self, order: WorkerOrder, poller: Poller, on_exit: Callable[[Exit], None]) -> Process:
-        """Start a worker process."""
+        """Start a worker process, or begin to: ``when_born`` of what is returned tells."""
 
     def launch_broker(self, order: BrokerOrder, poller: Poller, on_exit: Callable[[Exit], None]) -> Process:
         """Start the broker process."""
+
+    def open(self, ground: Ground) -> None:
+        """Begin."""
+        del ground
+
+    def deadline(self) -> float | None:
+        """Return the instant at which :meth:`expire` has something to do."""
+        return None
+
+    def expire(self, now: float) -> None:
+        """Do what is due; called every turn."""
+        del now
+
+    def alive(self) -> dict[int, str]:
+        """Return who has a right to live besides workers and broker: pid -> name.
+
+        These are the launcher's own processes, and workers that may have been forked but are not known yet: each under
+        a negative number of its own. Who finds a process that names itself so has not found a stray.
+        """
+        return {}
+
+    def stop(self) -> None:
+        """End them; whoever is unborn is abandoned."""
+        return

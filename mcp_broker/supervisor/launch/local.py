@@ -6,7 +6,9 @@ import os
 import sys
 from typing import TYPE_CHECKING, Final
 
+from mcp_broker.errors import SupervisionError
 from mcp_broker.proctable import WORKER_VARIABLE
+from mcp_broker.supervisor.launch import Launcher
 from mcp_broker.supervisor.process import Exit, Process
 from mcp_broker.supervisor.reclaim import INSTANCE_VARIABLE
 
@@ -28,8 +30,8 @@ ALLOCATOR: Final = {
 }
 
 
-class LocalLauncher:
-    """Starts children of this process.
+class LocalLauncher(Launcher):
+    """Starts children of this process, each by executing its program.
 
     Args:
         worker: the worker program, after the interpreter.
@@ -45,22 +47,31 @@ class LocalLauncher:
         self._broker = tuple(broker)
 
     def launch_worker(self, order: WorkerOrder, poller: Poller, on_exit: Callable[[Exit], None]) -> Process:
-        """Start a worker; its boot record is in memory that only it can open, and is read once."""
-        boot_fd = os.memfd_create("mcpb-boot", os.MFD_CLOEXEC)
+        """Start a worker."""
+        process = Process.unborn(order.worker_id, poller=poller, on_exit=on_exit)
         try:
-            _write_all(boot_fd, order.boot)
-            os.lseek(boot_fd, 0, os.SEEK_SET)
+            self.execute(process, order)
+        except SupervisionError:
+            process.discard()
+            raise
+        return process
+
+    def execute(self, process: Process, order: WorkerOrder) -> None:
+        """Have an unborn worker be born.
+
+        Raises:
+            SupervisionError: it could not be started, and is as unborn as before.
+        """
+        boot_fd = sealed(order.boot)
+        try:
             python = order.pool.python or sys.executable
             fds = ("--boot-fd", str(boot_fd), "--tether-fd", str(order.tether_fd))
-            return Process(
-                order.worker_id,
+            process.execute(
                 # -P: what a tool writes into its working directory is never imported
                 [python, "-P", *self._worker, *fds],
-                env={**_environment(order.worker_id, order.instance, order.scratch), **order.pool.env},
+                env=worker_environment(order),
                 cwd=order.scratch,
                 pass_fds=(boot_fd, order.tether_fd, *order.pass_fds),
-                poller=poller,
-                on_exit=on_exit,
             )
         finally:
             os.close(boot_fd)
@@ -70,7 +81,7 @@ class LocalLauncher:
         return Process(
             order.name,
             [sys.executable, "-P", *self._broker, "--link-fd", str(order.link_fd)],
-            env=_environment(order.name, order.instance, order.scratch),
+            env=environment(order.name, order.instance, order.scratch),
             cwd=order.scratch,
             pass_fds=(order.link_fd, *order.pass_fds),
             poller=poller,
@@ -78,13 +89,23 @@ class LocalLauncher:
         )
 
 
-def _environment(name: str, instance: str, scratch: Path) -> dict[str, str]:
+def worker_environment(order: WorkerOrder) -> dict[str, str]:
+    """Return a worker's whole environment."""
+    return {**environment(order.worker_id, order.instance, order.scratch), **order.pool.env}
+
+
+def environment(name: str, instance: str, home: Path) -> dict[str, str]:
+    """Return what every child's environment holds."""
     passed = {variable: os.environ[variable] for variable in PASSED if variable in os.environ}
-    own = {"HOME": str(scratch), "TMPDIR": str(scratch), "PYTHONUNBUFFERED": "1"}
+    own = {"HOME": str(home), "TMPDIR": str(home), "PYTHONUNBUFFERED": "1"}
     return {**passed, **ALLOCATOR, **own, WORKER_VARIABLE: name, INSTANCE_VARIABLE: instance}
 
 
-def _write_all(fd: int, data: bytes) -> None:
-    view = memoryview(data)
+def sealed(boot: bytes) -> int:
+    """Return a descriptor of a boot record: memory that only who has it can open, and is read once."""
+    fd = os.memfd_create("mcpb-boot", os.MFD_CLOEXEC)
+    view = memoryview(boot)
     while view:
         view = view[os.write(fd, view) :]
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd

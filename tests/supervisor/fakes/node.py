@@ -14,6 +14,7 @@ from pathlib import Path
 from mcp_broker import config
 from mcp_broker.errors import BrokerError
 from mcp_broker.supervisor import Event, Supervisor
+from mcp_broker.supervisor.launch.forks import ForkingLauncher
 from mcp_broker.supervisor.launch.local import LocalLauncher
 from mcp_broker.wire import codec
 
@@ -28,7 +29,8 @@ def show(event: Event) -> None:
 
 def main() -> int:
     logging.basicConfig(level=logging.INFO)
-    launcher = LocalLauncher(worker=(str(HERE / "worker.py"),), broker=(str(HERE / "broker.py"),))
+    local = LocalLauncher(worker=(str(HERE / "worker.py"),), broker=(str(HERE / "broker.py"),))
+    launcher = ForkingLauncher(local, zygote=(str(HERE / "zygote.py"),))
     supervisor = Supervisor(config.load(sys.argv[2]), Path(sys.argv[1]), on_event=show, launcher=launcher)
     try:
         return supervisor.run()

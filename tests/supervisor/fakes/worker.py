@@ -8,13 +8,14 @@ import faulthandler
 import json
 import mmap
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from mcp_broker import confine
 from mcp_broker.wire import codec
@@ -50,20 +51,16 @@ def watch(tether: socket.socket) -> None:
     os._exit(0)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--boot-fd", type=int)
-    parser.add_argument("--tether-fd", type=int)
-    given = parser.parse_args()
-    with open(given.boot_fd, "rb") as source:  # noqa: PTH123 (an inherited fd)
+def run(boot_fd: int, tether_fd: int) -> NoReturn:
+    with open(boot_fd, "rb") as source:
         boot = codec.decode_worker_boot(source.read())
     options: dict[str, Any] = boot.options
     if not options.get("unconfined"):
-        keep = (boot.marks_fd, given.tether_fd)
+        keep = (boot.marks_fd, tether_fd)
         confine.apply(boot.confinement, scratch=boot.scratch, endpoint=boot.endpoint, keep=keep)
     if not options.get("deaf"):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    tether = socket.socket(fileno=given.tether_fd)
+    tether = socket.socket(fileno=tether_fd)
     threading.Thread(target=watch, args=(tether,), daemon=True).start()
     for packet in options.get("says_on_tether", ()):
         tether.send(bytes.fromhex(packet))
@@ -89,20 +86,32 @@ def main() -> None:
     if "daemon" in options:
         subprocess.run([sys.executable, "-c", DAEMON, options["daemon"]], check=True, env=os.environ)
     if "environment" in options:
-        seen = {
+        seen: dict[str, Any] = {
             "env": dict(os.environ),
             "cwd": str(Path.cwd()),
             "fds": open_files(),
         }
         umask = os.umask(0)
         part = Path(options["environment"] + ".part")
-        part.write_text(json.dumps({**seen, "umask": umask, "sid": os.getsid(0), "pid": os.getpid()}))
+        seen |= {"umask": umask, "sid": os.getsid(0), "pid": os.getpid(), "ppid": os.getppid()}
+        seen |= {"random": random.random(), "threads": threading.active_count()}
+        status = Path("/proc/self/status").read_text()
+        seen["signals"] = [line for line in status.splitlines() if line.startswith(("SigBlk", "SigIgn"))]
+        part.write_text(json.dumps(seen))
         part.rename(options["environment"])
     host, port = boot.endpoint.removeprefix("tcp://").split(":")
     connection = socket.create_connection((host, int(port)))
     connection.sendall(f"{'refuse' if options.get('refuse') else 'up'} {boot.worker_id}\n".encode())
     while True:
         signal.pause()
+
+
+def main() -> NoReturn:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--boot-fd", type=int)
+    parser.add_argument("--tether-fd", type=int)
+    given = parser.parse_args()
+    run(given.boot_fd, given.tether_fd)
 
 
 if __name__ == "__main__":
