@@ -118,7 +118,7 @@ class PoolTable(Table):
     #: calls that one process runs at a time
     concurrency: Concurrency = 1
     #: a floor: what it cannot have here, it does not start with; `auto` takes the best that works, and says which
-    isolation: Literal["process", "restricted", "auto"] = "process"
+    isolation: Literal["process", "restricted", "sandboxed", "auto"] = "process"
     #: folders and files that it may read, and those that it may also write, besides its scratch; relative to the file
     read: tuple[str, ...] = ()
     write: tuple[str, ...] = ()

@@ -76,7 +76,9 @@ def _restrict(confinement: Confinement, scratch: str, endpoint: str, path: tuple
     needed = (*folders.runtime(), *path)
     system = (*folders.existing((*folders.SYSTEM, *folders.SETTINGS, *folders.SHOWN)), *needed)
     read, write = _named(confinement.read), _named(confinement.write)
-    if confinement.own_mounts:
+    # bubblewrap has made a sandbox's mounts, and its first process has changed the uid
+    is_made = confinement.level == "sandboxed"
+    if confinement.own_mounts and not is_made:
         elsewhere = {confinement.endpoint_folder: ENDPOINT_FOLDER} if confinement.endpoint_folder else {}
         uid, scratch_mb = confinement.uid, confinement.scratch_mb
         mounts.leave(network=confinement.own_network)
@@ -84,7 +86,8 @@ def _restrict(confinement: Confinement, scratch: str, endpoint: str, path: tuple
     privileges.gain_no_more()
     rlimits.limit(confinement.rlimits)
     if confinement.uid is not None:
-        privileges.become(confinement.uid)
+        if not is_made:
+            privileges.become(confinement.uid)
         _check_reach(confinement, (*needed, scratch))
         _check_writable(write, confinement.uid)
     landlock.restrict(_rules(confinement, scratch, endpoint, (*system, *read), write, hidden))
@@ -130,6 +133,8 @@ def _rules(
     writable = [scratch, *write]
     if confinement.own_mounts:
         writable.append("/dev/shm")  # noqa: S108 (its own)
+    if confinement.level == "sandboxed":
+        writable.append("/tmp")  # noqa: S108 (likewise)
     # without TCP there is no kind of socket that a rule would apply to, so an old kernel need not know ports
     is_tcp = confinement.network == "none" and endpoint.startswith(_TCP)
     connect = (int(endpoint.rpartition(":")[2]),) if is_tcp else None

@@ -19,7 +19,7 @@ import signal
 import socket
 import stat
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -152,16 +152,35 @@ def _trees(view: View) -> Iterator[_Tree]:
             owner = "" if view.uid is None else f",uid={view.uid},gid={view.uid}"
             yield _Tree(path, options=f"mode=700,size={view.scratch_mb}m{owner}")
             continue
-        flags = _OPEN_TREE_CLONE | os.O_CLOEXEC | _AT_RECURSIVE
-        fd = kernel.call("open_tree", _AT_FDCWD, os.fsencode(sources[path]), flags)
-        found = os.fstat(fd)
         attributes = _ATTR_NOSUID
         attributes |= 0 if kind == "device" else _ATTR_NODEV
         attributes |= 0 if kind in {"write", "scratch", "device"} else _ATTR_RDONLY
-        _set(fd, b"", _AT_EMPTY_PATH | _AT_RECURSIVE, attributes)
+        fd = _copy(sources[path], attributes)
+        found = os.fstat(fd)
         if kind in {"read", "write"} and view.uid is not None:
             _map_owner(fd, found, view.uid)
         yield _Tree(path, fd, is_folder=stat.S_ISDIR(found.st_mode))
+
+
+def mapped_tree(path: str, uid: int) -> int:
+    """Copy a folder of the operator's so that what belongs to its owner belongs to a worker's uid.
+
+    Returns:
+        The descriptor of the copy, for move_mount.
+
+    Raises:
+        kernel.Refused: we may not.
+    """
+    fd = _copy(path, _ATTR_NOSUID | _ATTR_NODEV)
+    _map_owner(fd, os.fstat(fd), uid)
+    return fd
+
+
+def _copy(path: str, attributes: int) -> int:
+    flags = _OPEN_TREE_CLONE | os.O_CLOEXEC | _AT_RECURSIVE
+    fd = kernel.call("open_tree", _AT_FDCWD, os.fsencode(path), flags)
+    _set(fd, b"", _AT_EMPTY_PATH | _AT_RECURSIVE, attributes)
+    return fd
 
 
 def _map_owner(fd: int, found: os.stat_result, uid: int) -> None:
@@ -238,6 +257,14 @@ def _mount_kernel(root: str, view: View) -> None:
     )
     for name, target in _LINKS.items():
         Path(root, "dev", name).symlink_to(target)
+
+
+def show_again(trees: Sequence[tuple[int, str]]) -> None:
+    """Leave the namespace of mounts, and put copies where their folders are, in the sight of this process alone."""
+    kernel.unshare(_NEW_MOUNTS)
+    kernel.mount(None, "/", None, _MS_REC | _MS_PRIVATE)
+    for fd, path in trees:
+        kernel.call("move_mount", fd, b"", _AT_FDCWD, os.fsencode(path), _MOVE_MOUNT_F_EMPTY_PATH)
 
 
 def _set(fd: int, path: bytes, flags: int, attributes: int, user_namespace: int = 0) -> None:

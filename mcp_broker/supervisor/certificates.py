@@ -99,7 +99,7 @@ def certify(process: Process, pool: str, module: str, end: Exit, known: Circumst
     return Certificate(
         worker_id=process.name,
         pool=pool,
-        pid=process.pid,
+        pid=process.main_pid,
         cause=cause,
         kind=kind,
         exit_code=end.code,

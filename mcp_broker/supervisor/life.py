@@ -98,7 +98,7 @@ class Life:
 
     def sample(self) -> None:
         """Read what the process costs now."""
-        entry = None if self.process is None else proctable.read(self.process.pid)
+        entry = None if self.process is None else proctable.read(self.process.main_pid)
         if entry is not None:
             self.rss_kib, self.cpu_s = entry.rss_kib, entry.cpu_s
 
@@ -107,7 +107,7 @@ class Life:
         reading = None if self.metered is None else self.metered.meter.reading
         return node.WorkerReport(
             id=self.worker_id,
-            pid=0 if self.process is None else self.process.pid,
+            pid=0 if self.process is None else self.process.main_pid,
             state=state,
             since_wall=0.0 if self.process is None else self.process.started_wall,
             rss_kib=self.rss_kib,

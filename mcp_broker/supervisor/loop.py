@@ -32,6 +32,7 @@ from mcp_broker.supervisor.commands import Commands
 from mcp_broker.supervisor.fleet import Fleet
 from mcp_broker.supervisor.isolation.warden import Warden
 from mcp_broker.supervisor.launch.forks import ForkingLauncher
+from mcp_broker.supervisor.launch.sandbox import SandboxLauncher
 from mcp_broker.supervisor.lock import Lock
 from mcp_broker.supervisor.operations import Operations
 from mcp_broker.supervisor.poller import Poller
@@ -88,7 +89,7 @@ class Supervisor:
         self._config = config
         self._state_dir = state_dir.absolute()
         self._on_event = on_event
-        self.launcher: Launcher = launcher or ForkingLauncher()
+        self.launcher: Launcher = launcher or SandboxLauncher(ForkingLauncher())
         self._phase = Phase.SERVING
         self._failure: str | None = None
         self._is_dirty = False

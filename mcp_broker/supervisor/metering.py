@@ -155,7 +155,7 @@ class Metering:
         if life is None or life.process is None or pool is None or life.metered is not None:
             return
         bounds = self._allowance(pool, slot.table).bounds
-        life.metered = Metered(life, life.process.pid, bounds, slot.table, now)
+        life.metered = Metered(life, life.process.main_pid, bounds, slot.table, now)
         # the broker waits for it
         self._owner.changed()
 
@@ -223,7 +223,10 @@ class Metering:
         *,
         is_resting: bool,
     ) -> None:
-        has_changed = metered.observe(life, now, adopted.get(life.worker_id, []), is_resting=is_resting)
+        orphans = adopted.get(life.worker_id, [])
+        if life.process is not None:
+            orphans = [*orphans, *life.process.orphans()]
+        has_changed = metered.observe(life, now, orphans, is_resting=is_resting)
         meter = metered.meter
         if has_changed:
             self._owner.changed()

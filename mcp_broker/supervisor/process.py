@@ -81,6 +81,7 @@ class Process:
         pass_fds: descriptors that it inherits, under the same numbers; all others are closed.
         poller: watches it.
         on_exit: called once, after the process and its group are dead and reaped.
+        prepare: what the child does before it becomes the program; without it no memory is copied for the child.
 
     Attributes:
         pid: 0 until it is born.
@@ -100,10 +101,11 @@ class Process:
         pass_fds: Sequence[int],
         poller: Poller,
         on_exit: Callable[[Exit], None],
+        prepare: Callable[[], None] | None = None,
     ) -> None:
         self._expect(name, poller, on_exit)
         try:
-            self.execute(argv, env=env, cwd=cwd, pass_fds=pass_fds)
+            self.execute(argv, env=env, cwd=cwd, pass_fds=pass_fds, prepare=prepare)
         except SupervisionError:
             self.discard()
             raise
@@ -127,6 +129,8 @@ class Process:
         self._on_birth: Callable[[], None] | None = None
         #: how it came to be: "exec" or "zygote"
         self.start = ""
+        #: told of processes that we started by way of this one, and that may have left its control group
+        self.on_descendant: Callable[[int], None] | None = None
         self._popen: subprocess.Popen[bytes] | None = None
         self._pidfd: int | None = None
         self._is_over = False
@@ -150,7 +154,13 @@ class Process:
         return self._stdout_end, self._stderr_end
 
     def execute(
-        self, argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, pass_fds: Sequence[int]
+        self,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        cwd: Path,
+        pass_fds: Sequence[int],
+        prepare: Callable[[], None] | None = None,
     ) -> None:
         """Start a program as this child.
 
@@ -173,9 +183,13 @@ class Process:
                 # a session of its own: the terminal's Ctrl-C is for the supervisor, and a group can be killed whole
                 start_new_session=True,
                 umask=0o077,
+                # there is one thread, and it holds no lock that the child would need
+                preexec_fn=prepare,  # noqa: PLW1509
             )
         except OSError as error:
             raise _no_start(argv[0], error) from error
+        except subprocess.SubprocessError as error:
+            raise SupervisionError(f"cannot prepare the start of {argv[0]}: {error}") from error
         self.start = "exec"
         self._be(self._popen.pid)
 
@@ -244,6 +258,15 @@ class Process:
     def is_alive(self) -> bool:
         """It is not reaped yet; also while it is unborn."""
         return not self._is_over
+
+    @property
+    def main_pid(self) -> int:
+        """The process that does the work, which another may stand before."""
+        return self.pid
+
+    def orphans(self) -> list[int]:
+        """Return what lost its parent below it and did not become our child."""
+        return []
 
     @property
     def stderr_tail(self) -> str:

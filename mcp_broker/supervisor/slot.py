@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import random
 import signal
@@ -136,7 +137,7 @@ class Slot:
         life = self.life
         if life is None or life.process is None or life.cell is None:
             return
-        lacks = attestation.fault(life.process.pid, life.cell.confinement)
+        lacks = attestation.fault(life.process.main_pid, life.cell.confinement)
         if lacks:
             self.tell(children.Refused(f"worker {life.worker_id} is not confined: {lacks}"))
             self.kill()
@@ -274,6 +275,7 @@ class Slot:
             pass_fds=(life.page.fd,),
             tether_fd=life.their_end.fileno(),
             scratch=life.scratch,
+            confinement=cell.confinement,
         )
         try:
             life.process = ground.launcher.launch_worker(order, ground.poller, self._exited)
@@ -290,6 +292,7 @@ class Slot:
         life.begun(Tether(life.our_end, ground.poller, handlers, self._violated))
         reclaim.record(ground.run_dir, life.process)
         ground.spawned(life.worker_id, life.process.pid)
+        life.process.on_descendant = functools.partial(ground.spawned, life.worker_id)
         self.tell(children.Spawned())
 
     def _warmed(self, _message: Warm) -> None:

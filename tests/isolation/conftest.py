@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 ORDINARY = Path(ROOT) / "tests" / "support" / "ordinary.py"
 IS_ROOT = os.geteuid() == 0
 DEMO_DATA = str(Path(ROOT) / "mcp_broker" / "demo_data")
-LEVELS = ("process", "restricted")
+LEVELS = ("process", "restricted", "sandboxed")
 
 CONFIG = """
 [pools.sibling]
@@ -55,6 +55,16 @@ path = ["{folder}/tools"]
 min = 2
 isolation = "restricted"
 env = {{ PREFIX = "restricted" }}
+secrets = {{ key = "{folder}/key" }}
+read = ["{folder}/in"]
+write = ["{folder}/out"]
+
+[pools.sandboxed]
+module = "hostile"
+path = ["{folder}/tools"]
+min = 2
+isolation = "sandboxed"
+env = {{ PREFIX = "sandboxed" }}
 secrets = {{ key = "{folder}/key" }}
 read = ["{folder}/in"]
 write = ["{folder}/out"]

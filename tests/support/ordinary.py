@@ -18,7 +18,8 @@ ROOT = str(Path(__file__).resolve().parents[2])
 
 
 def main(folder: str, *command: str) -> None:
-    system = (*folders.existing((*folders.SYSTEM, "/etc", "/sys")), *folders.runtime(), ROOT)
+    # bubblewrap makes its /dev of what is in ours
+    system = (*folders.existing((*folders.SYSTEM, "/etc", "/sys", "/dev/tty")), *folders.runtime(), ROOT)
     mounts.leave(network=False)
     mounts.enter(mounts.View(system, (), (folder,), (), "/tmp", 16, UID))
     # as on most machines, everybody sees everybody's processes

@@ -9,17 +9,22 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from mcp_broker.wire.confinement import Confinement
 
 
-def fault(pid: int, confinement: Confinement) -> str:
+#: /proc/PID/status, "Seccomp": a filter is in force
+_FILTERED: Final = "2"
+
+
+def fault(pid: int, confinement: Confinement, *, is_filtered: bool = True) -> str:
     """Return what a worker lacks of its confinement, one sentence; "" when it lacks nothing.
 
     Args:
         pid: of a process that has not been reaped, so that it is still that one.
+        is_filtered: it has had the time to put up its own filter of system calls.
     """
     try:
         text = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
@@ -27,6 +32,8 @@ def fault(pid: int, confinement: Confinement) -> str:
         # it is gone: somebody else tells how
         return ""
     found = dict(row.split(":\t", 1) for row in text.splitlines() if ":\t" in row)
+    if not is_filtered:
+        found["Seccomp"] = _FILTERED
     return next(_faults(pid, found, confinement), "")
 
 
@@ -36,7 +43,7 @@ def _faults(pid: int, found: dict[str, str], confinement: Confinement) -> Iterat
         yield f"it may gain privileges (NoNewPrivs {found.get('NoNewPrivs')}), which level {level} forbids"
     if level == "process":
         return
-    if found.get("Seccomp") != "2":
+    if found.get("Seccomp") != _FILTERED:
         yield f"no filter of system calls holds it (Seccomp {found.get('Seccomp')}), which level {level} demands"
     if confinement.uid is not None:
         uids = {*found.get("Uid", "").split(), *found.get("Gid", "").split()}
@@ -48,8 +55,17 @@ def _faults(pid: int, found: dict[str, str], confinement: Confinement) -> Iterat
     for name, value in capabilities.items():
         if value.strip("0"):
             yield f"it has capabilities ({name} {value})"
-    for space, is_own in (("mnt", confinement.own_mounts), ("net", confinement.own_network)):
-        if is_own and _namespace(pid, space) == _namespace(os.getpid(), space):
+    is_alone = level == "sandboxed"
+    owned = {
+        "mnt": confinement.own_mounts,
+        "net": confinement.own_network,
+        **dict.fromkeys(("user", "pid", "ipc", "uts"), is_alone),
+    }
+    for space in (space for space, is_own in owned.items() if is_own):
+        found_there = _namespace(pid, space)
+        if not found_there:
+            yield f"its {space} namespace cannot be seen"
+        elif found_there == _namespace(os.getpid(), space):
             yield f"it shares our {space} namespace"
 
 

@@ -8,7 +8,7 @@ sight; otherwise what Landlock can do about ports, abstract sockets and signals,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from mcp_broker.errors import SupervisionError
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 #: what each level cannot do without, in the order in which it is told
 PROCESS: Final = ("no_new_privs", "resource_limits", "descriptors")
 RESTRICTED: Final = (*PROCESS, "seccomp", "landlock")
+SANDBOXED: Final = (*RESTRICTED, "sandbox")
 
 
 class Unattainable(SupervisionError):  # noqa: N818 (what it says of a level)
@@ -43,6 +44,8 @@ class Walls:
     own_mounts: bool = False
     own_network: bool = False
     own_endpoint: bool = False
+    #: of `auto`: why the next higher level cannot be had; "" where there is none
+    shortfall: str = ""
 
 
 def walls(table: PoolTable, probes: Mapping[str, Probe], *, is_root: bool) -> Walls:
@@ -52,13 +55,31 @@ def walls(table: PoolTable, probes: Mapping[str, Probe], *, is_root: bool) -> Wa
         Unattainable: a primitive that the level needs does not work here; the message names it and its errno.
     """
     if table.isolation == "auto":
-        try:
-            return _restricted(table, probes, is_root=is_root)
-        except Unattainable:
-            return _process(table, probes)
+        return _best(table, probes, is_root=is_root)
+    if table.isolation == "sandboxed":
+        return _sandboxed(table, probes, is_root=is_root)
     if table.isolation == "restricted":
         return _restricted(table, probes, is_root=is_root)
     return _process(table, probes)
+
+
+def _best(table: PoolTable, probes: Mapping[str, Probe], *, is_root: bool) -> Walls:
+    shortfall = ""
+    for decide in (_sandboxed, _restricted):
+        try:
+            return replace(decide(table, probes, is_root=is_root), shortfall=shortfall)
+        except Unattainable as error:
+            shortfall = str(error)
+    return replace(_process(table, probes), shortfall=shortfall)
+
+
+def _sandboxed(table: PoolTable, probes: Mapping[str, Probe], *, is_root: bool) -> Walls:
+    """Everything of its own, by bubblewrap; as root also a uid."""
+    level, network = "sandboxed", table.network or "none"
+    _demand(level, SANDBOXED, probes)
+    if is_root:
+        _demand(level, ("own_uid",), probes)
+    return Walls(level, network, is_root, own_mounts=True, own_network=network != "full", own_endpoint=True)
 
 
 def _process(table: PoolTable, probes: Mapping[str, Probe]) -> Walls:

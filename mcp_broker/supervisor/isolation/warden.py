@@ -13,6 +13,7 @@ from mcp_broker.confine import folders
 from mcp_broker.errors import CredentialError, SupervisionError
 from mcp_broker.supervisor.endpoint import Endpoint
 from mcp_broker.supervisor.isolation import plan, probe
+from mcp_broker.supervisor.isolation.sandbox import try_it
 from mcp_broker.supervisor.isolation.uids import Lease, Uids
 from mcp_broker.wire.confinement import ENDPOINT_FOLDER, Confinement
 
@@ -58,14 +59,18 @@ class Warden:
 
     def __init__(self, state_dir: Path) -> None:
         self._state_dir = state_dir
-        self._probes: dict[str, probe.Probe] | None = None
+        self._probes: dict[str, probe.Probe] = {}
         self._uids: Uids | None = None
 
-    @property
-    def probes(self) -> dict[str, probe.Probe]:
-        """What this machine can do; tried when it is asked for first."""
-        if self._probes is None:
-            self._probes = probe.remembered(self._state_dir / "probes.json")
+    def probes(self, *, sandbox: bool) -> dict[str, probe.Probe]:
+        """Return what this machine can do; tried when it is asked for first.
+
+        Args:
+            sandbox: also what takes an interpreter's start to find out.
+        """
+        wanted = probe.PRIMITIVES if not sandbox else {**probe.PRIMITIVES, "sandbox": try_it}
+        if not wanted.keys() <= self._probes.keys():
+            self._probes = probe.remembered(self._state_dir / "probes.json", wanted)
         return self._probes
 
     def walls(self, table: PoolTable) -> plan.Walls:
@@ -74,7 +79,8 @@ class Warden:
         Raises:
             plan.Unattainable: this machine cannot do what the pool demands.
         """
-        return plan.walls(table, self.probes, is_root=os.geteuid() == 0)
+        probes = self.probes(sandbox=table.isolation in {"sandboxed", "auto"})
+        return plan.walls(table, probes, is_root=os.geteuid() == 0)
 
     def prepare(self, table: PoolTable, worker_id: str, scratch: Path) -> Cell:
         """Make what a life needs before its process exists.

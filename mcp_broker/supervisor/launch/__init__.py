@@ -8,12 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
+
+from mcp_broker.wire.confinement import Confinement
 
 if TYPE_CHECKING:
     from mcp_broker.config import PoolTable
     from mcp_broker.supervisor.poller import Poller
     from mcp_broker.supervisor.process import Exit, Process
+
+
+_UNCONFINED: Final = Confinement()
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +30,7 @@ class WorkerOrder:
         pass_fds: further descriptors that the worker inherits under the numbers that the record names.
         tether_fd: the worker's end of its tether.
         scratch: its private folder, which exists: working directory, HOME and TMPDIR.
+        confinement: its level, and what makes it up.
     """
 
     worker_id: str
@@ -34,6 +40,7 @@ class WorkerOrder:
     pass_fds: Sequence[int]
     tether_fd: int
     scratch: Path
+    confinement: Confinement = _UNCONFINED
 
 
 @dataclass(frozen=True, slots=True)

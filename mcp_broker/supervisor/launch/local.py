@@ -101,10 +101,10 @@ def environment(name: str, instance: str, home: Path) -> dict[str, str]:
     return {**passed, **ALLOCATOR, **own, WORKER_VARIABLE: name, INSTANCE_VARIABLE: instance}
 
 
-def sealed(boot: bytes) -> int:
+def sealed(data: bytes, name: str = "mcpb-boot") -> int:
     """Return a descriptor of a boot record: memory that only who has it can open, and is read once."""
-    fd = os.memfd_create("mcpb-boot", os.MFD_CLOEXEC)
-    view = memoryview(boot)
+    fd = os.memfd_create(name, os.MFD_CLOEXEC)
+    view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
     os.lseek(fd, 0, os.SEEK_SET)
