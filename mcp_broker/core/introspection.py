@@ -105,6 +105,8 @@ def _pool(routing: Routing, pool: Pool) -> dict[str, Any]:
                 "served": worker.served if worker is not None else 0,
                 "rss_mb": round(seen.rss_kib / 1024, 1),
                 "cpu_s": round(seen.cpu_s, 2),
+                "isolation": seen.isolation,
+                "isolation_note": seen.isolation_note,
                 "pressure": seen.pressure,
                 "limit": seen.limit,
                 "limit_share": seen.share,

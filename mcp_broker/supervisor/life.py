@@ -116,6 +116,8 @@ class Life:
             limit="" if reading is None else reading.limit,
             share=0.0 if reading is None else round(reading.share, 3),
             start="" if self.process is None else self.process.start,
+            isolation=self.level,
+            isolation_note="" if self.cell is None else self.cell.shortfall,
         )
 
     def ask_stack(self) -> None:

@@ -62,6 +62,9 @@ class WorkerReport(Record, kw_only=True, frozen=True):
     share: float = 0.0
     #: how its process came to be: "exec" or "zygote"
     start: str = ""
+    #: the level that it has: process, restricted or sandboxed; of `auto` also why not the next one
+    isolation: str = ""
+    isolation_note: str = ""
 
 
 class PoolReport(Record, kw_only=True, frozen=True):

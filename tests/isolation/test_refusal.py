@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from mcp_broker import errors, proctable
 from mcp_broker.config import PoolTable
 from mcp_broker.supervisor.isolation import plan, probe
 from mcp_broker.supervisor.isolation.plan import Unattainable
-from tests.isolation.conftest import IS_ROOT
+from tests.isolation.conftest import IS_ROOT, ORDINARY
 from tests.support.lacking import lack
 from tests.support.ordinary import ROOT
 from tests.support.running import Running
@@ -32,7 +33,7 @@ def found(**broken: str) -> dict[str, probe.Probe]:
     """Return what a machine has that lacks these: primitive -> detail."""
     return {
         name: probe.Probe(name, name not in broken, broken.get(name, ""), 1 if name in broken else None, 1.0)
-        for name in probe.PRIMITIVES
+        for name in (*probe.PRIMITIVES, "sandbox")
     }
 
 
@@ -83,10 +84,32 @@ def test_what_restricted_cannot_do_without_is_named(primitive: str, *, is_root: 
     assert refused.value.details["errno"] == 1
 
 
-def test_auto_takes_the_best_that_works() -> None:
-    assert plan.walls(pool(isolation="auto"), found(), is_root=False).level == "restricted"
+@pytest.mark.parametrize("primitive", plan.SANDBOXED)
+@pytest.mark.parametrize("is_root", [True, False])
+def test_what_sandboxed_cannot_do_without_is_named(primitive: str, *, is_root: bool) -> None:
+    broken = found(**{primitive: "bwrap: No permissions to create new namespace"})
+    with pytest.raises(Unattainable, match=f"level sandboxed cannot be had here: {primitive}: bwrap: No"):
+        plan.walls(pool(isolation="sandboxed"), broken, is_root=is_root)
+
+
+def test_a_sandbox_has_everything_of_its_own_and_a_uid_where_root_makes_it() -> None:
+    walls = plan.walls(pool(isolation="sandboxed"), found(), is_root=True)
+    expected = plan.Walls("sandboxed", "none", own_mounts=True, own_network=True, own_endpoint=True)
+    assert walls == replace(expected, own_uid=True)
+    assert plan.walls(pool(isolation="sandboxed"), found(own_uid="EPERM"), is_root=False) == expected
+    full = plan.walls(pool(isolation="sandboxed", network="full"), found(), is_root=False)
+    assert (full.network, full.own_network) == ("full", False)
+
+
+def test_auto_takes_the_best_that_works_and_says_why_it_is_not_better() -> None:
+    best = plan.walls(pool(isolation="auto"), found(), is_root=False)
+    assert (best.level, best.shortfall) == ("sandboxed", "")
+    middle = plan.walls(pool(isolation="auto"), found(sandbox="bwrap: not allowed"), is_root=False)
+    assert middle.level == "restricted"
+    assert middle.shortfall.startswith("isolation level sandboxed cannot be had here: sandbox: bwrap: not")
     lower = plan.walls(pool(isolation="auto"), found(seccomp="EINVAL"), is_root=False)
     assert (lower.level, lower.network) == ("process", "full")
+    assert lower.shortfall.startswith("isolation level restricted cannot be had here: seccomp: EINVAL")
     with pytest.raises(Unattainable, match="level process cannot be had here: no_new_privs"):
         plan.walls(pool(isolation="auto"), found(no_new_privs="EINVAL"), is_root=False)
 
@@ -269,3 +292,40 @@ def test_an_interpreter_that_the_uid_cannot_reach_is_named_where_mounts_are_refu
 
 def test_the_commands_that_run_as_somebody_else_are_there() -> None:
     subprocess.run([sys.executable, str(LACKING), "--", "/bin/true"], check=True)
+
+
+@pytest.mark.process
+@pytest.mark.slow
+@pytest.mark.parametrize("user", ["root", "ordinary"])
+def test_without_user_namespaces_sandboxed_is_refused_in_the_programs_words_and_auto_says_what_it_took(
+    user: str, tmp_path: Path
+) -> None:
+    if user == "root" and not IS_ROOT:
+        pytest.skip("what root gets is tried by root only")
+    ordinary = (sys.executable, str(ORDINARY), str(tmp_path)) if IS_ROOT and user == "ordinary" else ()
+    running = Running(
+        tmp_path,
+        config=CONFIG.replace('"restricted"', '"sandboxed"'),
+        prefix=(*ordinary, sys.executable, str(LACKING), "user_namespaces=EPERM", "--"),
+        ready=False,
+    )
+    try:
+        log = tmp_path / "start.log"
+        wait_for(lambda: "failed:" in log.read_text(), what="the pool having failed")
+        wait_for(
+            lambda: (
+                {one["name"]: one["state"] for one in running.status()["pools"]}
+                == {"high": "failed", "best": "ready", "low": "ready"}
+            ),
+            what="every pool having settled",
+        )
+        high, best = (one for one in running.status()["pools"] if one["name"] in {"high", "best"})
+        high, best = (high, best) if high["name"] == "high" else (best, high)
+        said = {"root": "unshare (user namespace): EPERM", "ordinary": "bwrap: No permissions to creat"}[user]
+        assert high["reason"].startswith(f"isolation level sandboxed cannot be had here: sandbox: {said}")
+        assert high["workers"] == []
+        (worker,) = best["workers"]
+        assert worker["isolation"] == "restricted"
+        assert worker["isolation_note"] == high["reason"]
+    finally:
+        running.stop()

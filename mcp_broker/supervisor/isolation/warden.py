@@ -41,6 +41,8 @@ class Cell:
     endpoint: Endpoint | None = None
     address: str = ""
     lease: Lease | None = None
+    #: of `auto`: why its level is not higher
+    shortfall: str = ""
 
     def release(self) -> None:
         """Give everything back; the process is gone."""
@@ -94,10 +96,10 @@ class Warden:
         """
         walls = self.walls(table)
         if walls.level == "process":
-            return Cell(Confinement(rlimits={"core": 0}), _read(table.secrets))
+            return Cell(Confinement(rlimits={"core": 0}), _read(table.secrets), shortfall=walls.shortfall)
         for folder in (*table.read, *table.write):
             self._check_folder(folder)
-        cell = Cell(Confinement(), _read(table.secrets))
+        cell = Cell(Confinement(), _read(table.secrets), shortfall=walls.shortfall)
         try:
             if walls.own_uid:
                 cell.lease = self._lease()
