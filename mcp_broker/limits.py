@@ -299,6 +299,12 @@ LADDER_QUIET_S: Final = 600.0
 #: caller's usual timeout survives.
 PENALTY_S: Final = 0.25
 PENALTY_S_MAX: Final = 5.0
+#: How long a worker's hooks may take from when nothing else runs there: a caller's usual timeout survives it.
+HOOK_S: Final = 5.0
+#: How long other processes may take to replace those of a tool that is recovered; its calls wait meanwhile.
+RECOVER_S: Final = 15.0
+#: Tools that a broker serves, its own excepted.
+TOOLS_MAX: Final = 1000
 
 # -- credentials ------------------------------------------------------------------------------------
 

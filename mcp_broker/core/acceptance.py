@@ -167,8 +167,9 @@ class Acceptance:
         key = extra.idempotency_key
         if key is not None and self._routing.idempotency.claims(call, key, now):
             return []
-        if not extra.again or not self._routing.reconciliation.claims(call):
-            self._dispatcher.submit([call], pool, now)
+        if extra.again and (self._routing.reconciliation.claims(call) or self._routing.care.shuts_out(call)):
+            return []
+        self._dispatcher.submit([call], pool, now)
         return []
 
     def _examine(
@@ -285,7 +286,7 @@ class Acceptance:
             session.allowed[tool.name] = tool
             return tool
         if request.extra is not None and request.extra.again:
-            # it was accepted once
+            # it was accepted once, and may run already: whether it does is asked when it is taken
             return tool
         outcome = self._routing.care.refusal(tool, request.call_id, session.grant.caller.principal, now)
         if outcome is not None:
@@ -330,6 +331,8 @@ class Acceptance:
             self._ledger.finish(call, fault(call.call_id, "INVALID_ARGUMENT", str(malformed)))
             return
         answer = own_tools.serve(self._routing, call, arguments, now)
+        # it may have changed what may be called, by the next call of the same message
+        call.session.allowed.clear()
         if answer is not None:
             self._ledger.finish(call, *answer)
 

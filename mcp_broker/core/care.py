@@ -5,21 +5,54 @@ Rules
     gates, workers) is done by :meth:`Care.settle`, once a turn: it would else come in the middle of what caused it.
     While nothing fails, nothing here is asked: successes count only for tools in :attr:`Care.watched`, and a session may
     keep a tool that it was let in for (:attr:`~mcp_broker.core.condition.Condition.is_plain`).
+    A tool that an operator paused, stopped or took out is not recovered: the step is noted, and not done.
+
+Source: docs/recovery.md.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections import deque
+from typing import TYPE_CHECKING, Any, Final
 
-from mcp_broker.core import breaker, lifecycle
-from mcp_broker.core.condition import Condition
+from mcp_broker import limits
+from mcp_broker.core import breaker
+from mcp_broker.core.calls import CallState
+from mcp_broker.core.lifecycle import Event, State, Treatment
+from mcp_broker.core.lives import Lives
+from mcp_broker.core.operations import Operation, Operations, Phase
+from mcp_broker.core.pool import APART
+from mcp_broker.core.recovery import CEILING, Attempt, Cause, Failure, Ladder, Step
+from mcp_broker.core.residence import Residence
+from mcp_broker.errors import MalformedFrame
+from mcp_broker.wire import messages, payload
 
 if TYPE_CHECKING:
     from mcp_broker.core.calls import Call
+    from mcp_broker.core.condition import Condition
     from mcp_broker.core.pool import Pool
     from mcp_broker.core.registry import Tool
     from mcp_broker.core.routing import Routing
-    from mcp_broker.wire import messages
+    from mcp_broker.wire.node import Certificate
+
+#: outcomes that say more than that a call failed: a fault of the process that answered
+_CAUSES: Final = {"RESOURCE_EXHAUSTED": Cause.LIMIT, "INTERNAL": Cause.PROTOCOL}
+#: the attempt before the latest
+_TWO: Final = 2
+
+
+def cause_of(certificate: Certificate) -> Cause | None:
+    """Tell what a death says of the tool whose call ran; None: nothing, since its caller or an operator wanted it."""
+    kind, signal = certificate.kind, certificate.signal
+    if kind == "limit" or certificate.is_oom:
+        return Cause.LIMIT
+    if kind == "violation" or signal == "SIGSYS":
+        return Cause.SECURITY
+    if kind == "deadline":
+        return Cause.TIMEOUT
+    if kind in {"cancel", "silence", "operator", "boot_failure"}:
+        return None
+    return Cause.KILLED if kind == "signal" and signal == "SIGKILL" else Cause.CRASH
 
 
 class Care:
@@ -29,16 +62,15 @@ class Care:
         self._routing = routing
         self._dispatcher = routing.dispatcher
         self._registry = routing.registry
+        self.lives = Lives(routing)
+        self.operations = Operations(routing)
+        self.residence = Residence(routing, self.lives, self.operations)
         #: tools of which somebody waits for a success; mostly empty
         self.watched: dict[Tool, None] = {}
         #: tools whose breaker has opened since the last turn
         self._tripped: dict[Tool, None] = {}
-
-    def of(self, tool: Tool) -> Condition:
-        """Return a tool's condition."""
-        if tool.condition is None:
-            tool.condition = Condition(tool, lifecycle.Lifecycle(self._routing.now))
-        return tool.condition
+        #: steps that have yet to be done -> whether the process is gone already
+        self._steps: dict[Tool, tuple[Attempt, bool]] = {}
 
     # -- what calls tell --------------------------------------------------------------------------------
 
@@ -53,23 +85,61 @@ class Care:
             self._hear(condition, breaker.Event.ABANDONED, trial, principal, now)
         return condition.refusal(call_id, principal, now)
 
+    def shuts_out(self, call: Call) -> bool:
+        """End an accepted call that was sent again and runs nowhere, if its tool takes none; tell whether it did."""
+        condition = call.tool.condition
+        if condition is None or condition.life.treatment not in {Treatment.REFUSE, Treatment.END}:
+            return False
+        self._routing.ledger.finish(call, condition.closed(call.call_id))
+        return True
+
     def failing(self, call: Call, outcome: messages.Outcome) -> None:
         """Take note of a call's end without a result."""
         tool, now = call.tool, self._routing.now
         if tool.pool is None:
             return
-        event = breaker.event_of(outcome.code) if call.attempts else breaker.Event.ABANDONED
-        if event is not breaker.Event.FAILED and (tool.condition is None or tool.condition.breaker is None):
+        says = breaker.event_of(outcome.code) if call.attempts else breaker.Event.ABANDONED
+        if outcome.code == "RESOURCE_EXHAUSTED" and _is_callers(outcome):
+            says = breaker.Event.ABANDONED
+        if says is not breaker.Event.FAILED and (tool.condition is None or tool.condition.breaker is None):
             return
-        condition = self.of(tool)
+        condition, principal = self.lives.of(tool), call.session.grant.caller.principal
         if condition.breaker is None:
             condition.breaker = breaker.Breaker(now)
             self.watched[tool] = None
-        self._hear(condition, event, call.call_id, call.session.grant.caller.principal, now)
+        was, has_tripped = condition.breaker.state, self._hear(condition, says, call.call_id, principal, now)
+        if says is not breaker.Event.FAILED or call.killers:
+            # a death was told by its certificate
+            return
+        text = "" if outcome.fault is None else outcome.fault.message[:200]
+        cause = _CAUSES.get(outcome.code)
+        if cause is None and outcome.code == "TOOL_FAILED" and "recover" in tool.traits:
+            cause = Cause.EXCEPTION
+        if cause is None and has_tripped:
+            cause = Cause.PROBE if was is breaker.State.HALF_OPEN else Cause.BREAKER
+        if cause is not None:
+            self._failed(tool, Failure(now, cause, principal, text), died=False)
+
+    def runs_again(self, call: Call, outcome: messages.Outcome) -> bool:
+        """Tell whether a call whose tool raised is to run again, as the tool's author said it may."""
+        definition = call.tool.definition
+        if (
+            outcome.code != "TOOL_FAILED"
+            or "recover" not in call.tool.traits
+            or not definition.idempotent
+            or call.attempts >= limits.ATTEMPTS_MAX
+            or not call.may_run_again
+            or call.record is not None
+        ):
+            return False
+        text = "" if outcome.fault is None else outcome.fault.message[:200]
+        failure = Failure(self._routing.now, Cause.EXCEPTION, call.session.grant.caller.principal, text)
+        self._failed(call.tool, failure, died=False)
+        return True
 
     def succeeded(self, call: Call) -> None:
         """Take note of a result of a watched tool."""
-        condition, now = self.of(call.tool), self._routing.now
+        condition, now = self.lives.of(call.tool), self._routing.now
         if condition.breaker is not None:
             principal = call.session.grant.caller.principal
             self._hear(condition, breaker.Event.SUCCEEDED, call.call_id, principal, now)
@@ -80,21 +150,61 @@ class Care:
 
     def _hear(
         self, condition: Condition, event: breaker.Event, call_id: bytes, principal: str, now: float
-    ) -> None:
+    ) -> bool:
+        """Tell a breaker of a call; return whether it has opened."""
         its = condition.breaker
         if its is None:
-            return
+            return False
         before = its.openings
         its.handle(event, call_id, principal, now)
-        if its.openings != before:
-            self._tripped[condition.tool] = None
+        if its.openings == before:
+            return False
+        self._tripped[condition.tool] = None
+        return True
+
+    def _failed(self, tool: Tool, failure: Failure, *, died: bool) -> None:
+        condition = self.lives.of(tool)
+        if condition.ladder is None:
+            condition.ladder = Ladder()
+        attempt = condition.ladder.failed(failure, died=died, isolated=condition.isolated)
+        self.watched[tool] = None
+        if attempt is not None:
+            self._steps[tool] = attempt, died
 
     # -- what workers tell -------------------------------------------------------------------------------
+
+    def registered(self, pool: Pool) -> None:
+        """A worker of a pool has brought its tools."""
+        for tool in self._registry.of(pool):
+            self.lives.of(tool)
 
     def ready(self, pool: Pool, now: float) -> None:
         """A worker of a pool can take calls."""
         for tool in self._registry.of(pool):
-            self.of(tool).life.handle(lifecycle.Event.READY, now)
+            self.lives.of(tool).life.handle(Event.READY, now)
+        if APART in pool.name:
+            self.residence.settled(pool, now)
+
+    def mourn(self, certificate: Certificate, started: list[Call]) -> None:
+        """A worker died, and took these calls along; some may have had an outcome before."""
+        cause = cause_of(certificate)
+        if cause is None:
+            return
+        resources: dict[str, Any] = {
+            "worker": certificate.worker_id,
+            "max_rss_kib": certificate.max_rss_kib,
+            "cpu_s": certificate.cpu_s,
+            "uptime_s": certificate.uptime_s,
+            "calls_started": certificate.calls_started,
+        }
+        if cause is Cause.TIMEOUT:
+            # whose time was over ended then; others that ran beside it are not to blame
+            started = [call for call in started if call.state is CallState.ENDED] or started
+        blamed: dict[Tool, str] = {call.tool: call.session.grant.caller.principal for call in started}
+        for tool, principal in blamed.items():
+            self._failed(
+                tool, Failure(self._routing.now, cause, principal, certificate.cause, resources), died=True
+            )
 
     # -- once a turn ------------------------------------------------------------------------------------
 
@@ -104,21 +214,106 @@ class Care:
             tripped, self._tripped = self._tripped, {}
             for tool in tripped:
                 self._shut(tool, now)
+        if self._steps:
+            steps, self._steps = self._steps, {}
+            for tool, (attempt, died) in steps.items():
+                self._take_step(self.lives.of(tool), attempt, died=died, now=now)
+        if self.operations.running:
+            self.operations.turn(now)
+
+    def deadline(self) -> float | None:
+        """Return when :meth:`settle` has something to do at the latest, or None."""
+        return self.operations.deadline() if self.operations.running else None
 
     def look(self, now: float) -> None:
         """Forget what was quiet for long, every now and then."""
         for tool in list(self.watched):
-            condition = self.of(tool)
+            condition = self.lives.of(tool)
             if condition.breaker is not None and condition.breaker.is_quiet(now):
                 condition.breaker = None
             if not condition.is_watched:
                 del self.watched[tool]
+        for tool in list(self.residence.apart):
+            condition = self.lives.of(tool)
+            ladder = condition.ladder
+            if ladder is not None:
+                ladder.decay(now)
+            if ladder is not None and (ladder.position is None or ladder.position < Step.ISOLATE):
+                self.residence.rejoin(condition, now)
 
     def _shut(self, tool: Tool, now: float) -> None:
         """A breaker opened: nobody is let in unasked any more, and nobody waits for nothing."""
-        condition = self.of(tool)
+        condition = self.lives.of(tool)
         self._registry.changed()
         its = condition.breaker
         if its is not None and its.state is breaker.State.OPEN:
             retry_after_s = its.until - now
             self._dispatcher.end_waiting(tool, lambda call_id: condition.tripped(call_id, retry_after_s))
+
+    def _take_step(self, condition: Condition, attempt: Attempt, *, died: bool, now: float) -> None:
+        step, life, ladder = attempt.step, condition.life, condition.ladder
+        why = f"{attempt.failure.cause.value}: {attempt.failure.text}"
+        if step is Step.UNREGISTER:
+            if life.may(Event.UNREGISTER):
+                self.lives.change(
+                    condition, Event.UNREGISTER, now, reason=f"recovery gave it up after a {why}"
+                )
+            return
+        phases: list[Phase] = []
+        if step is Step.RESET:
+            phases.append(Phase.HOOKS if "reset" in condition.tool.traits else Phase.REPLACE)
+        elif (
+            step is Step.RESTART
+            and not died
+            and not (attempt.failure.cause in CEILING and _is_in_vain(ladder))
+        ):
+            phases.append(Phase.REPLACE)
+        elif step is Step.ISOLATE and not condition.isolated:
+            phases += [Phase.ISOLATE, Phase.QUIET, Phase.MOVE]
+        jitter = int.from_bytes(self._routing.new_id()[:2], "big") / 65536
+        penalty_s = 0.0 if ladder is None else ladder.penalty_s(jitter)
+        if penalty_s:
+            phases.append(Phase.PENALTY)
+        if not phases:
+            return
+        if not life.may(Event.RECOVER):
+            attempt.error = f"not done, since the tool is {life.state.name.lower()}"
+            return
+        self.lives.change(condition, Event.RECOVER, now, reason=f"{step.name.lower()} after a {why}")
+
+        def done(error: str, then: float) -> None:
+            attempt.error = error
+            if error and phases[0] is Phase.HOOKS:
+                # what does not forget its state loses it with its process
+                again = deque((Phase.REPLACE,))
+                self.operations.begin(Operation(condition.tool, again, finish), then)
+                return
+            finish(error, then)
+
+        def finish(error: str, then: float) -> None:
+            self._finish(condition, error, then)
+
+        operation = Operation(condition.tool, deque(phases), done, "reset", limits.RECOVER_S, penalty_s)
+        self.operations.begin(operation, now)
+
+    def _finish(self, condition: Condition, error: str, now: float) -> None:
+        """A step is done, or could not be: either way calls go on, and tell whether it helped."""
+        if condition.life.state is State.RECOVERING:
+            self.lives.change(condition, Event.DONE, now, error=error)
+
+
+def _is_in_vain(ladder: Ladder | None) -> bool:
+    """Tell whether new processes have failed like those before them: more of them would too."""
+    if ladder is None or len(ladder.attempts) < _TWO:
+        return False
+    before = ladder.attempts[-2]
+    return before.step is Step.RESTART and before.succeeded is False
+
+
+def _is_callers(outcome: messages.Outcome) -> bool:
+    """Tell whether it was its caller who had no room for a result."""
+    try:
+        details = {} if outcome.fault is None else payload.unpack_map(outcome.fault.details)
+    except MalformedFrame:
+        return False
+    return details.get("limit") == "unread_bytes"

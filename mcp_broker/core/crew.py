@@ -122,6 +122,8 @@ class Crew:
                 call = worker.held.get(credit.call_id)
                 if call is not None and call.state is not CallState.ENDED:
                     uploads.grant(call, credit.limit, self._routing.epoch, now)
+        elif isinstance(message, messages.Hooked):
+            self._routing.care.operations.hooked(worker, message, now)
         elif isinstance(message, messages.Goodbye):
             self._disconnected(worker)
 
@@ -158,6 +160,8 @@ class Crew:
         worker.pool.failure = worker.pool.closed
         if came is not Registration.JOINED:
             self._supersede(worker.pool)
+        self._routing.registry.learn(worker.pool, message.traits)
+        self._routing.care.registered(worker.pool)
         worker.pool.regate(self._routing.registry.of(worker.pool), now)
         worker.connected(message.seq)
         worker.send(

@@ -9,6 +9,7 @@ import json
 from typing import TYPE_CHECKING, Any, Final
 
 from mcp_broker.core.dead_letters import described
+from mcp_broker.core.lifecycle import Treatment
 from mcp_broker.core.workers import WorkerState
 from mcp_broker.errors import NotFound
 from mcp_broker.wire import codec, messages
@@ -45,7 +46,7 @@ def _described(routing: Routing, tool: Tool) -> dict[str, Any]:
     plain["parameters"] = _schema(tool.definition.parameters)
     plain["returns"] = _schema(tool.definition.returns)
     plain["pool"] = tool.pool.name if tool.pool is not None else "system"
-    plain["state"] = "ready" if tool.pool is None else _pool_state(routing, tool.pool)
+    plain["state"] = "ready" if tool.pool is None else _tool_state(routing, tool, tool.pool)
     return plain
 
 
@@ -86,6 +87,16 @@ def _least(pool: Pool) -> int:
     if pool.report is None:
         return 1
     return pool.report.wanted if pool.report.least is None else pool.report.least
+
+
+def _tool_state(routing: Routing, tool: Tool, pool: Pool) -> str:
+    """Tell what keeps a tool from serving: its own state, its breaker, or its pool's state."""
+    condition = tool.condition
+    if condition is not None and condition.life.treatment is not Treatment.ACCEPT:
+        return condition.life.state.name.lower()
+    if condition is not None and condition.breaker is not None and not condition.is_plain:
+        return f"breaker {condition.breaker.state.name.lower().replace('_', ' ')}"
+    return _pool_state(routing, pool)
 
 
 def _pool(routing: Routing, pool: Pool) -> dict[str, Any]:

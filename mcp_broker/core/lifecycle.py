@@ -179,6 +179,13 @@ class Lifecycle:
         self.since = now
         self.history: deque[Change] = deque(maxlen=limits.LIFECYCLE_KEPT)
 
+    @classmethod
+    def at(cls, state: State, reason: str, now: float) -> Lifecycle:
+        """Go on where an earlier broker left a tool."""
+        life = cls(now)
+        life.state, life.reason = state, reason
+        return life
+
     def may(self, event: Event) -> bool:
         """Tell whether an event has a cell here."""
         return LIFECYCLE[self.state][event] is not None
@@ -212,6 +219,12 @@ class Lifecycle:
             return False
         self.state, self.since = after, now
         return True
+
+    def note(self, error: str, now: float) -> None:
+        """Keep what went wrong without anything changing."""
+        self.history.append(
+            Change(now, Event.FAIL, self.state, self.state, round(now - self.since, 6), error)
+        )
 
     @property
     def treatment(self) -> Treatment:

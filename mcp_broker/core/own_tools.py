@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from mcp_broker import limits
-from mcp_broker.core import introspection
+from mcp_broker.core import introspection, steering
 from mcp_broker.core.calls import Call, fault
 from mcp_broker.errors import CallError
 from mcp_broker.wire import messages, payload
@@ -115,8 +115,21 @@ _TABLE: Final = (
     ),
 )
 
-TOOLS: Final = {tool.definition.name: tool for tool in _TABLE}
-DEFINITIONS: Final = tuple(tool.definition for tool in _TABLE)
+#: what operators do with one tool
+_STEERING: Final = tuple(
+    _tool(
+        f"system.tools.{name}",
+        description,
+        steering.answering(wish),
+        required=("tool",),
+        tool=_TEXT,
+        **({} if name == "history" else {"reason": _TEXT}),
+    )
+    for name, (wish, description) in steering.WISHES.items()
+)
+
+TOOLS: Final = {tool.definition.name: tool for tool in (*_TABLE, *_STEERING)}
+DEFINITIONS: Final = tuple(tool.definition for tool in TOOLS.values())
 
 
 def serve(

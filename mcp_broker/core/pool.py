@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 _READY: Final = WorkerState.READY
 _NORMAL: Final = int(Priority.NORMAL)
 
+#: between the name of a pool and that of a tool that has a worker of its own
+APART: Final = "~"
+
 
 class Pool:
     """The workers of one kind and their backlog.

@@ -52,6 +52,10 @@ class Dispatcher:
         #: tools whose results somebody counts, and who does; set by who looks after the tools
         self.watched: dict[Tool, None] = {}
         self.succeeded: Callable[[Call], None] = lambda _: None
+        #: asked whether a call whose outcome is an error runs again
+        self.runs_again: Callable[[Call, messages.Outcome], bool] = lambda *_: False
+        #: told which calls a worker took along when it died
+        self.mourn: Callable[[Certificate, list[Call]], None] = lambda *_: None
         self.arrears = Arrears()
 
     def pool(self, name: str) -> Pool:
@@ -160,7 +164,9 @@ class Dispatcher:
         worker.seq = seq
         worker.mark_dirty()
 
-    def outcomes(self, worker: Worker, outcomes: tuple[messages.Outcome, ...], body: Body | None) -> None:
+    def outcomes(  # noqa: C901, PLR0912 (the hot path: a function more costs as much as what it would do)
+        self, worker: Worker, outcomes: tuple[messages.Outcome, ...], body: Body | None
+    ) -> None:
         """Take a worker's outcomes: end each one's call, or only free its place if it has ended."""
         worker.received += len(outcomes)
         receipt = Receipt(worker.received)
@@ -168,6 +174,7 @@ class Dispatcher:
         # one question a call for both, since mostly there is neither
         is_attended = bool(gates or watched)
         session: ClientSession | None = None
+        again: list[Call] = []
         count = 0
         for outcome in outcomes:
             call = held.pop(outcome.call_id, None)
@@ -198,11 +205,17 @@ class Dispatcher:
                 if body is not None and (instead := self.arrears.large(call, len(body))) is not None:
                     outcome, body = instead, None  # noqa: PLW2901
                 finish(call, outcome, body)
+            elif self.runs_again(call, outcome):
+                count -= 1
+                again.append(call)
             else:
                 finish(call, *self.checked(worker, outcome, body))
         if session is not None:
             session.expect(receipt, count)
         worker.receipts.add(receipt)
+        for call in reversed(again):
+            call.step(CallEvent.REQUEUED)
+            worker.pool.requeue(call)
 
     @staticmethod
     def _let_go(call: Call, pool: Pool) -> None:
@@ -330,6 +343,7 @@ class Dispatcher:
         worker.outbox.clear()
         again: list[Call] = []
         exceeding = losses.exceeding(held, certificate)
+        self.mourn(certificate, [call for call in held if call.seq <= certificate.started_seq])
         for call in held:
             call.worker = None
             self._let_go(call, worker.pool)

@@ -230,7 +230,7 @@ class Reconciliation:
             if in_doubt:
                 continue
             del self.doubts[call.call_id]
-            if not self._lost(call):
+            if not self._lost(call) and not self._routing.care.shuts_out(call):
                 free.append(call)
         if free:
             self._dispatcher.submit(free, pool, now)

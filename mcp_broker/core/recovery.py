@@ -89,9 +89,9 @@ class Step(IntEnum):
 CLASSES: Final[dict[Cause, Class]] = {
     Cause.EXCEPTION: Class.TRANSIENT,
     Cause.KILLED: Class.TRANSIENT,
-    Cause.BREAKER: Class.STATE,
+    Cause.BREAKER: Class.TRANSIENT,
+    Cause.PROBE: Class.STATE,
     Cause.LIMIT: Class.STATE,
-    Cause.PROBE: Class.STRUCTURAL,
     Cause.TIMEOUT: Class.STRUCTURAL,
     Cause.CRASH: Class.STRUCTURAL,
     Cause.PROTOCOL: Class.ISOLATION,
@@ -104,6 +104,13 @@ FIRST: Final[dict[Class, Step]] = {
     Class.STRUCTURAL: Step.RESTART,
     Class.ISOLATION: Step.ISOLATE,
     Class.FATAL: Step.UNREGISTER,
+}
+
+#: what is not the process's own fault goes no further than that: its breaker keeps callers away from a tool that only raises
+CEILING: Final[dict[Cause, Step]] = {
+    Cause.EXCEPTION: Step.RESTART,
+    Cause.BREAKER: Step.RESTART,
+    Cause.PROBE: Step.RESTART,
 }
 
 #: causes that prove nothing against the tool: noted, and no step follows from their number
@@ -216,6 +223,9 @@ class Ladder:
                 first if self.position is None else self.position,
             )
         )
+        ceiling = CEILING.get(failure.cause)
+        if ceiling is not None:
+            return min(step, ceiling if self.position is None else max(ceiling, self.position))
         if step is Step.ISOLATE and isolated and before >= limits.ISOLATE_IN_A_ROW:
             others_saw_it = len(self.principals) >= limits.UNREGISTER_PRINCIPALS
             step = Step.UNREGISTER if others_saw_it else Step.ISOLATE

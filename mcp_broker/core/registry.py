@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import TYPE_CHECKING
 
 from mcp_broker.core.bucket import Bucket, Rate
 from mcp_broker.core.fairness import Gate
+from mcp_broker.core.pool import APART
 from mcp_broker.errors import InvalidArgument
 from mcp_broker.wire import payload
 
@@ -54,6 +55,11 @@ class Registration(Enum):
     OUTDATED = 2
 
 
+def _is_apart(tool: Tool, pool: Pool) -> bool:
+    """Tell whether a pool's tool has a worker of its own: what others of the module say of it does not count."""
+    return tool.pool is not None and tool.pool.name == f"{pool.name}{APART}{tool.name}"
+
+
 class Tool:
     """A registered tool. ``pool`` is None for the broker's own.
 
@@ -76,6 +82,7 @@ class Tool:
             "pool",
         ),
         "result_bytes",
+        "traits",
     )
 
     def __init__(self, definition: ToolDefinition, pool: Pool | None) -> None:
@@ -83,6 +90,8 @@ class Tool:
         self.name = definition.name
         self.result_bytes = 0
         self.is_recalled = False
+        #: events for which its workers have hooks, and "recover"
+        self.traits: frozenset[str] = frozenset()
         #: what is known of its failures and its life; None: nothing yet
         self.condition: Condition | None = None
         #: its calls wait, however many workers are free
@@ -160,6 +169,11 @@ class Registry:
         self.version += 1
         self.is_metered = any(tool.bucket is not None for tool in self.tools.values())
 
+    def learn(self, pool: Pool, traits: Mapping[str, tuple[str, ...]]) -> None:
+        """Take a worker's word on what else is to be known of its tools."""
+        for tool in self.of(pool):
+            tool.traits = frozenset(traits.get(tool.name, ()))
+
     def register(self, pool: Pool, definitions: tuple[ToolDefinition, ...], edition: int = 0) -> Registration:
         """Add a worker's tools, all or none.
 
@@ -170,6 +184,10 @@ class Registry:
             InvalidArgument: a name is reserved, twice in the list, another pool's, or differs from what the
                 pool's live workers of this edition serve (the worker's fault); ``details["name"]`` says which.
         """
+        if APART in pool.name:
+            return self._register_apart(pool, definitions)
+        apart = [tool.name for tool in self.tools.values() if _is_apart(tool, pool)]
+        definitions = tuple(definition for definition in definitions if definition.name not in apart)
         known = self._examine(pool, definitions)
         mine = {tool.name: tool.definition for tool in self.of(pool)}
         others = any(worker.is_registered for worker in pool.workers.values())
@@ -236,6 +254,24 @@ class Registry:
         for tool in self.of(pool):
             del self.tools[tool.name]
         self.changed()
+
+    def _register_apart(self, pool: Pool, definitions: tuple[ToolDefinition, ...]) -> Registration:
+        """Take the one tool of a worker that serves it alone; who moves it there is not asked here."""
+        name = pool.name.partition(APART)[2]
+        definition = next((definition for definition in definitions if definition.name == name), None)
+        if definition is None:
+            raise InvalidArgument(
+                f"the module of pool {pool.name!r} has no tool {name!r} any more", {"name": name}
+            )
+        _check_schemas(definition)
+        known = self.tools.get(name)
+        if known is None:
+            self.tools[name] = Tool(definition, pool)
+        elif known.pool is pool:
+            known.is_recalled = False
+            known.define(definition)
+        self.changed()
+        return Registration.JOINED
 
     def similar(self, name: str, among: Iterable[str]) -> list[str]:
         """Return up to three names that the caller may have meant, the likeliest first."""

@@ -66,6 +66,8 @@ class Routing:
         self.care = Care(self)
         self.dispatcher.watched = self.care.watched
         self.dispatcher.succeeded = self.care.succeeded
+        self.dispatcher.runs_again = self.care.runs_again
+        self.dispatcher.mourn = self.care.mourn
         self.ledger.failing = self.care.failing
         self.ledger.keyed = self.idempotency.finished
         self.commands = Commands(self)
@@ -107,6 +109,8 @@ class Routing:
             self._limit(message.limits)
         elif isinstance(message, node.Limits):
             self._limit(message.limits)
+        elif isinstance(message, node.Standings):
+            self.care.lives.recall(message.tools)
         elif isinstance(message, node.Progressed | node.Commanded):
             self.commands.heard(message, now)
         else:
@@ -119,7 +123,7 @@ class Routing:
     def deadline(self) -> float:
         """Return when :meth:`expire` has something to do at the latest."""
         at = self._heartbeat_at
-        for other in (self.ledger.deadline(), self.timers.deadline()):
+        for other in (self.ledger.deadline(), self.timers.deadline(), self.care.deadline()):
             if other is not None and other < at:
                 at = other
         if self.draining:
@@ -160,7 +164,7 @@ class Routing:
             for pool in self.dispatcher.pools.values():
                 pool.measure(now)
             self.to_node += self._demands.news(now)
-            if self.care.watched:
+            if self.care.watched or self.care.residence.apart:
                 self.care.look(now)
         self.care.settle(now)
         if self.draining and not self.drained and (not self.ledger.calls or now >= self._drain_until):

@@ -88,6 +88,7 @@ EVENT_OF_KIND: Final[dict[type, WorkerEvent]] = {
     messages.Credit: WorkerEvent.PARTIAL,
     messages.Heartbeat: WorkerEvent.HEARTBEAT,
     messages.Goodbye: WorkerEvent.GOODBYE,
+    messages.Hooked: WorkerEvent.HEARTBEAT,
 }
 
 #: What a worker may say of a call; anything else is a worker that lies, and becomes INTERNAL.

@@ -16,10 +16,14 @@ from mcp_broker.wire import node
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from mcp_broker.config import Config
+    from mcp_broker.config import Config, PoolTable
     from mcp_broker.supervisor.records import Definitions
     from mcp_broker.supervisor.slot import Ground, Slot
     from mcp_broker.wire.messages import ToolDefinition
+
+
+#: what the broker says about pools and workers
+Word = node.WorkerUp | node.WorkerRefused | node.Interrupt | node.Demand | node.Vacant | node.Superseded
 
 
 class Fleet:
@@ -42,12 +46,15 @@ class Fleet:
         self.pools: dict[str, Pool] = {}
         for name, table in config.pools.items():
             self.pools[name] = Pool(ground, name, table, *_ways(config))
+        self._policy, self._times = _ways(config)
         self._metering = Metering(ground, self)
         self._definitions = definitions
         for name, tools in definitions.load().items():
             if name in self.pools:
                 self.pools[name].tools = tools
         self._on_event = on_event
+        #: pools that go when their processes have ended
+        self._dissolving: set[str] = set()
         #: as it was announced last
         self._states: dict[str, str] = {}
 
@@ -82,6 +89,33 @@ class Fleet:
         """Go on with what has changed in this turn."""
         for pool in self.pools.values():
             pool.settle()
+        for name in [name for name in self._dissolving if self.pools[name].is_stopped]:
+            self._dissolving.discard(name)
+            del self.pools[name]
+            self._states.pop(name, None)
+            self._ground.changed()
+
+    def replace(self, worker_id: str) -> bool:
+        """Have another process take a worker's place; False: there is none of this id, or that is under way."""
+        for pool in self.pools.values():
+            slot = pool.find(worker_id)
+            if slot is not None:
+                return pool.replace(slot)
+        return False
+
+    def found(self, name: str, table: PoolTable) -> None:
+        """Have a pool that no configuration names; one that is there starts afresh."""
+        if name not in self.pools:
+            self.pools[name] = Pool(self._ground, name, table, self._policy, self._times)
+        self._dissolving.discard(name)
+        self.pools[name].start()
+        self._ground.changed()
+
+    def dissolve(self, name: str) -> None:
+        """Have such a pool no more, once its processes have ended."""
+        if name in self.pools:
+            self._dissolving.add(name)
+            self.pools[name].stop()
 
     def kill(self) -> None:
         """SIGKILL every worker, now."""
@@ -106,6 +140,21 @@ class Fleet:
         """Take the broker's word that a worker will not become ready."""
         for pool in self.pools.values():
             pool.worker_refused(worker_id, reason)
+
+    def heard(self, word: Word) -> None:
+        """Take the broker's word about pools and their workers."""
+        if isinstance(word, node.WorkerUp):
+            self.worker_up(word.worker_id, word.tools)
+        elif isinstance(word, node.WorkerRefused):
+            self.worker_refused(word.worker_id, word.reason)
+        elif isinstance(word, node.Interrupt):
+            self.interrupt(word)
+        elif isinstance(word, node.Demand):
+            self.asked(word)
+        elif isinstance(word, node.Vacant):
+            self.vacant(word.pool)
+        else:
+            self.superseded(word.pool, word.edition)
 
     def asked(self, demand: node.Demand) -> None:
         """Take the broker's word on what is asked of pools; about one that is no more it means nothing."""

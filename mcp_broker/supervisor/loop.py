@@ -29,7 +29,7 @@ from mcp_broker.supervisor import events, reclaim
 from mcp_broker.supervisor.aftermath import Aftermath
 from mcp_broker.supervisor.broker import BrokerChild
 from mcp_broker.supervisor.commands import Commands
-from mcp_broker.supervisor.fleet import Fleet
+from mcp_broker.supervisor.fleet import Fleet, Word
 from mcp_broker.supervisor.isolation.warden import Warden
 from mcp_broker.supervisor.launch.forks import ForkingLauncher
 from mcp_broker.supervisor.launch.sandbox import SandboxLauncher
@@ -38,6 +38,7 @@ from mcp_broker.supervisor.operations import Operations
 from mcp_broker.supervisor.poller import Poller
 from mcp_broker.supervisor.ports import Ports
 from mcp_broker.supervisor.records import Counters, Deaths, Definitions
+from mcp_broker.supervisor.recovery import Recovery, Wish
 from mcp_broker.supervisor.runtime import Runtime
 from mcp_broker.supervisor.signals import Signals
 from mcp_broker.wire import node
@@ -145,6 +146,7 @@ class Supervisor:
         self.launcher.open(self)
         self._started_wall = time.time()
         self._fleet = Fleet(self, self._config, Definitions(self._state_dir), self._on_event)
+        self._recovery = Recovery(self._fleet)
         self._broker = BrokerChild(self)
         self._commands = Commands(self._broker.send)
         Operations(self._fleet).join(self._commands)
@@ -325,7 +327,14 @@ class Supervisor:
         """Return what follows BOOT. The first broker gets its table of keys when all are made."""
         table = [self._fleet.admissions()] if self._is_table_complete else []
         deaths = node.Deaths(self._deaths.recent, self._deaths.started_calls, self._aftermath.records)
-        return [*table, deaths, *self._fleet.tools(), *self._fleet.retirement(), self._fleet.report()]
+        return [
+            *table,
+            deaths,
+            *self._fleet.tools(),
+            *self._recovery.briefing(),
+            *self._fleet.retirement(),
+            self._fleet.report(),
+        ]
 
     def endpoints(self) -> list[tuple[node.Listen, int]]:
         """Return the addresses of single workers; they are told of after the keys that they let in."""
@@ -335,18 +344,10 @@ class Supervisor:
         """Take a message of the broker."""
         if isinstance(message, node.Serving):
             self._on_event(self._serving())
-        elif isinstance(message, node.WorkerUp):
-            self._fleet.worker_up(message.worker_id, message.tools)
-        elif isinstance(message, node.WorkerRefused):
-            self._fleet.worker_refused(message.worker_id, message.reason)
-        elif isinstance(message, node.Interrupt):
-            self._fleet.interrupt(message)
-        elif isinstance(message, node.Demand):
-            self._fleet.asked(message)
-        elif isinstance(message, node.Vacant):
-            self._fleet.vacant(message.pool)
-        elif isinstance(message, node.Superseded):
-            self._fleet.superseded(message.pool, message.edition)
+        elif isinstance(message, Word):
+            self._fleet.heard(message)
+        elif isinstance(message, Wish):
+            self._recovery.take(message)
         elif isinstance(message, node.Command):
             self._commands.take(message, time.monotonic())
         elif self._phase is Phase.DRAINING:

@@ -40,6 +40,7 @@ from mcp_broker.wire.items import (
     Text,
     Token,
     ToolDefinition,
+    ToolNameField,
     Usage,
 )
 
@@ -85,6 +86,9 @@ class Register(Message, tag="REGISTER", frozen=True):
     seq: Count = 0
     #: what it holds from earlier connections; whatever else it was given, it has never started
     held: Annotated[tuple[Held, ...], Meta(max_length=limits.HELD_MAX)] = ()
+    #: tool -> what else is to be known of it: events for which it has hooks that may be asked for, and "recover" where an
+    #: exception that it raises counts like a fault of its process
+    traits: Annotated[dict[ToolNameField, Labels], Meta(max_length=limits.TOOLS_PER_WORKER_MAX)] = {}
 
 
 class Welcome(Message, tag="WELCOME", frozen=True):
@@ -208,6 +212,24 @@ class Drain(Message, tag="DRAIN", frozen=True):
     epoch: Epoch
 
 
+class Hook(Message, tag="HOOK", frozen=True):
+    """Broker: run the hooks of a tool for an event, between two calls."""
+
+    epoch: Epoch
+    #: the answer says the same number
+    order: Count
+    event: ShortText
+    tool: ToolNameField
+
+
+class Hooked(Message, tag="HOOKED", frozen=True):
+    """Worker: the hooks have run; ``error``: what the first one that failed raised."""
+
+    epoch: Epoch
+    order: Count
+    error: Text = ""
+
+
 class Heartbeat(Message, tag="HEARTBEAT", frozen=True):
     """Either side: alive."""
 
@@ -230,12 +252,12 @@ class Error(Message, tag="ERROR", frozen=True):
 #: One table a socket and direction: what may come in there, and nothing else.
 FromClient = Hello | Renew | Goodbye | Calls | Cancel | Ack | Credit | Chunks | Heartbeat
 ToClient = Welcome | Renewed | Goodbye | Outcomes | Partial | Progresses | Credit | Heartbeat | Error
-FromWorker = Register | Ready | Goodbye | Outcomes | Partial | Progresses | Credit | Heartbeat
-ToWorker = Welcome | Goodbye | Dispatches | Cancel | Ack | Credit | Chunks | Drain | Heartbeat | Error
+FromWorker = Register | Ready | Goodbye | Outcomes | Partial | Progresses | Credit | Heartbeat | Hooked
+ToWorker = Welcome | Goodbye | Dispatches | Cancel | Ack | Credit | Chunks | Drain | Heartbeat | Error | Hook
 
 AnyMessage = (
     Hello | Renew | Goodbye | Calls | Cancel | Ack | Credit | Heartbeat | Welcome | Renewed | Outcomes
-    | Partial | Progresses | Chunks | Error | Register | Ready | Dispatches | Drain
+    | Partial | Progresses | Chunks | Error | Register | Ready | Dispatches | Drain | Hook | Hooked
 )  # fmt: skip
 
 EMPTY_DETAILS: Final = b"\x80"

@@ -309,6 +309,37 @@ class Interrupt(NodeMessage, tag="INTERRUPT", frozen=True):
     why: str
 
 
+class Replace(NodeMessage, tag="REPLACE", frozen=True):
+    """Broker: have another process take the place of this worker's, ready first; ``why`` is for people."""
+
+    worker_id: str
+    why: str
+
+
+class Isolate(NodeMessage, tag="ISOLATE", frozen=True):
+    """Broker: have a pool POOL~TOOL with one worker of the pool's module that runs one call at a time, or no more."""
+
+    pool: str
+    tool: str
+    wanted: bool
+
+
+class Standing(Record, kw_only=True, frozen=True):
+    """Where a tool was left that does not simply serve; told to a broker that follows another."""
+
+    tool: str
+    #: of :class:`mcp_broker.core.lifecycle.State`, in lower case
+    state: str
+    reason: str = ""
+    by_operator: bool = False
+
+
+class Standings(NodeMessage, tag="STANDINGS", frozen=True):
+    """Broker, on every change: all tools that do not simply serve. Supervisor, after BOOT: what the last broker said."""
+
+    tools: tuple[Standing, ...]
+
+
 class Drained(NodeMessage, tag="DRAINED", frozen=True):
     """Broker: no calls are left (or the time for them is over); it exits now."""
 
@@ -316,11 +347,12 @@ class Drained(NodeMessage, tag="DRAINED", frozen=True):
 
 
 FromSupervisor = (
-    Boot | Admit | Listen | Died | Retire | Reclaimed | Report | Deaths | Tools | Limits
+    Boot | Admit | Listen | Died | Retire | Reclaimed | Report | Deaths | Tools | Limits | Standings
     | Progressed | Commanded | Shutdown
 )  # fmt: skip
 ToSupervisor = (
-    Serving | WorkerUp | WorkerRefused | Interrupt | Demand | Vacant | Superseded | Command | Drained
+    Serving | WorkerUp | WorkerRefused | Interrupt | Demand | Vacant | Superseded | Replace | Isolate | Standings
+    | Command | Drained
 )  # fmt: skip
 
 

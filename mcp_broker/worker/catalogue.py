@@ -10,6 +10,7 @@ from typing import Any
 
 from mcp_broker import limits
 from mcp_broker.errors import ConfigError
+from mcp_broker.worker.hooks import Hooks
 from mcp_broker.worker.tool import Tool, made
 
 #: the shipped tools; what they import beyond the project comes with its extra
@@ -48,6 +49,21 @@ def load(module: str, path: tuple[str, ...] = ()) -> Catalogue:
         raise ConfigError(f"cannot import {module}: it calls sys.exit({error.code!r})") from error
     _refuse_twice(module, made[before:])
     return collect(module, vars(imported))
+
+
+def hooks(module: str, tools: Catalogue) -> Hooks:
+    """Return the hooks of a module that was loaded.
+
+    Raises:
+        ConfigError: one is for a tool that the module does not have (its author's fault).
+    """
+    found = Hooks.of(module)
+    unknown = found.unknown(set(tools))
+    if unknown:
+        raise ConfigError(
+            f"{module} has hooks of {', '.join(sorted(unknown))}, which it does not define as tools"
+        )
+    return found
 
 
 def _refuse_twice(module: str, tools: list[Tool[..., Any]]) -> None:

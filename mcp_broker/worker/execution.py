@@ -19,12 +19,14 @@ from mcp_broker.wire import codec, encoding, messages, payload
 from mcp_broker.wire.structs import Slim
 from mcp_broker.worker import offspring, results
 from mcp_broker.worker.context import ToolCaller, ToolContext
+from mcp_broker.worker.hooks import Hooks
 from mcp_broker.worker.interrupts import CallInterrupted, Interrupts
-from mcp_broker.worker.session import Pending, fault
+from mcp_broker.worker.outcomes import fault
 
 if TYPE_CHECKING:
     from mcp_broker.worker.bytestream import ByteStream
     from mcp_broker.worker.catalogue import Catalogue
+    from mcp_broker.worker.session import Pending
     from mcp_broker.worker.tool import Tool
 
 #: errors of the contract that a tool may raise itself, to be precise; any other is TOOL_FAILED
@@ -34,6 +36,8 @@ RAISABLE: Final = frozenset(
 TRACEBACK_CHARS: Final = 4000
 
 Finished = tuple[messages.Outcome, bytes | None]
+
+NO_HOOKS: Final = Hooks([])
 
 #: Below it, a call is charged the time that it took: reading the process's CPU clock costs as much as a small tool
 #: (0.6 us, where a virtual machine makes it a system call).
@@ -91,9 +95,14 @@ class Meter:
 
 
 class Plan(Slim):
-    """What is looked up once about a tool, for all its calls."""
+    """What is looked up once about a tool, for all its calls.
+
+    Attributes:
+        function: the tool's, or what runs it between its hooks.
+    """
 
     tool: Tool[..., Any]
+    function: Callable[..., Any]
     check: Callable[[dict[str, Any]], dict[str, Any]]
     keys_are_text: bool
 
@@ -116,6 +125,7 @@ class Execution:
         tools: by name.
         interrupts: told what runs.
         is_alone: one call runs at a time, so that what was started meanwhile is that call's.
+        hooks: of the module.
         options: `options` of the pool.
         scratch: the worker's private folder.
         secrets: of the pool, name -> content.
@@ -130,9 +140,13 @@ class Execution:
         secrets: Mapping[str, str] = MappingProxyType({}),
         *,
         is_alone: bool = True,
+        hooks: Hooks = NO_HOOKS,
     ) -> None:
+        self.hooks = hooks
         self._plans = {
-            name: Plan(tool, tool.arguments.check, results.has_text_keys(tool.result.core_schema))
+            name: Plan(
+                tool, hooks.around(tool), tool.arguments.check, results.has_text_keys(tool.result.core_schema)
+            )
             for name, tool in tools.items()
         }
         self._interrupts = interrupts
@@ -198,7 +212,7 @@ class Execution:
         try:
             try:
                 interrupts.armed = run.pending.dispatch.seq
-                value = tool.function(**arguments)
+                value = run.plan.function(**arguments)
                 interrupts.armed = 0
             except CallInterrupted:
                 raise

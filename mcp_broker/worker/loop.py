@@ -38,7 +38,9 @@ class Loop(Shell):
         session = self.session
         while not self.has_ended():
             try:
-                if session.inbox:
+                if session.orders and not session.inbox:
+                    self.obey()
+                elif session.inbox:
                     self._turn()
                 else:
                     self._wait()

@@ -100,17 +100,22 @@ def serve(boot: WorkerBoot, tether: Tether) -> None:
     tether.watch()
     sharing.name_with(boot.shared_prefix)
     tools = catalogue.load(boot.module, boot.path)
+    hooks = catalogue.hooks(boot.module, tools)
     # not before the import: until here SIGTERM ends the process at once, as it should
     interrupts.install()
     session = Session(
         (tool.definition for tool in tools.values()),
         boot.concurrency,
         agent(),
+        {name: traits for name, tool in tools.items() if (traits := hooks.traits(tool))},
     )
     has_tasks = any(tool.is_async for tool in tools.values())
     is_alone = boot.concurrency == 1 or not has_tasks
     scratch = Path(boot.scratch)
-    execution = Execution(tools, interrupts, boot.options, scratch, boot.secrets, is_alone=is_alone)
+    execution = Execution(
+        tools, interrupts, boot.options, scratch, boot.secrets, is_alone=is_alone, hooks=hooks
+    )
+    hooks.begin()
     link = Link(boot, wake_read)
     # what was imported stays: no collection need look at it again
     gc.collect()

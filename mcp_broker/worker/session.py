@@ -17,14 +17,15 @@ Source: docs/protocol.md, "Worker sessions".
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
 from mcp_broker import limits
 from mcp_broker.errors import WireError
-from mcp_broker.wire import codec, encoding, messages, payload
+from mcp_broker.wire import codec, encoding, messages
 from mcp_broker.wire.structs import Slim
+from mcp_broker.worker.outcomes import fault
 from mcp_broker.worker.pace import Pace
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ class Session:
         tools: what to register.
         concurrency: calls that run at a time.
         agent: name and version of this software.
+        traits: of tools that have any: what else the broker is to know.
 
     Attributes:
         inbox: calls that wait, in the order of their seq.
@@ -91,12 +93,19 @@ class Session:
         uploads: call id -> what came of the argument that a running call reads in chunks.
         kept: outcomes that were not acknowledged, message by message, oldest first.
         running: calls that have started, by id.
-        outgoing: messages to send, in order.
+        outgoing: messages to send, in order. ``orders``: hooks to run, between two calls.
         refusal: why the broker refused the registration.
     """
 
-    def __init__(self, tools: Iterable[messages.ToolDefinition], concurrency: int, agent: str) -> None:
+    def __init__(
+        self,
+        tools: Iterable[messages.ToolDefinition],
+        concurrency: int,
+        agent: str,
+        traits: Mapping[str, tuple[str, ...]] | None = None,
+    ) -> None:
         self._tools = tuple(tools)
+        self._traits = dict(traits or {})
         self._agent = agent
         self.state = State.CLOSED
         self.pace = Pace(concurrency)
@@ -111,6 +120,7 @@ class Session:
         self.uploads: dict[bytes, Received] = {}
         self._upload_window = limits.UPLOAD_WINDOW_MAX
         self.outgoing: list[Frames] = []
+        self.orders: deque[messages.Hook] = deque()
         self.refusal = ""
         self.life = 0
         self.heard_at = 0.0
@@ -140,6 +150,7 @@ class Session:
             self._agent,
             self._seq,
             tuple(self._held()),
+            self._traits,
         )
         self.outgoing.append((codec.encode(register), None))
 
@@ -161,6 +172,7 @@ class Session:
         self.credits.clear()
         self.uploads.clear()
         self.outgoing.clear()
+        self.orders.clear()
         self._numbered = 0
         self._epoch = 0
 
@@ -213,6 +225,8 @@ class Session:
             self._acknowledge(message.count)
         elif isinstance(message, messages.Heartbeat):
             self.outgoing.append((codec.encode(messages.Heartbeat(self._epoch)), None))
+        elif isinstance(message, messages.Hook):
+            self.orders.append(message)
         elif isinstance(message, messages.Drain):
             self.state = State.DRAINING
         elif isinstance(message, messages.Goodbye):
@@ -373,26 +387,14 @@ class Session:
         if self.state is State.SERVING and self.pace.has_changed():
             self.outgoing.append((codec.encode(messages.Ready(self._epoch, self.pace.announce())), None))
 
+    def hooked(self, order: messages.Hook, error: str) -> None:
+        """Say that hooks have run, unless the connection that asked for them has ended meanwhile."""
+        if order.epoch == self._epoch:
+            done = messages.Hooked(self._epoch, order.order, error[: limits.TEXT_CHARS_MAX])
+            self.outgoing.append((codec.encode(done), None))
+
     def goodbye(self, reason: str) -> None:
         """End the session."""
         if self.state in {State.SERVING, State.DRAINING}:
             self.flush()
             self.outgoing.append((codec.encode(messages.Goodbye(self._epoch, reason)), None))
-
-
-def fault(
-    call_id: bytes,
-    code: str,
-    message: str,
-    details: dict[str, object] | None = None,
-    *,
-    usage: messages.Usage | None = None,
-    retryable: bool = False,
-) -> messages.Outcome:
-    """Make the outcome of a call without a result, cut to what a message may hold."""
-    packed = payload.pack(details) if details else messages.EMPTY_DETAILS
-    if len(packed) > limits.DETAILS_BYTES_MAX:
-        packed = payload.pack({"truncated": True})
-    if len(message) > limits.TEXT_CHARS_MAX:
-        message = message[: limits.TEXT_CHARS_MAX - 1] + "…"
-    return messages.Outcome(call_id, code, None, usage, messages.Fault(message, retryable, packed))

@@ -158,6 +158,13 @@ class Shell:
                 self.send()
         return data
 
+    def obey(self) -> None:
+        """Run the hooks that the broker wants run; what comes of them goes out with the next message."""
+        orders = self.session.orders
+        while orders:
+            order = orders.popleft()
+            self.session.hooked(order, self.execution.hooks.run(order.event, order.tool))
+
     def is_unwanted(self, pending: Pending) -> bool:
         """Tell whether nobody takes what a running call says, or gives what it reads, any more."""
         interrupts = self.interrupts
@@ -177,7 +184,8 @@ class Shell:
         return draining and not self.session.inbox and not self.session.running
 
     def end(self) -> None:
-        """Say goodbye and close."""
+        """Run the stop hooks, say goodbye and close."""
+        self.execution.hooks.end()
         self.session.goodbye("drained" if self.session.state is State.DRAINING else "stopped")
         # without a link nobody is left to hear it
         with contextlib.suppress(LinkLost):

@@ -84,6 +84,8 @@ class ConcurrentLoop(Shell):
             self.take()
             heard, self._heard = self._heard, asyncio.Event()
             heard.set()
+        if session.orders:
+            self.obey()
         self._drop_unwanted()
         while session.inbox and len(self._tasks) < concurrency and not self.interrupts.stopping:
             pending = session.start()
@@ -155,7 +157,7 @@ class ConcurrentLoop(Shell):
             if not run.plan.tool.is_async:
                 finished = self.execution.invoke(run, arguments)
                 return finished if not isinstance(finished, Run) else (await self._stream(finished), None)
-            value = run.plan.tool.function(**arguments)
+            value = run.plan.function(**arguments)
             if inspect.isasyncgen(value):
                 run.stream = value
                 return await self._async_stream(run), None

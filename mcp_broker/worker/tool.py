@@ -45,6 +45,7 @@ class Tool(Generic[P, R]):
         is_async: the function is a coroutine function or an asynchronous generator.
         is_streaming: it is a generator of either kind.
         result: converts results of the annotated type.
+        recovers: an exception that it raises is a fault of its process.
     """
 
     def __init__(self, function: Callable[P, R], **settings: Any) -> None:
@@ -61,6 +62,7 @@ class Tool(Generic[P, R]):
         description = inspect.cleandoc(function.__doc__ or "")
         capabilities = tuple(settings.pop("capabilities")) or (name.partition(".")[0],)
         timeout_s = settings.pop("timeout_s")
+        self.recovers: bool = settings.pop("recover")
         self.definition = _checked(
             messages.ToolDefinition(
                 name=name,
@@ -124,6 +126,7 @@ def tool(
     concurrency_max: int | None = None,
     rate_per_s: float | None = None,
     burst: int | None = None,
+    recover: bool = False,
 ) -> Callable[[Callable[P, R]], Tool[P, R]]: ...
 
 
@@ -142,6 +145,7 @@ def tool(  # noqa: PLR0913 (one keyword a field of the definition)
     concurrency_max: int | None = None,
     rate_per_s: float | None = None,
     burst: int | None = None,
+    recover: bool = False,
 ) -> Tool[P, R] | Callable[[Callable[P, R]], Tool[P, R]]:
     """Make a tool of a function: plain, ``async``, or a generator of either kind, which streams its parts.
 
@@ -158,6 +162,8 @@ def tool(  # noqa: PLR0913 (one keyword a field of the definition)
         concurrency_max: how many of its calls the pool's workers hold at a time, all together; others wait.
         rate_per_s: calls of it a second, all callers together; a caller beyond it gets RATE_LIMITED.
         burst: of these, calls at once after a pause; one second's calls if absent.
+        recover: an exception that it raises is a fault of its process: an idempotent call runs again, and the tool is
+            recovered. Without it an exception is an answer like any other.
 
     Raises:
         TypeError: the function or a setting cannot make a tool (its author's fault).
@@ -177,6 +183,7 @@ def tool(  # noqa: PLR0913 (one keyword a field of the definition)
             concurrency_max=concurrency_max,
             rate_per_s=rate_per_s,
             burst=burst,
+            recover=recover,
         )
 
     return decorate if function is None else decorate(function)

@@ -80,6 +80,10 @@ class Broker:
         self.world.network.serve(self)
         self.turn()
 
+    def stir(self) -> None:
+        """Take a turn soon: somebody changed something by hand."""
+        self._alarm.sooner(max(self._busy_until, self.stalled_until))
+
     def stall(self, until: float) -> None:
         """Stand still."""
         self.stalled_until = max(self.stalled_until, until)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from mcp_broker.core.steering import WISHES
 from mcp_broker.wire import node
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Faults:
             (2, self.terminate_worker),
             (1, self.hang_start),
             (3, self.retire_worker),
+            (4, self.steer_tool),
             (2, self.kill_broker),
             (2, self.stall_broker),
             (1, self.drain_broker),
@@ -161,6 +163,17 @@ class Faults:
     def retire_worker(self) -> None:
         """Let an operator replace a worker, which is to cost no call."""
         self._world.supervisor.retire(self._world.rng.choice(self._world.supervisor.pools))
+
+    def steer_tool(self) -> None:
+        """Let an operator want something of a tool."""
+        world = self._world
+        broker = world.supervisor.broker
+        if broker is None or not broker.is_serving:
+            return
+        tools = [tool for tool in broker.machine.registry.tools.values() if tool.pool is not None]
+        if tools:
+            name = world.rng.choice(sorted(WISHES))
+            world.steer(world.rng.choice(tools), name)
 
     def hang_start(self) -> None:
         """Let the next worker that starts never come up."""

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 from mcp_broker import limits
 from mcp_broker.wire import messages, payload
-from mcp_broker.worker.session import Pending, fault
+from mcp_broker.worker.outcomes import fault
 from tests.sim.agenda import Alarm
 from tests.sim.work import ROWS, TAIL, Plan
 
 if TYPE_CHECKING:
+    from mcp_broker.worker.session import Pending
     from tests.sim.worker import Worker
 
 

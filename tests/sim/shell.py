@@ -15,7 +15,7 @@ from mcp_broker.wire.marks import MARKS_BYTES, Marks
 from mcp_broker.worker.session import Session, State
 from tests.sim.agenda import Alarm
 from tests.sim.network import Door
-from tests.sim.work import definitions
+from tests.sim.work import definitions, traits
 
 if TYPE_CHECKING:
     from tests.sim.job import Job
@@ -44,7 +44,8 @@ class Shell:
         self.key = f"key-{worker_id}"
         self.pool = pool
         self.concurrency = concurrency
-        self.session = Session(definitions(pool), concurrency, "sim")
+        home = pool.partition("~")[0]
+        self.session = Session(definitions(home), concurrency, "sim", traits(home))
         self.wire: Wire | None = None
         self.marks = Marks(memoryview(bytearray(MARKS_BYTES)))
         self.stalled_until = 0.0

@@ -214,6 +214,9 @@ class Supervisor:
         self._to_broker: deque[tuple[Broker, bytes]] = deque()
         self._from_broker: deque[tuple[Broker, bytes]] = deque()
         self._link_at = 0.0
+        self._standings = node.Standings(())
+        #: of pools that there are no more
+        self._dissolving: list[Slot] = []
 
     def add_pool(self, name: str, size: int, concurrency: int) -> None:
         """Keep so many workers of one kind."""
@@ -232,7 +235,8 @@ class Supervisor:
 
     def slots(self) -> list[Slot]:
         """Return every slot, the retiring ones too."""
-        return [slot for pool in self.pools for slot in (*pool.slots, *pool.leaving)]
+        self._dissolving = [slot for slot in self._dissolving if slot.child.is_alive]
+        return [slot for pool in self.pools for slot in (*pool.slots, *pool.leaving)] + self._dissolving
 
     def retire(self, pool: PoolSlots) -> None:
         """Replace one worker of a pool, if one runs."""
@@ -308,10 +312,42 @@ class Supervisor:
             self._tell_worker(message.worker_id, children.BecameReady())
         elif isinstance(message, node.WorkerRefused):
             self._tell_worker(message.worker_id, children.Refused(message.reason))
+        elif isinstance(message, node.Standings | node.Replace | node.Isolate):
+            self._recover(message)
         elif isinstance(message, node.Interrupt):
             for slot in self.slots():
                 if slot.life is not None and slot.life.name == message.worker_id:
                     slot.interrupt(message)
+
+    def _recover(self, wish: node.Standings | node.Replace | node.Isolate) -> None:
+        """Do what the broker wants done about tools that fail."""
+        if isinstance(wish, node.Standings):
+            self._standings = wish
+        elif isinstance(wish, node.Isolate):
+            self._isolate(f"{wish.pool}~{wish.tool}", wanted=wish.wanted)
+        else:
+            for pool in self.pools:
+                for slot in list(pool.slots):
+                    if slot.life is not None and slot.life.name == wish.worker_id:
+                        pool.replace(slot)
+
+    def _isolate(self, name: str, *, wanted: bool) -> None:
+        """Have a pool of one tool, or no more."""
+        pool = next((pool for pool in self.pools if pool.name == name), None)
+        if pool is None and wanted:
+            self.add_pool(name, 1, 1)
+            pool = self.pools[-1]
+        if pool is None:
+            return
+        if wanted:
+            for slot in pool.slots:
+                slot.tell(children.Wanted())
+            return
+        self.pools.remove(pool)
+        for slot in (*pool.slots, *pool.leaving):
+            if slot.child.is_alive:
+                self._dissolving.append(slot)
+            slot.tell(children.Unwanted())
 
     def _tell_worker(self, worker_id: str, event: children.Event) -> None:
         for slot in self.slots():
@@ -356,6 +392,7 @@ class Supervisor:
                 self.send(node.Tools(pool.name, pool.tools))
             if retiring := pool.retiring():
                 self.send(node.Retire(retiring))
+        self.send(self._standings)
         self.report()
         self._tell_broker(children.Spawned())
         world.agenda.after(_LINK_S + world.rng.random() * _BOOT_S, lambda: self._broker_boots(broker))

@@ -40,6 +40,12 @@ def definitions(pool: str) -> tuple[messages.ToolDefinition, ...]:
     )
 
 
+def traits(pool: str) -> dict[str, tuple[str, ...]]:
+    """Return what each worker of a pool says of its tools besides."""
+    hooks = ("pause", "reset", "resume", "start", "stop")
+    return {f"{pool}.{GET}": (*hooks, "recover"), f"{pool}.{TAIL}": hooks}
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What one call will do, wherever it runs; it travels as the call's arguments.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from mcp_broker.wire import payload
-from mcp_broker.worker.session import fault
+from mcp_broker.worker.outcomes import fault
 from tests.sim.job import Job
 from tests.sim.shell import OPENING_S, Shell
 from tests.sim.work import Plan
@@ -101,6 +101,8 @@ class Worker(Shell):
                 return
         elif self._has_lost_wire():
             self._lose()
+        if self.session.orders and (self.concurrency > 1 or not (self.jobs or self.session.inbox)):
+            self._obey()
         if self.concurrency > 1:
             self._serve_many()
         elif self.jobs:
@@ -111,6 +113,14 @@ class Worker(Shell):
         if self._is_gone() or self._is_busy:
             return
         self._sleep(now)
+
+    def _obey(self) -> None:
+        """Run hooks, some of which fail."""
+        orders = self.session.orders
+        while orders:
+            fails = self.world.rng.random() < 0.2
+            self.session.hooked(orders.popleft(), "OSError: no such thing" if fails else "")
+        self._alarm.sooner(self.world.agenda.now)
 
     def _sleep(self, now: float) -> None:
         """Have the alarm wake it when the loop's own wait would end."""

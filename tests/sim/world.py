@@ -5,13 +5,16 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from random import Random
 from typing import TYPE_CHECKING, Any, Final
 from unittest import mock
 
 from mcp_broker import limits
+from mcp_broker.core.lifecycle import Treatment
 from mcp_broker.core.restart import Policy
+from mcp_broker.core.steering import WISHES, Steering
+from mcp_broker.errors import InvalidTransition
 from tests.sim.agenda import Agenda
 from tests.sim.chronicle import Chronicle
 from tests.sim.client import Client
@@ -24,6 +27,8 @@ from tests.sim.work import GET, OWN, PUT, ROWS, TAIL, Plan, Record, Wishes
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+    from mcp_broker.core.condition import Condition
+    from mcp_broker.core.registry import Tool
     from tests.sim.broker import Broker
     from tests.sim.worker import Worker
 
@@ -36,7 +41,15 @@ _CALM_S: Final = 3.5
 _IDLE_S: Final = 6.5
 
 #: what lasts too long for a run to see its end
-_SHORT: Final = {"ORPHAN_S": 1.5, "BREAKER_OPEN_S": 0.3, "BREAKER_OPEN_S_MAX": 2.0}
+_SHORT: Final = {
+    "ORPHAN_S": 1.5,
+    "BREAKER_OPEN_S": 0.3,
+    "BREAKER_OPEN_S_MAX": 2.0,
+    "HOOK_S": 1.0,
+    "RECOVER_S": 3.0,
+    "PENALTY_S_MAX": 1.0,
+    "LADDER_QUIET_S": 5.0,
+}
 #: bounds so tight that a small world meets them
 _TIGHT: Final = {
     "BATCH_MAX": 8,
@@ -238,6 +251,9 @@ class World:
         until = self.agenda.now + _SETTLE_S
         while refused := self._refused():
             self.note("world", "tries", refused)
+            for condition in self._conditions():
+                if condition.life.treatment is not Treatment.ACCEPT:
+                    self.steer(condition.tool, "enable")
             for client in self.clients:
                 for tool in refused:
                     parts = 3 if tool.endswith((ROWS, TAIL)) else 0
@@ -247,12 +263,30 @@ class World:
             if self.agenda.now > until:
                 raise Violation(f"{refused} are refused for {_SETTLE_S:g} s, and nothing is wrong with them")
 
+    def steer(self, tool: Tool, name: str) -> None:
+        """Do what an operator wants, where that can be done."""
+        broker = self.supervisor.broker
+        assert broker is not None
+        machine = broker.machine
+        self.note("operator", f"wants {name} of {tool.name}")
+        condition = machine.care.lives.of(tool)
+        with suppress(InvalidTransition):
+            WISHES[name][0](Steering(machine, condition, "by the operator", self.agenda.now))
+        broker.stir()
+
     def _refused(self) -> list[str]:
-        """Return the tools whose calls are not simply taken."""
+        """Return the tools whose calls are not simply taken and given to workers."""
+        return [
+            condition.tool.name
+            for condition in self._conditions()
+            if not condition.is_plain or condition.life.treatment is not Treatment.ACCEPT
+        ]
+
+    def _conditions(self) -> list[Condition]:
         broker = self.supervisor.broker
         assert broker is not None
         tools = broker.machine.registry.tools.values()
-        return [tool.name for tool in tools if tool.condition is not None and not tool.condition.is_plain]
+        return [tool.condition for tool in tools if tool.condition is not None]
 
     def _tools(self) -> list[str]:
         return [OWN, *(f"{pool}.{name}" for pool in self.pools for name in (GET, PUT, ROWS, TAIL))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 from msgspec import inspect
@@ -18,6 +18,11 @@ class Row(NamedTuple):
     name: str
     type: str
     default: str
+
+
+def default_of(field: inspect.Field) -> Any:
+    """Return what a missing field means."""
+    return field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()
 
 
 def _number(value: float) -> str:
@@ -54,6 +59,9 @@ def type_text(kind: inspect.Type) -> str:  # noqa: PLR0911 (one return a type)
             return f"str{_span(kind.min_length, kind.max_length)}{', pattern' if kind.pattern else ''}"
         case inspect.VarTupleType():
             return f"list{_span(kind.min_length, kind.max_length)} of {type_text(kind.item_type)}"
+        case inspect.DictType():
+            size = _span(kind.min_length, kind.max_length)
+            return f"map{size} of {type_text(kind.key_type)} to {type_text(kind.value_type)}"
         case inspect.TupleType():
             return f"[{', '.join(type_text(part) for part in kind.item_types)}]"
         case inspect.StructType():
@@ -74,7 +82,7 @@ def rows(struct: type[msgspec.Struct]) -> list[Row]:
             str(first + index) if struct.__struct_config__.array_like else "map",
             field.encode_name,
             type_text(field.type),
-            "required" if field.required else json.dumps(field.default).replace("null", "nil"),
+            "required" if field.required else json.dumps(default_of(field)).replace("null", "nil"),
         )
         for index, field in enumerate(info.fields)
     ]

@@ -300,6 +300,9 @@ VECTORS: Final = (
     ),
     Vector("ready", "from_worker", m.Ready(EPOCH, 16)),
     Vector("drain", "to_worker", m.Drain(EPOCH)),
+    Vector("hook", "to_worker", m.Hook(EPOCH, 3, "reset", "text.word_count")),
+    Vector("hooked", "from_worker", m.Hooked(EPOCH, 3)),
+    Vector("hooked_failed", "from_worker", m.Hooked(EPOCH, 4, "OSError: the folder is gone (text.py:12)")),
     Vector(
         "error",
         "to_client",

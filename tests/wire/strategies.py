@@ -18,7 +18,7 @@ LONG = 300
 MANY = 4
 
 
-def _of(kind: inspect.Type) -> st.SearchStrategy[Any]:  # noqa: PLR0911 (one return a type)
+def _of(kind: inspect.Type) -> st.SearchStrategy[Any]:  # noqa: C901, PLR0911, PLR0912 (one return a type)
     match kind:
         case inspect.Metadata():
             return _of(kind.type)
@@ -49,6 +49,8 @@ def _of(kind: inspect.Type) -> st.SearchStrategy[Any]:  # noqa: PLR0911 (one ret
             return st.tuples(*[_of(part) for part in kind.item_types])
         case inspect.StructType():
             return struct(kind.cls)
+        case inspect.DictType():
+            return st.dictionaries(_of(kind.key_type), _of(kind.value_type), max_size=MANY)
         case inspect.RawType():
             return struct(messages.Caller).map(codec.raw)
         case _:

@@ -180,11 +180,14 @@ def _bounded(kind: inspect.Type) -> list[tuple[Any, Any]]:
             if kind.max_length:
                 pairs.append(((item,) * kind.max_length, (item,) * (kind.max_length + 1)))
             return pairs
+        case inspect.DictType():
+            names = [f"n{number}" for number in range((kind.max_length or 0) + 1)]
+            return [(dict.fromkeys(names[:-1], ()), dict.fromkeys(names, ()))]
         case _:
             return []
 
 
-def _legal(kind: inspect.Type) -> Any:  # noqa: PLR0911 (one return a type)
+def _legal(kind: inspect.Type) -> Any:  # noqa: C901, PLR0911, PLR0912 (one return a type)
     match kind:
         case inspect.Metadata():
             return _legal(kind.type)
@@ -202,6 +205,8 @@ def _legal(kind: inspect.Type) -> Any:  # noqa: PLR0911 (one return a type)
             return "1.0.0" if kind.pattern.startswith(r"^\d") else "a"
         case inspect.VarTupleType() if not kind.min_length:
             return ()
+        case inspect.DictType():
+            return {}
         case inspect.IntType():
             return kind.ge
         case inspect.FloatType():

@@ -8,8 +8,9 @@ import pytest
 
 from mcp_broker import limits
 from mcp_broker.wire import codec, messages, payload
+from mcp_broker.worker.outcomes import fault
 from mcp_broker.worker.pace import Pace
-from mcp_broker.worker.session import SILENCE_BUSY_S, SILENCE_IDLE_S, Session, State, fault
+from mcp_broker.worker.session import SILENCE_BUSY_S, SILENCE_IDLE_S, Session, State
 
 EPOCH = 9
 CALLER = codec.raw(messages.Caller("ada", 0, ()))

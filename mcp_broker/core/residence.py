@@ -1,0 +1,109 @@
+"""Which pool serves a tool: that of its module, or one of its own.
+
+A tool that is *isolated* is served by one worker of a pool NAME~TOOL, which runs one call at a time; the other tools of its
+module stay where they are. It moves only while no worker holds a call of it; what waits moves along.
+The pool is the supervisor's to start and to end. A broker that follows another finds the pool and its worker, and has the tool
+moved there again.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+from mcp_broker import limits
+from mcp_broker.core.lifecycle import Event, State
+from mcp_broker.core.operations import Operation, Operations, Phase
+from mcp_broker.core.pool import APART
+from mcp_broker.wire import node
+
+if TYPE_CHECKING:
+    from mcp_broker.core.condition import Condition
+    from mcp_broker.core.lives import Lives
+    from mcp_broker.core.pool import Pool
+    from mcp_broker.core.registry import Tool
+    from mcp_broker.core.routing import Routing
+
+
+class Residence:
+    """Moves tools.
+
+    Attributes:
+        apart: tools that have a worker of their own; mostly empty.
+    """
+
+    def __init__(self, routing: Routing, lives: Lives, operations: Operations) -> None:
+        self._routing = routing
+        self._lives = lives
+        self._operations = operations
+        self.apart: dict[Tool, None] = {}
+
+    def settled(self, pool: Pool, now: float) -> None:
+        """A worker of a pool of one tool is ready: the tool goes there, unless it does so already."""
+        tool = self._routing.registry.tools.get(pool.name.partition(APART)[2])
+        if tool is None:
+            return
+        if tool.pool is pool:
+            self.apart[tool] = None
+            self._lives.of(tool).isolated = True
+        elif tool not in self._operations.running:
+            # an earlier broker had it isolated
+            self.begin(self._lives.of(tool), (Phase.QUIET, Phase.MOVE), pool, now)
+
+    def begin(self, condition: Condition, phases: tuple[Phase, ...], target: Pool | None, now: float) -> None:
+        """Let a tool go elsewhere, through these phases; its calls wait meanwhile. One that does not serve stays where it is."""
+        if not condition.life.may(Event.RECOVER):
+            return
+        where = "among others" if target is not None and APART not in target.name else "by itself"
+        self._lives.change(condition, Event.RECOVER, now, reason=f"is to be served {where}")
+        operation = Operation(
+            condition.tool,
+            deque(phases),
+            lambda error, then: self._settle(condition, error, then),
+            quiet_s=limits.RECOVER_S,
+            target=target,
+        )
+        self._operations.begin(operation, now)
+
+    def rejoin(self, condition: Condition, now: float) -> None:
+        """Have a tool served among the others of its module again."""
+        pool = condition.tool.pool
+        if pool is None or not condition.isolated or condition.tool in self._operations.running:
+            return
+        home = self._routing.dispatcher.pool(pool.name.partition(APART)[0])
+        self.begin(condition, (Phase.QUIET, Phase.MOVE), home, now)
+
+    def move(self, tool: Tool, target: Pool, now: float) -> None:
+        """Let another pool serve a tool of which no worker holds a call."""
+        source = tool.pool
+        if source is None or source is target:
+            return
+        condition = self._lives.of(tool)
+        waiting = [call for call in source.backlog.values() if call.tool is tool]
+        aside = [call for call in self._routing.dispatcher.arrears.of_pool(source) if call.tool is tool]
+        for call in waiting:
+            source.unqueue(call)
+        for call in aside:
+            source.count_out(call)
+        tool.pool = target
+        condition.isolated = APART in target.name
+        if condition.isolated:
+            self.apart[tool] = None
+        else:
+            self.apart.pop(tool, None)
+        tool.fence()
+        tool.meter()
+        for call in aside:
+            target.count_in(call)
+        for pool in (source, target):
+            pool.regate(self._routing.registry.of(pool), now)
+        for call in reversed(target.queue(waiting, now)):
+            target.requeue(call)
+        self._routing.registry.changed()
+        if not condition.isolated:
+            base, _, name = source.name.partition(APART)
+            self._routing.to_node.append(node.Isolate(base, name, wanted=False))
+
+    def _settle(self, condition: Condition, error: str, now: float) -> None:
+        if condition.life.state is State.RECOVERING:
+            self._lives.change(condition, Event.DONE, now, error=error)
