@@ -80,9 +80,20 @@ def _restrict(confinement: Confinement, scratch: str, endpoint: str, path: tuple
     is_made = confinement.level == "sandboxed"
     if confinement.own_mounts and not is_made:
         elsewhere = {confinement.endpoint_folder: ENDPOINT_FOLDER} if confinement.endpoint_folder else {}
-        uid, scratch_mb = confinement.uid, confinement.scratch_mb
         mounts.leave(network=confinement.own_network)
-        mounts.enter(mounts.View(system, read, write, hidden, scratch, scratch_mb, uid, elsewhere))
+        mounts.enter(
+            mounts.View(
+                system=system,
+                read=read,
+                write=write,
+                hidden=hidden,
+                scratch=scratch,
+                scratch_mb=confinement.scratch_mb,
+                uid=confinement.uid,
+                shm_mb=confinement.shm_mb,
+                elsewhere=elsewhere,
+            )
+        )
     privileges.gain_no_more()
     rlimits.limit(confinement.rlimits)
     if confinement.uid is not None:

@@ -48,8 +48,6 @@ _ATTR_NOSUID: Final = 2
 _ATTR_NODEV: Final = 4
 _ATTR_IDMAP: Final = 0x0010_0000
 
-#: shared memory of the worker, MiB, where no size of its scratch is given
-_SHM_MB: Final = 64
 _LINKS: Final = {"fd": "/proc/self/fd", "stdin": "fd/0", "stdout": "fd/1", "stderr": "fd/2"}
 
 
@@ -64,6 +62,7 @@ class View:
         scratch: the private folder.
         scratch_mb: its size in memory, MiB; 0: the folder itself.
         uid: who will look; None: nobody changes.
+        shm_mb: size of /dev/shm, MiB.
         elsewhere: folders of the host that are seen under another path, read-only.
     """
 
@@ -74,6 +73,7 @@ class View:
     scratch: str
     scratch_mb: int
     uid: int | None
+    shm_mb: int = 64
     elsewhere: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -252,9 +252,7 @@ def _mount_kernel(root: str, view: View) -> None:
     kernel.mount("proc", f"{root}/proc", "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, "hidepid=2")
     shared = f"{root}/dev/shm"  # noqa: S108 (the worker's own, below its new root)
     _make_place(Path(shared), is_folder=True)
-    kernel.mount(
-        "none", shared, "tmpfs", _MS_NOSUID | _MS_NODEV, f"mode=1777,size={view.scratch_mb or _SHM_MB}m"
-    )
+    kernel.mount("none", shared, "tmpfs", _MS_NOSUID | _MS_NODEV, f"mode=1777,size={view.shm_mb}m")
     for name, target in _LINKS.items():
         Path(root, "dev", name).symlink_to(target)
 

@@ -37,6 +37,8 @@ class Confinement(Record, kw_only=True, frozen=True):
     #: size of a scratch folder in memory, MiB, which ends with the process; 0: a folder of the host.
     #: It needs `own_mounts`.
     scratch_mb: int = 0
+    #: size of its own /dev/shm, MiB
+    shm_mb: int = 64
     #: name of a resource limit as in resource.RLIMIT_*, in lower case, without that prefix -> soft and hard value
     rlimits: dict[str, int] = {}
     #: added to the kernel's out-of-memory score: the higher, the sooner it is chosen, at most 1000

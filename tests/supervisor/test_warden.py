@@ -19,8 +19,8 @@ from mcp_broker.supervisor.isolation.uids import Uids, _spans, has_processes
 from mcp_broker.supervisor.isolation.warden import Warden
 from mcp_broker.wire.confinement import Confinement
 
-#: nobody's, and out of the range that is used
-FIRST, COUNT = 1_990_000_000, 3
+#: nobody's, out of the range that is used, and of no other run of these tests
+FIRST, COUNT = 1_960_000_000 + 100 * os.getpid(), 3
 
 
 # -- uids ---------------------------------------------------------------------------------------------

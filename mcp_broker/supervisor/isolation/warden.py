@@ -117,6 +117,10 @@ class Warden:
         except SupervisionError:
             cell.release()
             raise
+        rlimits = {"core": 0}
+        if uid is not None:
+            # counted by uid, so it means something only where the uid is the worker's own: a fork bomb ends here
+            rlimits["nproc"] = max(1, table.limits.processes) * limits.TASKS_A_PROCESS
         cell.confinement = Confinement(
             level=walls.level,
             uid=uid,
@@ -127,7 +131,8 @@ class Warden:
             own_mounts=walls.own_mounts,
             own_network=walls.own_network,
             endpoint_folder="" if cell.endpoint is None else str(cell.endpoint.folder),
-            rlimits={"core": 0},
+            shm_mb=table.limits.memory_mb,
+            rlimits=rlimits,
             oom_score_adj=limits.WORKER_OOM_SCORE,
         )
         return cell
