@@ -73,9 +73,12 @@ def _told(error: OSError) -> str:
 
 def _restrict(confinement: Confinement, scratch: str, endpoint: str, path: tuple[str, ...]) -> None:
     hidden = folders.existing(confinement.hidden)
-    needed = (*folders.runtime(), *path)
-    system = (*folders.existing((*folders.SYSTEM, *folders.SETTINGS, *folders.SHOWN)), *needed)
-    read, write = _named(confinement.read), _named(confinement.write)
+    system = (
+        *folders.existing((*folders.SYSTEM, *folders.SETTINGS, *folders.SHOWN)),
+        *folders.runtime(),
+    )
+    # the folders of its tools may be as closed as any other of the operator's
+    read, write = (*_named(confinement.read), *path), _named(confinement.write)
     # bubblewrap has made a sandbox's mounts, and its first process has changed the uid
     is_made = confinement.level == "sandboxed"
     if confinement.own_mounts and not is_made:
@@ -99,7 +102,7 @@ def _restrict(confinement: Confinement, scratch: str, endpoint: str, path: tuple
     if confinement.uid is not None:
         if not is_made:
             privileges.become(confinement.uid)
-        _check_reach(confinement, (*needed, scratch))
+        _check_reach(confinement, (*folders.essential(), *path, scratch))
         _check_writable(write, confinement.uid)
     landlock.restrict(_rules(confinement, scratch, endpoint, (*system, *read), write, hidden))
     seccomp.install(seccomp.program(_policy(confinement, endpoint)))

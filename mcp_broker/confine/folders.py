@@ -31,6 +31,11 @@ DEVICES: Final = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/ur
 _OURS: Final = ("mcp_broker", "mcp_broker_workers")
 
 
+def essential() -> tuple[str, ...]:
+    """Return the folders without which nothing can be imported."""
+    return (sys.prefix, sys.base_prefix, str(Path(__file__).parent))
+
+
 def runtime() -> tuple[str, ...]:
     """Return the folders that this interpreter imports from, and those of its programs."""
     found = [sys.prefix, sys.exec_prefix, sys.base_prefix, sys.base_exec_prefix]

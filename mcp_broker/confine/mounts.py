@@ -141,6 +141,7 @@ def _trees(view: View) -> Iterator[_Tree]:
     wanted |= dict.fromkeys(view.read, "read") | dict.fromkeys(view.write, "write")
     wanted |= dict.fromkeys(view.hidden, "hidden") | dict.fromkeys(folders.DEVICES, "device")
     wanted[view.scratch] = "memory" if view.scratch_mb else "scratch"
+    mapped: dict[tuple[int, int], int] = {}
     sources = {path: path for path in wanted} | {seen: path for path, seen in view.elsewhere.items()}
     for path in sorted(sources):
         kind = wanted.get(path, "system")
@@ -158,8 +159,10 @@ def _trees(view: View) -> Iterator[_Tree]:
         fd = _copy(sources[path], attributes)
         found = os.fstat(fd)
         if kind in {"read", "write"} and view.uid is not None:
-            _map_owner(fd, found, view.uid)
+            _map_owner(fd, found, view.uid, mapped)
         yield _Tree(path, fd, is_folder=stat.S_ISDIR(found.st_mode))
+    for user_namespace in mapped.values():
+        os.close(user_namespace)
 
 
 def mapped_tree(path: str, uid: int) -> int:
@@ -172,7 +175,10 @@ def mapped_tree(path: str, uid: int) -> int:
         kernel.Refused: we may not.
     """
     fd = _copy(path, _ATTR_NOSUID | _ATTR_NODEV)
-    _map_owner(fd, os.fstat(fd), uid)
+    mapped: dict[tuple[int, int], int] = {}
+    _map_owner(fd, os.fstat(fd), uid, mapped)
+    for user_namespace in mapped.values():
+        os.close(user_namespace)
     return fd
 
 
@@ -183,14 +189,17 @@ def _copy(path: str, attributes: int) -> int:
     return fd
 
 
-def _map_owner(fd: int, found: os.stat_result, uid: int) -> None:
-    """Let the worker's uid stand for the owner of a tree; a file system that cannot leaves it as it is."""
-    user_namespace = _user_namespace(found.st_uid, found.st_gid, uid)
-    try:
-        with contextlib.suppress(kernel.Refused):
-            _set(fd, b"", _AT_EMPTY_PATH, _ATTR_IDMAP, user_namespace)
-    finally:
-        os.close(user_namespace)
+def _map_owner(fd: int, found: os.stat_result, uid: int, mapped: dict[tuple[int, int], int]) -> None:
+    """Let the worker's uid stand for the owner of a tree; a file system that cannot leaves it as it is.
+
+    Args:
+        mapped: (owner, group) -> a user namespace that maps them; one is added where it is missing.
+    """
+    owner = (found.st_uid, found.st_gid)
+    if owner not in mapped:
+        mapped[owner] = _user_namespace(*owner, uid)
+    with contextlib.suppress(kernel.Refused):
+        _set(fd, b"", _AT_EMPTY_PATH, _ATTR_IDMAP, mapped[owner])
 
 
 def _user_namespace(owner: int, group: int, uid: int) -> int:

@@ -39,14 +39,18 @@ class Cage:
         if IS_ROOT:
             os.chown(self.scratch, UID, UID)
 
-    def run(self, work: Callable[[], object], endpoint: str = TCP, **keys: Any) -> Any:
+    def run(
+        self, work: Callable[[], object], endpoint: str = TCP, path: tuple[str, ...] = (), **keys: Any
+    ) -> Any:
         own = {"uid": UID, "own_mounts": True} if IS_ROOT else {}
         confinement = Confinement(**{"level": "restricted", "network": "none", **own, **keys})
         ours, theirs = os.pipe()
         child = os.fork()
         if child == 0:
             try:
-                os.write(theirs, json.dumps(self._in_child(work, confinement, endpoint, theirs)).encode())
+                os.write(
+                    theirs, json.dumps(self._in_child(work, confinement, endpoint, path, theirs)).encode()
+                )
             finally:
                 os._exit(0)
         os.close(theirs)
@@ -56,10 +60,16 @@ class Cage:
         return json.loads(said) if said else f"ended with {os.waitstatus_to_exitcode(status)}"
 
     def _in_child(
-        self, work: Callable[[], object], confinement: Confinement, endpoint: str, answer: int
+        self,
+        work: Callable[[], object],
+        confinement: Confinement,
+        endpoint: str,
+        path: tuple[str, ...],
+        answer: int,
     ) -> object:
+        scratch = str(self.scratch)
         try:
-            confine.apply(confinement, scratch=str(self.scratch), endpoint=endpoint, keep=(answer,))
+            confine.apply(confinement, scratch=scratch, endpoint=endpoint, path=path, keep=(answer,))
             return work()
         except OSError as error:
             return errno.errorcode.get(error.errno or 0, str(error))
@@ -196,6 +206,14 @@ def test_what_belongs_to_the_folders_owner_is_the_workers_to_change(cage: Cage) 
     assert cage.run(lambda: (out / "old").write_text("new"), write=(str(out),)) == 3
     assert cage.run(lambda: (out / "new").write_text("new"), write=(str(out),)) == 3
     assert ((out / "old").read_text(), (out / "new").stat().st_uid) == ("new", 1234)
+
+
+@as_root
+def test_folders_of_tools_may_be_closed_to_others(cage: Cage) -> None:
+    tools = cage.folder / "tools"
+    tools.mkdir(mode=0o700)
+    (tools / "file").touch(mode=0o600)
+    assert cage.run((tools / "file").read_text, path=(str(tools),)) == ""
 
 
 @as_root
