@@ -17,8 +17,9 @@ from mcp_broker.core.clients import (
     Grant,
     Verdict,
 )
+from mcp_broker.core.outbox import item_of
 from mcp_broker.errors import InvalidTransition
-from mcp_broker.wire import messages, payload
+from mcp_broker.wire import messages, node, payload
 
 if TYPE_CHECKING:
     from mcp_broker.core.outbox import Body
@@ -202,6 +203,9 @@ class Clientele:
     def _grace_over(self, session: ClientSession, now: float) -> None:
         # a session that was resumed and lost again has a later timer of its own
         if session.state is ClientState.LOST and now - session.lost_at >= limits.RESUME_GRACE_S - 0.001:
+            abandoned = _of(session)
+            if abandoned:
+                self._routing.to_node.append(node.Abandoned(abandoned))
             self._close(session, "its client went away", now)
 
     def _close(self, session: ClientSession, why: str, now: float) -> None:
@@ -231,6 +235,14 @@ class Clientele:
         """Say goodbye to every client."""
         for session in list(self.open.values()):
             session.send(messages.Goodbye(self._routing.epoch, "the broker is shutting down"))
+
+
+def _of(session: ClientSession) -> tuple[bytes, ...]:
+    """Return the calls that a client which went away may still ask for: it knows no outcome of them."""
+    sent = (entry for sent in session.unacked for entry in sent.entries)
+    items = (item_of(entry) for entry in (*sent, *session.outbox))
+    outcomes = (item.call_id for item in items if isinstance(item, messages.Outcome))
+    return (*outcomes, *session.live)
 
 
 def error(

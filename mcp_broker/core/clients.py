@@ -323,7 +323,7 @@ class ClientSession:
             self.unacked_bytes -= sent.size
             if self.kept.by_call:
                 for entry in sent.entries:
-                    self.kept.forget(_item_of(entry).call_id)
+                    self.kept.forget(outbox.item_of(entry).call_id)
         shares = self.shares
         while shares and shares[0].number <= count:
             share = shares.popleft()
@@ -349,15 +349,15 @@ class ClientSession:
         self.unacked.clear()
         self.unacked_count = self.unacked_bytes = 0
         # parts that wait here are among those kept
-        again += [entry for entry in self.outbox if type(_item_of(entry)) is Outcome]
+        again += [entry for entry in self.outbox if type(outbox.item_of(entry)) is Outcome]
         self.outbox = []
         self.routing_id = routing_id
         self.queued_bytes = sum(len(entry.body) for entry in again if type(entry) is outbox.Big)
-        self.at_risk = frozenset((*self.live, *(_item_of(entry).call_id for entry in again)))
+        self.at_risk = frozenset((*self.live, *(outbox.item_of(entry).call_id for entry in again)))
         parts = self.kept.by_call
         for entry in again:
             # an outcome comes after all parts of its call
-            for part in parts.get(_item_of(entry).call_id, ()):
+            for part in parts.get(outbox.item_of(entry).call_id, ()):
                 self.send(part)
             self.send(entry)
         for call_id in parts.keys() & self.live.keys():
@@ -393,7 +393,3 @@ class ClientSession:
             bounds.CLIENT_WINDOW_MAX - len(self.live),
             2 * bounds.CLIENT_WINDOW_MAX - self.unacked_count - len(self.outbox),
         )
-
-
-def _item_of(entry: Any) -> Any:  # noqa: ANN401 (an item, or a Big around one)
-    return entry.item if isinstance(entry, outbox.Big) else entry

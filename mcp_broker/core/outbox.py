@@ -43,6 +43,11 @@ class Whole(Big):
     __slots__ = ()
 
 
+def item_of(entry: Any) -> Any:  # noqa: ANN401 (an item, or a Big around one)
+    """Return what an entry sends, without its body."""
+    return entry.item if isinstance(entry, Big) else entry
+
+
 def runs(entries: list[Any]) -> Iterator[tuple[type, list[Any]]]:
     """Split entries into runs of one type, of at most BATCH_MAX; what is no item is a run of its own."""
     kinds = set(map(type, entries))

@@ -7,6 +7,8 @@ what is true of a call that is sent again:
 - a worker keeps its outcome: the call ends with it;
 - a worker runs it: the call is that execution;
 - a dead worker had started it: it ends as WORKER_LOST, or runs again if its tool is idempotent;
+- none of these, but an earlier broker had given its client up, or nobody asked for its outcome in time: it ends as
+  BROKER_LOST, or runs again if its tool is idempotent;
 - none of these, and every worker of the pool that could hold it has spoken or died: it has never started, and runs;
 - none of these yet: it is *in doubt*, and waits for the workers that have not spoken, or for its deadline.
 
@@ -25,6 +27,8 @@ from mcp_broker.wire import codec, messages
 from mcp_broker.wire.structs import Slim
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from mcp_broker.core.outbox import Body
     from mcp_broker.core.pool import Pool
     from mcp_broker.core.receipts import Receipt
@@ -61,7 +65,7 @@ class Reconciliation:
         self.doubts: dict[bytes, Call] = {}
         #: calls that workers had started when they died -> their certificate
         self._started: dict[bytes, Certificate] = {}
-        #: ended calls whose outcomes were let go, oldest first: they must not run again
+        #: calls whose outcomes were let go, here or by an earlier broker, oldest first: they must not run again
         self._unclaimed: dict[bytes, None] = {}
 
     # -- what workers and their node say ----------------------------------------------------------
@@ -138,6 +142,13 @@ class Reconciliation:
         while len(self._started) > limits.STARTED_MAX:
             del self._started[next(iter(self._started))]
 
+    def were_abandoned(self, call_ids: Iterable[bytes]) -> None:
+        """Remember calls whose client an earlier broker gave up: workers may have forgotten that they ran."""
+        for call_id in call_ids:
+            self._unclaimed[call_id] = None
+        while len(self._unclaimed) > limits.STARTED_MAX:
+            del self._unclaimed[next(iter(self._unclaimed))]
+
     # -- what clients say ------------------------------------------------------------------------------
 
     def claims(self, call: Call) -> bool:
@@ -160,7 +171,7 @@ class Reconciliation:
                 return True
             self._claim(call, orphan)
             return True
-        return self._lost(call) or self._was_let_go(call) or self._doubt(call)
+        return self._lost(call) or self._doubt(call) or self._was_let_go(call)
 
     def _doubt(self, call: Call) -> bool:
         pool = call.tool.pool
@@ -188,12 +199,12 @@ class Reconciliation:
         return True
 
     def _was_let_go(self, call: Call) -> bool:
-        """End a call that has ended already, and whose outcome nobody asked for in time; False: none, or it may run again."""
+        """End a call that may have ended, and whose outcome nobody asked for in time; False: none, or it may run again."""
         if call.call_id not in self._unclaimed or call.tool.definition.idempotent:
             return False
         text = (
-            f"{call.tool.name} ended while its client was away for over {limits.ORPHAN_S:g} s; its outcome was let go, and it "
-            "was not run again, because the tool is not declared idempotent"
+            f"{call.tool.name} may have ended while its client was away; its outcome was let go, and it was not run again, "
+            "because the tool is not declared idempotent"
         )
         self._ledger.finish(call, fault(call.call_id, "BROKER_LOST", text, {"tool": call.tool.name}))
         return True
@@ -230,7 +241,7 @@ class Reconciliation:
             if in_doubt:
                 continue
             del self.doubts[call.call_id]
-            if not self._lost(call) and not self._routing.care.shuts_out(call):
+            if not (self._lost(call) or self._was_let_go(call) or self._routing.care.shuts_out(call)):
                 free.append(call)
         if free:
             self._dispatcher.submit(free, pool, now)
@@ -258,9 +269,7 @@ class Reconciliation:
 
     def _forget(self, call_id: bytes) -> None:
         del self.orphans[call_id]
-        self._unclaimed[call_id] = None
-        if len(self._unclaimed) > limits.STARTED_MAX:
-            del self._unclaimed[next(iter(self._unclaimed))]
+        self.were_abandoned((call_id,))
 
     def _unheard(self, worker: Worker, now: float) -> None:
         """A worker has not spoken: the call that it runs keeps it from that, and nobody may be waiting for it."""

@@ -111,6 +111,8 @@ class Routing:
             self._limit(message.limits)
         elif isinstance(message, node.Standings):
             self.care.lives.recall(message.tools)
+        elif isinstance(message, node.Abandoned):
+            self.reconciliation.were_abandoned(message.call_ids)
         elif isinstance(message, node.Progressed | node.Commanded):
             self.commands.heard(message, now)
         else:

@@ -175,6 +175,8 @@ class BrokerChild:
         if process is None:
             return
         if self._link is not None:
+            self._link.drain()
+        if self._link is not None:
             self._link.close()
             self._link = None
         self.process = None

@@ -106,6 +106,11 @@ class Link:
             return
         self._flush()
 
+    def drain(self) -> None:
+        """Take what the other end, which is dead, had sent before."""
+        while self.is_open and self._receive():
+            pass
+
     def close(self) -> None:
         """Close our end, which the other one sees as end of file."""
         if self.is_open:
@@ -143,20 +148,22 @@ class Link:
         waits = polling.READ | (polling.WRITE if self._unsent else 0)
         self._poller.change(self._socket.fileno(), waits)
 
-    def _receive(self) -> None:
+    def _receive(self) -> bool:
+        """Take one chunk; False when there is none."""
         try:
             chunk = self._socket.recv(_READ_BYTES)
         except BlockingIOError:
-            return
+            return False
         except OSError as error:
             self._lose(f"its link broke: {error.strerror}")
-            return
+            return False
         if not chunk:
             self._lose("it closed its link")
-            return
+            return False
         try:
             for body in self._reader.feed(chunk):
                 if self.is_open:
                     self._on_message(codec.to_supervisor.decode(body))
         except WireError as error:
             self._lose(f"it sent what is no message: {error}")
+        return True

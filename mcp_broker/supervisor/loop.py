@@ -37,7 +37,7 @@ from mcp_broker.supervisor.lock import Lock
 from mcp_broker.supervisor.operations import Operations
 from mcp_broker.supervisor.poller import Poller
 from mcp_broker.supervisor.ports import Ports
-from mcp_broker.supervisor.records import Counters, Deaths, Definitions
+from mcp_broker.supervisor.records import Abandoned, Counters, Deaths, Definitions
 from mcp_broker.supervisor.recovery import Recovery, Wish
 from mcp_broker.supervisor.runtime import Runtime
 from mcp_broker.supervisor.signals import Signals
@@ -122,6 +122,7 @@ class Supervisor:
         self._authority = Authority.open(self._state_dir)
         self._counters = Counters(self._state_dir)
         self._deaths = Deaths(self._state_dir)
+        self._abandoned = Abandoned()
         self.instance = self._counters.instance
         self._lineage = secrets.token_hex(8)
         self.warden = Warden(self._state_dir)
@@ -327,14 +328,13 @@ class Supervisor:
         """Return what follows BOOT. The first broker gets its table of keys when all are made."""
         table = [self._fleet.admissions()] if self._is_table_complete else []
         deaths = node.Deaths(self._deaths.recent, self._deaths.started_calls, self._aftermath.records)
-        return [
-            *table,
-            deaths,
+        past: list[node.FromSupervisor] = [*table, deaths, *self._abandoned.told()]
+        pools: list[node.FromSupervisor] = [
             *self._fleet.tools(),
             *self._recovery.briefing(),
             *self._fleet.retirement(),
-            self._fleet.report(),
         ]
+        return [*past, *pools, self._fleet.report()]
 
     def endpoints(self) -> list[tuple[node.Listen, int]]:
         """Return the addresses of single workers; they are told of after the keys that they let in."""
@@ -350,6 +350,8 @@ class Supervisor:
             self._recovery.take(message)
         elif isinstance(message, node.Command):
             self._commands.take(message, time.monotonic())
+        elif isinstance(message, node.Abandoned):
+            self._abandoned.add(message.call_ids)
         elif self._phase is Phase.DRAINING:
             self._stop_workers()
 

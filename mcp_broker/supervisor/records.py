@@ -197,3 +197,20 @@ def _certificate(line: bytes) -> node.Certificate | None:
         return node.Certificate(**{key: value for key, value in fields.items() if key in known})
     except (ValueError, TypeError, AttributeError):
         return None
+
+
+class Abandoned:
+    """Calls whose clients brokers gave up, the oldest first; of this supervisor's life only."""
+
+    def __init__(self) -> None:
+        self._call_ids: dict[bytes, None] = {}
+
+    def add(self, call_ids: Iterable[bytes]) -> None:
+        """Remember some more."""
+        self._call_ids.update(dict.fromkeys(call_ids))
+        while len(self._call_ids) > limits.STARTED_MAX:
+            del self._call_ids[next(iter(self._call_ids))]
+
+    def told(self) -> list[node.Abandoned]:
+        """Return what the next broker is told."""
+        return [node.Abandoned(tuple(self._call_ids))] if self._call_ids else []

@@ -265,6 +265,15 @@ class Commanded(NodeMessage, tag="COMMANDED", frozen=True):
     details: dict[str, Any] = {}
 
 
+class Abandoned(NodeMessage, tag="ABANDONED", frozen=True):
+    """Both: calls whose client went away; workers may forget them, and nobody may run them again.
+
+    A broker says so when it gives a session up, the supervisor to the next broker after BOOT.
+    """
+
+    call_ids: tuple[bytes, ...]
+
+
 class Shutdown(NodeMessage, tag="SHUTDOWN", frozen=True):
     """Supervisor: refuse new calls, let running ones end for up to ``drain_s``, then say GOODBYE and exit."""
 
@@ -348,11 +357,11 @@ class Drained(NodeMessage, tag="DRAINED", frozen=True):
 
 FromSupervisor = (
     Boot | Admit | Listen | Died | Retire | Reclaimed | Report | Deaths | Tools | Limits | Standings
-    | Progressed | Commanded | Shutdown
+    | Progressed | Commanded | Abandoned | Shutdown
 )  # fmt: skip
 ToSupervisor = (
     Serving | WorkerUp | WorkerRefused | Interrupt | Demand | Vacant | Superseded | Replace | Isolate | Standings
-    | Command | Drained
+    | Command | Abandoned | Drained
 )  # fmt: skip
 
 

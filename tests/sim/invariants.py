@@ -74,8 +74,6 @@ class Invariants:
             return
         self.repeats += 1
         name = f"call {call_id.hex()} of {record.tool}"
-        if record.is_forsaken:
-            return
         self.hold(record.is_idempotent, f"{name} runs again, and its tool is not idempotent")
         lives = 1 + self._world.supervisor.epoch - record.epoch
         self.hold(record.executions <= limits.ATTEMPTS_MAX * lives, f"{name} runs {record.executions} times")

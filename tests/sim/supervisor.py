@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from mcp_broker.core import children
 from mcp_broker.core.restart import Policy, Restarts
+from mcp_broker.supervisor.records import Abandoned
 from mcp_broker.wire import codec, node
 from mcp_broker.wire.reclaims import Reclaim
 from tests.sim.agenda import Alarm
@@ -211,6 +212,7 @@ class Supervisor:
         self.lives = 0
         self._deaths: deque[node.Certificate] = deque(maxlen=8)
         self._started: dict[str, tuple[bytes, ...]] = {}
+        self._abandoned = Abandoned()
         self._to_broker: deque[tuple[Broker, bytes]] = deque()
         self._from_broker: deque[tuple[Broker, bytes]] = deque()
         self._link_at = 0.0
@@ -297,9 +299,11 @@ class Supervisor:
 
     def _from_broker_arrives(self) -> None:
         broker, packed = self._from_broker.popleft()
+        message = codec.to_supervisor.decode(packed)
+        if isinstance(message, node.Abandoned):
+            self._abandoned.add(message.call_ids)
         if broker is not self.broker:
             return
-        message = codec.to_supervisor.decode(packed)
         if isinstance(message, node.Serving):
             self._tell_broker(children.BecameReady())
         elif isinstance(message, node.WorkerUp):
@@ -387,6 +391,8 @@ class Supervisor:
         self.send(_boot(self.epoch))
         self.send(node.Admit(living))
         self.send(node.Deaths(tuple(self._deaths), self._started))
+        for told in self._abandoned.told():
+            self.send(told)
         for pool in self.pools:
             if pool.tools:
                 self.send(node.Tools(pool.name, pool.tools))
@@ -407,7 +413,6 @@ class Supervisor:
         broker = self.broker
         if broker is not None and not broker.is_dead:
             self.world.note(NAME, f"broker {broker.epoch} is killed")
-            self.world.forsake(broker)
             broker.end(kept=0)
             self._broker_is_gone("killed")
 
@@ -419,6 +424,11 @@ class Supervisor:
 
     def _broker_is_gone(self, how: str) -> None:
         world = self.world
+        # what it had written to the link is read before the next one is started
+        for _, packed in self._from_broker:
+            message = codec.to_supervisor.decode(packed)
+            if isinstance(message, node.Abandoned):
+                self._abandoned.add(message.call_ids)
         self.broker = None
         for client in world.clients:
             client.troubled_until = max(client.troubled_until, world.agenda.now)

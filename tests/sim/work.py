@@ -106,8 +106,6 @@ class Record:
         epoch: of the broker when it was submitted.
         stalls_s: how long its client had stood still by then, all together.
         executions: how often its tool began.
-        is_forsaken: a broker had given its client's session up, and died before the client heard of that. What the
-            workers held of the call is let go by then, and the next broker takes it for one that has never started.
         code: how it ended, "" before.
     """
 
@@ -121,7 +119,6 @@ class Record:
     stalls_s: float
     is_proof: bool = False
     was_cancelled: bool = False
-    is_forsaken: bool = False
     executions: int = 0
     code: str = ""
     parts: list[Any] = field(default_factory=list)

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     from mcp_broker.core.condition import Condition
     from mcp_broker.core.registry import Tool
-    from tests.sim.broker import Broker
     from tests.sim.worker import Worker
 
 #: where the clock begins, and how long all may take to settle once nothing goes wrong any more (virtual seconds)
@@ -118,13 +117,6 @@ class World:
         self.clients.remove(client)
         self._join()
         return client
-
-    def forsake(self, broker: Broker) -> None:
-        """Remember the calls that a broker has given up, and dies before their client hears of that."""
-        for client in self.clients:
-            if client.session.session_id not in broker.machine.clientele.sessions:
-                for record in client.open.values():
-                    record.is_forsaken = True
 
     def _join(self) -> None:
         self._named += 1
