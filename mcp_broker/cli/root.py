@@ -23,6 +23,8 @@ SECTIONS: Final[dict[str, dict[str, str]]] = {
     },
     "Operate": {
         "scale": "Keep so many workers of a pool.",
+        "reload": "Read the configuration again and follow it.",
+        "drain": "Let a pool or worker finish and take no more.",
     },
     "Use": {
         "tools": "List tools, or show one with an example call.",
@@ -46,6 +48,8 @@ MODULES: Final[dict[str, str]] = {
     "demo": "demo",
     "doctor": "doctor",
     "scale": "operate",
+    "reload": "operate",
+    "drain": "operate",
     "tools": "tools",
     "call": "call",
     "status": "status",

@@ -52,7 +52,10 @@ def start(config_file: str | None) -> int:
     state_dir = _state_dir(chosen, configuration)
     announcer = Announcer(chosen, list(configuration.pools), config.skipped_pools(configuration))
     _log_to_standard_error()
-    return Supervisor(configuration, state_dir, on_event=announcer.tell).run()
+    supervisor = Supervisor(
+        configuration, state_dir, on_event=announcer.tell, reread=lambda: config.load(config_file)
+    )
+    return supervisor.run()
 
 
 def _log_to_standard_error() -> None:
@@ -122,6 +125,10 @@ class Announcer:
                 self._log(
                     f"the broker (pid {event.pid}) died: {_one_line(event.reason)}; it is started again"
                 )
+            case events.Reloaded():
+                self._log(f"reloaded: {event.changes}")
+            case events.ReloadFailed():
+                self._log(f"not reloaded, the configuration before stays: {_one_line(event.reason)}")
             case events.Draining():
                 self._log(
                     f"stopping; running calls have {output.duration(event.drain_s)}, Ctrl-C again ends at once"

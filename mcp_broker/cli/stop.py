@@ -24,6 +24,7 @@ _PROGRESS_S: Final = 2.0
     epilog="""\b
 Examples:
   mcp-broker stop
+  mcp-broker stop --deadline 2
   mcp-broker stop --state-dir /srv/broker --timeout 60""",
 )
 @click.option(
@@ -35,8 +36,15 @@ Examples:
     metavar="SECONDS",
     help="Wait this long for it to end.",
 )
+@click.option(
+    "--deadline",
+    "deadline_s",
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    help="End calls that still run after this long, if the configuration gives them more.",
+)
 @settings.shared("json", "state-dir")
-def stop(timeout_s: float) -> None:
+def stop(timeout_s: float, deadline_s: float | None) -> None:
     """Tell the broker of the state directory to drain and end, and wait for it.
 
     Running calls may finish, up to the drain time of its configuration.
@@ -53,6 +61,9 @@ def stop(timeout_s: float) -> None:
     try:
         # the pidfd is of the process that held the lock just now: a recycled pid is not hit
         signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+        if deadline_s is not None and not _is_gone(pidfd, deadline_s):
+            # told again, it ends at once
+            signal.pidfd_send_signal(pidfd, signal.SIGTERM)
         _wait(pid, pidfd, began + timeout_s)
     except PermissionError:
         raise SupervisionError(
@@ -76,6 +87,12 @@ def _say(chosen: settings.Settings, pid: int | None, text: str) -> None:
         output.document({"stopped": pid is not None, "pid": pid})
     else:
         output.note(text)
+
+
+def _is_gone(pidfd: int, within_s: float) -> bool:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(within_s * 1000))
 
 
 def _wait(pid: int, pidfd: int, deadline: float) -> None:

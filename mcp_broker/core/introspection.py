@@ -142,6 +142,12 @@ def _pool(routing: Routing, pool: Pool) -> dict[str, Any]:
     }
 
 
+def _deaths(routing: Routing) -> list[Any]:
+    """Return the newest deaths that nobody had wished for; `why` knows the others too."""
+    unwished = [one for one in routing.crew.deaths if one.kind != "operator"]
+    return [codec.as_plain(certificate) for certificate in unwished[:_DEATHS_MAX]]
+
+
 def status(
     routing: Routing, _call: Call | None = None, _wanted: dict[str, Any] | None = None
 ) -> dict[str, Any]:
@@ -172,7 +178,7 @@ def status(
             "poisoned": len(routing.dispatcher.dead_letters),
         },
         "pools": [_pool(routing, pool) for _, pool in sorted(routing.dispatcher.pools.items())],
-        "deaths": [codec.as_plain(certificate) for certificate in list(routing.crew.deaths)[:20]],
+        "deaths": _deaths(routing),
     }
 
 
@@ -248,5 +254,7 @@ def _reclaim(routing: Routing, worker_id: str) -> dict[str, Any] | None:
     return None
 
 
+#: what one status lists of deaths
+_DEATHS_MAX: Final = 20
 #: shorter prefixes of call ids would match by accident
 _PREFIX_CHARS: Final = 6

@@ -113,6 +113,18 @@ _TABLE: Final = (
         pool=_TEXT,
         workers=_COUNT,
     ),
+    _tool(
+        "system.reload",
+        "Read the configuration again and follow it; replace the workers of these pools in any case.",
+        None,
+        pools={"type": "array", "items": _TEXT},
+    ),
+    _tool(
+        "system.drain",
+        "Let a pool, or all, finish and take no more calls; or have a worker finish and be replaced.",
+        None,
+        target=_TEXT,
+    ),
 )
 
 #: what operators do with one tool

@@ -78,6 +78,7 @@ class Circumstances:
         exceeded: the limit that it was killed for.
         is_oom: the kernel killed it, or what it had started, since its memory was all used.
         stack: what its threads were doing before it was killed.
+        retired: why it was told to finish and go, or "".
     """
 
     started_seq: int
@@ -89,6 +90,7 @@ class Circumstances:
     exceeded: Exceeded | None = None
     is_oom: bool = False
     stack: str = ""
+    retired: str = ""
 
 
 def certify(process: Process, pool: str, module: str, end: Exit, known: Circumstances) -> Certificate:
@@ -136,6 +138,8 @@ def _our_doing(end: Exit, known: Circumstances, how: str) -> tuple[str, str] | N
     """Return kind and cause of a death that we wanted, the strongest reason first."""
     if known.violation:
         return "violation", f"stopped because {known.violation} ({how})"
+    if known.is_operators and known.retired:
+        return "operator", f"retired: {known.retired} ({how})"
     if known.is_operators:
         return "operator", f"stopped by the operator ({how})"
     if known.fault:

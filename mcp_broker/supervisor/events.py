@@ -57,6 +57,20 @@ class BrokerDied:
 
 
 @dataclass(frozen=True, slots=True)
+class Reloaded:
+    """The configuration was read again, and is followed; ``changes`` says in one line what is different."""
+
+    changes: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReloadFailed:
+    """The configuration was read again since a signal came, and cannot be taken; the one before stays."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Draining:
     """Told to stop: no new calls, running ones have this long."""
 
@@ -68,4 +82,6 @@ class Stopped:
     """Every process is gone."""
 
 
-Event = Serving | PoolReady | PoolFailed | WorkerDied | BrokerDied | Draining | Stopped
+Event = (
+    Serving | PoolReady | PoolFailed | WorkerDied | BrokerDied | Reloaded | ReloadFailed | Draining | Stopped
+)  # fmt: skip

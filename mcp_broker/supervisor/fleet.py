@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import time
 from typing import TYPE_CHECKING
 
 from mcp_broker.core.children import State
 from mcp_broker.core.restart import Policy
+from mcp_broker.errors import NotFound
 from mcp_broker.supervisor import events, standing
 from mcp_broker.supervisor.metering import Metering
 from mcp_broker.supervisor.pool import Pool
+from mcp_broker.supervisor.recovery import APART, alone
 from mcp_broker.supervisor.slot import Times
 from mcp_broker.wire import node
 
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from mcp_broker.config import Config, PoolTable
+    from mcp_broker.supervisor.changes import Changes
     from mcp_broker.supervisor.records import Definitions
     from mcp_broker.supervisor.slot import Ground, Slot
     from mcp_broker.wire.messages import ToolDefinition
@@ -73,6 +77,31 @@ class Fleet:
         found = (pool.find(worker_id) for pool in self.pools.values())
         return next((slot for slot in found if slot is not None), None)
 
+    def find_pool(self, name: str) -> Pool:
+        """Return the pool of this name.
+
+        Raises:
+            NotFound: there is none.
+        """
+        pool = self.pools.get(name)
+        if pool is None:
+            near = difflib.get_close_matches(name, self.pools, n=2)
+            meant = f"did you mean {' or '.join(near)}" if near else f"there are {', '.join(self.pools)}"
+            details = {"name": name, "did_you_mean": near, "hint": "mcp-broker status"}
+            raise NotFound(f"there is no pool {name!r}; {meant}", details)
+        return pool
+
+    def pool_of(self, worker_id: str) -> Pool:
+        """Return the pool that this worker is of.
+
+        Raises:
+            NotFound: there is no such worker.
+        """
+        for pool in self.pools.values():
+            if pool.find(worker_id) is not None:
+                return pool
+        raise NotFound(f"there is no worker {worker_id!r}", {"name": worker_id, "hint": "mcp-broker ps"})
+
     # -- orders --------------------------------------------------------------------------------------
 
     def start(self) -> None:
@@ -93,14 +122,15 @@ class Fleet:
             self._dissolving.discard(name)
             del self.pools[name]
             self._states.pop(name, None)
+            self._definitions.save(self.tools())
             self._ground.changed()
 
-    def replace(self, worker_id: str) -> bool:
+    def replace(self, worker_id: str, why: str) -> bool:
         """Have another process take a worker's place; False: there is none of this id, or that is under way."""
         for pool in self.pools.values():
             slot = pool.find(worker_id)
             if slot is not None:
-                return pool.replace(slot)
+                return pool.replace(slot, why)
         return False
 
     def found(self, name: str, table: PoolTable) -> None:
@@ -116,6 +146,40 @@ class Fleet:
         if name in self.pools:
             self._dissolving.add(name)
             self.pools[name].stop()
+
+    def follow(self, config: Config, changes: Changes) -> None:
+        """Have the pools follow another configuration: ``changes`` says what is different."""
+        ways = self._policy, self._times = _ways(config)
+        for name in changes.removed:
+            for one in [name, *self._apart(name)]:
+                self._dissolving.add(one)
+                self.pools[one].close("it was taken out of the configuration")
+        for name in changes.added:
+            if name in self.pools:
+                # it was on its way out
+                self._dissolving.discard(name)
+                self.pools[name].change(config.pools[name], *ways)
+                continue
+            pool = self.pools[name] = Pool(self._ground, name, config.pools[name], *ways)
+            pool.start()
+        for name in changes.changed:
+            self.pools[name].change(config.pools[name], *ways)
+            for one in self._apart(name):
+                self.pools[one].change(alone(config.pools[name]), *ways)
+        for name in (*changes.resized, *changes.unchanged):
+            pool = self.pools[name]
+            pool.adjust(*ways)
+            if name in changes.resized:
+                pool.resize(config.pools[name])
+                pool.start()
+            elif pool.state == "failed":
+                # what made it fail may be mended
+                pool.start()
+            pool.setback = ""
+
+    def _apart(self, name: str) -> list[str]:
+        """Return the pools of single tools of a pool."""
+        return [other for other in self.pools if other.startswith(f"{name}{APART}")]
 
     def kill(self) -> None:
         """SIGKILL every worker, now."""

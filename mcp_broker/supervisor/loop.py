@@ -27,6 +27,7 @@ from mcp_broker.core import children
 from mcp_broker.errors import SupervisionError
 from mcp_broker.supervisor import events, reclaim
 from mcp_broker.supervisor.aftermath import Aftermath
+from mcp_broker.supervisor.boot import boot
 from mcp_broker.supervisor.broker import BrokerChild
 from mcp_broker.supervisor.commands import Commands
 from mcp_broker.supervisor.fleet import Fleet, Word
@@ -39,8 +40,9 @@ from mcp_broker.supervisor.poller import Poller
 from mcp_broker.supervisor.ports import Ports
 from mcp_broker.supervisor.records import Abandoned, Counters, Deaths, Definitions
 from mcp_broker.supervisor.recovery import Recovery, Wish
+from mcp_broker.supervisor.reloading import Reloading
 from mcp_broker.supervisor.runtime import Runtime
-from mcp_broker.supervisor.signals import Signals
+from mcp_broker.supervisor.signals import Signals, has_terminal
 from mcp_broker.wire import node
 
 if TYPE_CHECKING:
@@ -56,7 +58,7 @@ _log = logging.getLogger("mcp_broker.supervisor")
 _SAMPLE_S: Final = 1.0
 #: a broker says DRAINED by the end of the time that it was given, or it never will
 _DRAIN_SLACK_S: Final = 0.5
-_STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Phase(enum.IntEnum):
@@ -77,6 +79,7 @@ class Supervisor:
         state_dir: made if it is missing (0700).
         on_event: told what happens, in the main thread; it must not block.
         launcher: how processes are started.
+        reread: reads the configuration again; without it the one given stays.
     """
 
     def __init__(
@@ -86,8 +89,10 @@ class Supervisor:
         *,
         on_event: Callable[[events.Event], None] = lambda _event: None,
         launcher: Launcher | None = None,
+        reread: Callable[[], Config] | None = None,
     ) -> None:
         self._config = config
+        self._reread = reread or (lambda: config)
         self._state_dir = state_dir.absolute()
         self._on_event = on_event
         self.launcher: Launcher = launcher or SandboxLauncher(ForkingLauncher())
@@ -151,7 +156,10 @@ class Supervisor:
         self._broker = BrokerChild(self)
         self._commands = Commands(self._broker.send)
         Operations(self._fleet).join(self._commands)
-        signals = Signals(_STOP_SIGNALS, self.poller, lambda _number: self._stop())
+        self._reloading = Reloading(self._fleet, self._config, self._reread, self._tell, self._on_event)
+        self._reloading.join(self._commands)
+        self._had_terminal = has_terminal()
+        signals = Signals(_SIGNALS, self.poller, self._signalled)
         try:
             self._loop()
         finally:
@@ -228,13 +236,20 @@ class Supervisor:
 
     # -- the end -----------------------------------------------------------------------------------------
 
+    def _signalled(self, number: int) -> None:
+        """SIGHUP is an operator's wish to reload, unless it says that the terminal is gone that we were started in."""
+        if number != signal.SIGHUP or (self._had_terminal and not has_terminal()):
+            self._stop()
+        elif not self.is_leaving:
+            self._reloading.by_signal()
+
     def _stop(self) -> None:
         """Drain first; told again, end at once."""
         if self._phase is not Phase.SERVING:
             self._stop_workers()
             self._kill_all()
             return
-        drain_s = self._config.limits.drain_s
+        drain_s = self._reloading.config.limits.drain_s
         self._on_event(events.Draining(drain_s))
         if self._broker.child.state is not children.State.RUNNING:
             self._stop_workers()
@@ -306,23 +321,8 @@ class Supervisor:
 
     def boot(self, epoch: int) -> node.Boot:
         """Return all that a broker needs to serve."""
-        authority, ports = self._authority, self._ports
-        return node.Boot(
-            epoch=epoch,
-            client_fd=ports.client.fileno(),
-            worker_fd=ports.worker.fileno(),
-            client_endpoint=ports.client_endpoint,
-            worker_endpoint=ports.worker_endpoint,
-            client_secret=authority.server.secret,
-            worker_secret=authority.workers.secret,
-            issuer_keys={kid: key.public for kid, key in authority.verify_keys.items()},
-            issuer=authority.issuer,
-            audience=authority.audience,
-            limits={name: value for name, value in self._config.limits if value is not None},
-            supervisor_pid=os.getpid(),
-            started_wall=self._started_wall,
-            lineage=self._lineage,
-        )
+        limits = self._reloading.config.limits
+        return boot(epoch, self._authority, self._ports, limits, (self._started_wall, self._lineage))
 
     def briefing(self) -> list[node.FromSupervisor]:
         """Return what follows BOOT. The first broker gets its table of keys when all are made."""

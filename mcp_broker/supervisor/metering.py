@@ -241,7 +241,7 @@ class Metering:
             metered.doomed_at = now + limits.STACK_S
             return
         reason = metered.recycling.reason(meter, life.rss_kib / 1024, now, is_resting=is_resting)
-        if reason and pool.replace(slot):
+        if reason and pool.replace(slot, reason):
             _log.info("worker %s is replaced: %s", life.worker_id, reason)
 
     @staticmethod

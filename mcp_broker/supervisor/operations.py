@@ -5,11 +5,10 @@ Each says what is wanted, not what to do: given again, it changes nothing and wa
 
 from __future__ import annotations
 
-import difflib
 from typing import TYPE_CHECKING, Any
 
 from mcp_broker.core.children import State
-from mcp_broker.errors import NotFound, Unavailable
+from mcp_broker.errors import Unavailable
 from mcp_broker.supervisor.commands import Progress
 
 if TYPE_CHECKING:
@@ -29,39 +28,71 @@ class Operations:
     def join(self, commands: Commands) -> None:
         """Take over the commands."""
         commands.handle("system.pools.scale", self.scale)
+        commands.handle("system.drain", self.drain)
 
     def scale(self, arguments: dict[str, Any]) -> Look:
         """Keep so many workers of a pool, until told otherwise or the configuration says so anew."""
-        pool, size = self._pool(arguments["pool"]), arguments.get("workers")
+        pool, size = self._fleet.find_pool(arguments["pool"]), arguments.get("workers")
         if size == 0:
-            pool.close(f"an operator has scaled it to 0; `mcp-broker scale {pool.name} auto` brings it back")
+            _close(pool, "an operator has scaled it to 0")
         else:
             pool.scale(size)
 
         def look() -> Progress | dict[str, Any]:
             if not pool.is_settled:
-                return _progress([pool])
+                return progress([pool])
             if pool.state == "failed":
                 raise Unavailable(
                     f"pool {pool.name!r} did not come up: {pool.reason}",
                     {"pool": pool.name, "reason": pool.reason},
                 )
-            return _described(pool)
+            return described(pool)
 
         return look
 
-    def _pool(self, name: str) -> Pool:
-        pool = self._fleet.pools.get(name)
-        if pool is None:
-            near = difflib.get_close_matches(name, self._fleet.pools, n=2)
-            meant = (
-                f"did you mean {' or '.join(near)}" if near else f"there are {', '.join(self._fleet.pools)}"
-            )
-            raise NotFound(f"there is no pool {name!r}; {meant}", {"pool": name, "did_you_mean": near})
-        return pool
+    def drain(self, arguments: dict[str, Any]) -> Look:
+        """Let a pool, or all, finish what they have and take no more; or have a worker finish and be replaced."""
+        target = arguments.get("target")
+        slot = self._fleet.find(target) if target is not None else None
+        if slot is not None:
+            return self._drain_worker(str(target))
+        pools = list(self._fleet.pools.values()) if target is None else [self._fleet.find_pool(target)]
+        for pool in pools:
+            _close(pool, "an operator has drained it")
+
+        def look() -> Progress | dict[str, Any]:
+            if not all(pool.is_settled for pool in pools):
+                return progress(pools)
+            return {"pools": [described(pool) for pool in pools], "worker": None}
+
+        return look
+
+    def _drain_worker(self, worker_id: str) -> Look:
+        pool = self._fleet.pool_of(worker_id)
+        slot = pool.find(worker_id)
+        if slot is not None and slot in pool.members:
+            pool.replace(slot, "an operator has drained it")
+
+        def look() -> Progress | dict[str, Any]:
+            if pool.find(worker_id) is None:
+                return {"pools": [described(pool)], "worker": worker_id}
+            if pool.setback:
+                raise Unavailable(
+                    f"worker {worker_id} stays, since no other one could start: {pool.setback}",
+                    {"pool": pool.name, "reason": pool.setback},
+                )
+            return Progress(None, f"{worker_id} is replaced, and finishes its calls")
+
+        return look
 
 
-def _described(pool: Pool) -> dict[str, Any]:
+def _close(pool: Pool, why: str) -> None:
+    if not pool.closed:
+        pool.close(f"{why}; `mcp-broker scale {pool.name} auto` brings it back")
+
+
+def described(pool: Pool) -> dict[str, Any]:
+    """Return how a pool is, for an answer."""
     return {
         "pool": pool.name,
         "state": pool.state,
@@ -71,15 +102,16 @@ def _described(pool: Pool) -> dict[str, Any]:
     }
 
 
-def _progress(pools: Sequence[Pool]) -> Progress:
+def progress(pools: Sequence[Pool]) -> Progress:
     """Say how far some pools are from what is wanted of them."""
-    wanted = sum(pool.size for pool in pools)
+    open_ = [pool for pool in pools if not pool.closed]
+    wanted = sum(pool.size for pool in open_)
     current = sum(
         slot.child.state is State.RUNNING and slot.edition == pool.edition
-        for pool in pools
+        for pool in open_
         for slot in pool.members
     )
-    leaving = sum(len(pool.leaving) for pool in pools)
+    leaving = sum(len(pool.leaving) + (len(pool.members) if pool.closed else 0) for pool in pools)
     parts = [f"{current} of {wanted} workers ready"] if current < wanted else []
     if leaving:
         parts.append(f"{leaving} finishing {'its' if leaving == 1 else 'their'} calls")

@@ -22,7 +22,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from mcp_broker.core.children import Refused, Retire, State, Unwanted, Wanted
+from mcp_broker.core.children import Refused, State, Unwanted, Wanted
 from mcp_broker.core.restart import Restarts
 from mcp_broker.core.scaling import Bounds, Load, Scaler
 from mcp_broker.supervisor import standing
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 #: of the members, so many are replaced at a time in a roll: each costs a process more meanwhile
 _ROLL_SHARE: Final = 4
+_OUTDATED: Final = "one of the present configuration has taken its place"
 #: whom a smaller pool does without first
 _DISPENSABLE: Final = (
     *(State.FATAL, State.STOPPED, State.BACKOFF, State.STOPPING),
@@ -52,6 +53,7 @@ class Succession:
 
     member: Slot
     successor: Slot
+    why: str
 
 
 class Pool:
@@ -88,6 +90,10 @@ class Pool:
         self.edition += 1
         self.setback = ""
         self.resize(table)
+
+    def adjust(self, policy: Policy, times: Times) -> None:
+        """Take other bounds for how often its processes may die, and for how long those may take that start from now on."""
+        self._restarts.policy, self._times = policy, times
 
     def resize(self, table: PoolTable) -> None:
         """Take what a table says of how many workers there are, and how fast they may be asked; no worker is replaced."""
@@ -148,8 +154,11 @@ class Pool:
             self._fit()
             self._ground.changed()
 
-    def replace(self, member: Slot) -> bool:
+    def replace(self, member: Slot, why: str) -> bool:
         """Have another slot take a member's place: it is ready first, then the member retires.
+
+        Args:
+            why: goes into the member's certificate, "it was of an earlier configuration".
 
         Returns:
             False if it has a successor already, or is no member.
@@ -158,10 +167,10 @@ class Pool:
             return False
         successor = self._recruit()
         if member.child.state is State.RUNNING:
-            self._successions.append(Succession(member, successor))
+            self._successions.append(Succession(member, successor, why))
         else:
             # nothing is lost with it
-            self._hand_over(member, successor)
+            self._hand_over(member, successor, why)
         return True
 
     def change(self, table: PoolTable, policy: Policy, times: Times) -> None:
@@ -177,7 +186,7 @@ class Pool:
         """Let members of earlier editions go at once: the broker gives them no more calls."""
         for member in [slot for slot in self.members if slot.edition < edition]:
             successor = next((one.successor for one in self._successions if one.member is member), None)
-            self._hand_over(member, successor or self._recruit())
+            self._hand_over(member, successor or self._recruit(), _OUTDATED)
 
     def observe(self, demand: node.PoolDemand) -> None:
         """Take the broker's word on what is asked of it."""
@@ -264,18 +273,18 @@ class Pool:
             self._give_up(one)
         self.members.remove(member)
         self.leaving.append(member)
-        member.tell(Retire())
+        member.retire(self.closed or "its pool needs fewer workers")
 
     def _give_up(self, succession: Succession) -> None:
         self._successions.remove(succession)
         self.leaving.append(succession.successor)
         succession.successor.tell(Unwanted())
 
-    def _hand_over(self, member: Slot, successor: Slot) -> None:
+    def _hand_over(self, member: Slot, successor: Slot, why: str) -> None:
         self._successions = [one for one in self._successions if one.member is not member]
         self.members[self.members.index(member)] = successor
         self.leaving.append(member)
-        member.tell(Retire())
+        member.retire(why)
 
     def settle(self) -> None:
         """Go on with what has changed: successors that are ready or given up, rolls, slots that have left."""
@@ -286,7 +295,7 @@ class Pool:
         for one in list(self._successions):
             state = one.successor.child.state
             if state is State.RUNNING or one.member.child.state is not State.RUNNING:
-                self._hand_over(one.member, one.successor)
+                self._hand_over(one.member, one.successor, one.why)
             elif state is State.FATAL:
                 self.setback = one.successor.child.reason
                 self._give_up(one)
@@ -301,7 +310,7 @@ class Pool:
         for slot in [slot for slot in self.members if slot.edition < self.edition]:
             if room <= 0:
                 return
-            room -= self.replace(slot)
+            room -= self.replace(slot, _OUTDATED)
 
     @property
     def is_settled(self) -> bool:

@@ -35,7 +35,7 @@ class Recovery:
         if isinstance(wish, node.Standings):
             self.standings = wish.tools
         elif isinstance(wish, node.Replace):
-            if self._fleet.replace(wish.worker_id):
+            if self._fleet.replace(wish.worker_id, wish.why):
                 _log.info("worker %s is replaced: %s", wish.worker_id, wish.why)
         else:
             self._isolate(wish)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 from typing import TYPE_CHECKING
@@ -10,6 +11,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from mcp_broker.supervisor.poller import Poller
+
+
+def has_terminal() -> bool:
+    """Tell whether this process has a controlling terminal; one that was hung up is none."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
 
 
 class Signals:

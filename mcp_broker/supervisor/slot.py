@@ -129,6 +129,8 @@ class Slot:
         self.life: Life | None = None
         #: registered at least once in this life
         self._was_ready = False
+        #: why it was retired, if it was
+        self._retired_why = ""
 
     # -- what happens --------------------------------------------------------------------------------
 
@@ -164,6 +166,11 @@ class Slot:
     def is_warm(self) -> bool:
         """A spare that can be called up."""
         return self.is_spare and self.child.state is children.State.RUNNING
+
+    def retire(self, why: str) -> None:
+        """Let the worker finish its calls and go; ``why`` goes into its certificate."""
+        self._retired_why = why
+        self.tell(children.Retire())
 
     def call_up(self) -> None:
         """Have a warm spare connect to the broker and serve."""
@@ -348,6 +355,7 @@ class Slot:
             started_seq=life.marks.started_seq,
             was_ready=self._was_ready,
             is_operators=is_operators or is_dismissed,
+            retired=self._retired_why,
             fault=child.reason if child.state is children.State.STOPPING else "",
             interrupted=self._meant_interrupt(life),
             violation=life.violation,
