@@ -67,7 +67,7 @@ class Commands:
         self._handlers[name] = handler
 
     def take(self, command: node.Command, now: float) -> None:
-        """Begin what is wanted, or refuse it."""
+        """Begin what is wanted, or refuse it; the end of the turn looks at it first."""
         arguments = json.dumps(command.arguments, ensure_ascii=True, default=str)
         _log.info("command %s %s by %s", command.name, arguments, json.dumps(command.principal))
         try:
@@ -79,7 +79,6 @@ class Commands:
             self._answer(command, error)
             return
         self._tasks.append(_Task(command, look, now + command.timeout_ms * 0.001))
-        self.settle(now)
 
     def forget(self) -> None:
         """The broker is gone, and with it those who wait for answers; what is under way goes on."""

@@ -206,11 +206,12 @@ class Supervisor:
         """Do at the end of a turn what many events of it may have asked for."""
         self._aftermath.turn()
         self._fleet.settle()
-        self._commands.settle(time.monotonic())
         self._fleet.announce()
         if self._is_dirty:
             self._is_dirty = False
             self._broker.send(self._fleet.report())
+        # after the report: who hears that a command was carried out finds it so
+        self._commands.settle(time.monotonic())
         if self._phase is Phase.STOPPING_WORKERS and self._fleet.is_stopped:
             self._phase = Phase.STOPPING_BROKER
             self._broker.tell(children.Unwanted())
