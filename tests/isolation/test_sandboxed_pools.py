@@ -7,7 +7,6 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -40,13 +39,15 @@ isolation = "sandboxed"
 """.replace("{demo_data}", DEMO_DATA)
 
 
-@pytest.fixture(params=["root", "ordinary"])
-def running(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Running]:
+@pytest.fixture(scope="module", params=["root", "ordinary"])
+def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """One broker for all tests of a user, the last of which ends it."""
     if request.param == "root" and not IS_ROOT:
         pytest.skip("what root gets is tried by root only")
     is_other = IS_ROOT and request.param == "ordinary"
-    prefix = (sys.executable, str(ORDINARY), str(tmp_path)) if is_other else ()
-    made = Running(tmp_path, config=CONFIG, prefix=prefix)
+    folder = tmp_path_factory.mktemp(f"sandboxed-{request.param}")
+    prefix = (sys.executable, str(ORDINARY), str(folder)) if is_other else ()
+    made = Running(folder, config=CONFIG, prefix=prefix)
     yield made
     made.stop()
 
@@ -104,17 +105,6 @@ def test_a_call_that_does_not_end_is_killed_in_its_sandbox_and_says_where_it_was
         assert client.call("echo.echo", {"value": 7}, timeout_s=20) == 7
 
 
-def test_nothing_survives_a_killed_supervisor_by_a_second(running: Running) -> None:
-    supervisor = running.status()["supervisor"]["pid"]
-    everybody = below(supervisor)
-    # for each of four: bubblewrap, the first process, the worker; and the broker
-    assert len(everybody) >= 13
-    os.kill(supervisor, signal.SIGKILL)
-    began = time.monotonic()
-    wait_for(lambda: not left_of(everybody), what="everybody being gone", within_s=5.0)
-    assert time.monotonic() - began < 1.0
-
-
 def test_a_worker_that_is_killed_is_replaced_and_its_sandbox_leaves_nothing(running: Running) -> None:
     status = running.status()
     (pool,) = (pool for pool in status["pools"] if pool["name"] == "echo")
@@ -129,7 +119,18 @@ def test_a_worker_that_is_killed_is_replaced_and_its_sandbox_leaves_nothing(runn
     wait_for(lambda: not left_of(of_it), what="its sandbox being gone")
     with running.client() as client:
         assert client.call("echo.echo", {"value": 7}, timeout_s=20) == 7
-    (death,) = running.status()["deaths"]
-    assert (death["pid"], death["signal"]) == (worker["pid"], "SIGKILL")
+    deaths = [one for one in running.status()["deaths"] if one["worker_id"] == worker["id"]]
+    assert [(one["pid"], one["signal"]) for one in deaths] == [(worker["pid"], "SIGKILL")]
     if IS_ROOT:
         wait_for(lambda: not scratch.exists(), what="its folder being gone")
+
+
+def test_nothing_survives_a_killed_supervisor_by_a_second(running: Running) -> None:
+    supervisor = running.status()["supervisor"]["pid"]
+    everybody = below(supervisor)
+    # for each of four: bubblewrap, the first process, the worker; and the broker
+    assert len(everybody) >= 13
+    os.kill(supervisor, signal.SIGKILL)
+    began = time.monotonic()
+    wait_for(lambda: not left_of(everybody), what="everybody being gone", within_s=5.0)
+    assert time.monotonic() - began < 1.0
