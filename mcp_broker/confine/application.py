@@ -143,7 +143,10 @@ def _rules(
     write: tuple[str, ...],
     hidden: tuple[str, ...],
 ) -> landlock.Rules:
-    opened = folders.existing((*folders.KERNEL, *read))
+    opened = folders.outermost(folders.existing((*folders.KERNEL, *read)))
+    # in a file system of its own, what is hidden is covered already
+    covered = () if confinement.own_mounts else hidden
+    parts = {path: folders.carved(path, covered) for path in opened}
     writable = [scratch, *write]
     if confinement.own_mounts:
         writable.append("/dev/shm")  # noqa: S108 (its own)
@@ -154,7 +157,9 @@ def _rules(
     connect = (int(endpoint.rpartition(":")[2]),) if is_tcp else None
     has_scopes = landlock.abi() >= landlock.SCOPE_ABI
     return landlock.Rules(
-        read=[part for path in folders.outermost(opened) for part in folders.carved(path, hidden)],
+        read=[part for path in opened for part in parts[path]],
+        # names can be listed, or nothing could be imported from a folder that holds what is hidden
+        listed=[path for path in opened if parts[path] != (path,)],
         write=writable,
         devices=folders.DEVICES,
         connect=connect,

@@ -49,6 +49,7 @@ class Rules:
 
     Args:
         read: folders and files; their programs may be run.
+        listed: folders in which, and below which, names may be listed.
         write: folders and files that may also be written, made and removed.
         devices: files that may be read, written, and controlled by ioctl.
         connect: TCP ports to which connections may be made, and nothing else of TCP; None: TCP is not restricted.
@@ -56,6 +57,7 @@ class Rules:
     """
 
     read: Iterable[str] = ()
+    listed: Iterable[str] = ()
     write: Iterable[str] = ()
     devices: Iterable[str] = ()
     connect: Iterable[int] | None = None
@@ -105,6 +107,8 @@ def restrict(rules: Rules) -> int:
         everything = file_rights(version)
         for path in rules.read:
             _allow(handle, path, _READ)
+        for path in rules.listed:
+            _allow(handle, path, _READ_DIR)
         # all but control of devices, of which there are none to make
         for path in rules.write:
             _allow(handle, path, everything & ~_IOCTL_DEV)

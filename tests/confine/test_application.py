@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import os
 import resource
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -167,7 +169,26 @@ def test_a_hidden_folder_stays_closed_below_an_open_one(cage: Cage) -> None:
     keys: dict[str, Any] = {"read": (str(data),), "hidden": (str(data / "state"),)}
     assert cage.run((data / "other" / "file").read_text, **keys) == "x"
     assert cage.run((data / "state" / "file").read_text, **keys) in {"ENOENT", "EACCES"}
-    assert cage.run(lambda: list((data / "state").iterdir()), **keys) == "EACCES"
+    # what is not listed cannot be imported from
+    assert cage.run(lambda: sorted(entry.name for entry in data.iterdir()), **keys) == ["other", "state"]
+
+
+def test_tools_may_stand_beside_the_state_directory_which_stays_closed(cage: Cage) -> None:
+    """As in a project's folder that everything was put into."""
+    (cage.folder / "state").mkdir()
+    (cage.folder / "state" / "key").write_text("secret")
+    (cage.folder / "beside_the_state.py").write_text("WORD = 'here'")
+
+    def use() -> object:
+        sys.path.insert(0, str(cage.folder))
+        word = importlib.import_module("beside_the_state").WORD
+        try:
+            return word, (cage.folder / "state" / "key").read_text()
+        except OSError as error:
+            return word, errno.errorcode[error.errno or 0]
+
+    found = cage.run(use, path=(str(cage.folder),), hidden=(str(cage.folder / "state"),))
+    assert found in (["here", "ENOENT"], ["here", "EACCES"])
 
 
 def test_a_folder_that_is_not_there_is_named(cage: Cage) -> None:
