@@ -1,22 +1,26 @@
-"""The first message to a broker: all that it needs to serve."""
+"""The beginning of a broker: the first message to it, and what is told when it serves."""
 
 from __future__ import annotations
 
 import os
 from typing import TYPE_CHECKING
 
+from mcp_broker.supervisor import events
 from mcp_broker.wire import node
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from mcp_broker.auth.credentials import Authority
     from mcp_broker.config import LimitsTable
+    from mcp_broker.supervisor.broker import BrokerChild
     from mcp_broker.supervisor.ports import Ports
 
 
 def boot(
     epoch: int, authority: Authority, ports: Ports, limits: LimitsTable, life: tuple[float, str]
 ) -> node.Boot:
-    """Make it.
+    """Return all that a broker needs to serve.
 
     Args:
         life: when this life of the supervisor began (seconds since 1970), and what all its brokers have in common.
@@ -37,4 +41,17 @@ def boot(
         supervisor_pid=os.getpid(),
         started_wall=started_wall,
         lineage=lineage,
+    )
+
+
+def serving(ports: Ports, broker: BrokerChild, pools: tuple[str, ...], state_dir: Path) -> events.Serving:
+    """Return what is told when a broker answers."""
+    return events.Serving(
+        client_endpoint=ports.client_endpoint,
+        worker_endpoint=ports.worker_endpoint,
+        pid=os.getpid(),
+        broker_pid=broker.pid,
+        epoch=broker.epoch,
+        pools=pools,
+        state_dir=state_dir,
     )

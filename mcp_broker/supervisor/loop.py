@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import enum
 import logging
-import os
 import secrets
 import signal
 import time
@@ -27,7 +26,7 @@ from mcp_broker.core import children
 from mcp_broker.errors import SupervisionError
 from mcp_broker.supervisor import events, reclaim
 from mcp_broker.supervisor.aftermath import Aftermath
-from mcp_broker.supervisor.boot import boot
+from mcp_broker.supervisor.boot import boot, serving
 from mcp_broker.supervisor.broker import BrokerChild
 from mcp_broker.supervisor.commands import Commands
 from mcp_broker.supervisor.fleet import Fleet, Word
@@ -344,7 +343,7 @@ class Supervisor:
     def heard(self, message: node.ToSupervisor) -> None:
         """Take a message of the broker."""
         if isinstance(message, node.Serving):
-            self._on_event(self._serving())
+            self._on_event(serving(self._ports, self._broker, self._fleet.names, self._state_dir))
         elif isinstance(message, Word):
             self._fleet.heard(message)
         elif isinstance(message, Wish):
@@ -374,17 +373,6 @@ class Supervisor:
         self._stop_workers()
 
     # -- what is told ---------------------------------------------------------------------------------------
-
-    def _serving(self) -> events.Serving:
-        return events.Serving(
-            client_endpoint=self._ports.client_endpoint,
-            worker_endpoint=self._ports.worker_endpoint,
-            pid=os.getpid(),
-            broker_pid=self._broker.pid,
-            epoch=self._broker.epoch,
-            pools=self._fleet.names,
-            state_dir=self._state_dir,
-        )
 
     def _tell(self, message: node.FromSupervisor) -> None:
         self._broker.send(message)
