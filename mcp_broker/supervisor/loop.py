@@ -132,9 +132,7 @@ class Supervisor:
         self.warden = Warden(self._state_dir)
         self._runtime = Runtime(self._state_dir, self.instance)
         self.run_dir = self._runtime.folder
-        folders = (*self._runtime.earlier, self.run_dir)
-        left_over = sum(reclaim.remove_leftovers(folder, self.instance) for folder in folders)
-        self._runtime.show()
+        left_over = self._runtime.clear(lambda folder: reclaim.remove_leftovers(folder, self.instance))
         if left_over:
             _log.warning("killed %d processes that an earlier supervisor left over", left_over)
         with contextlib.closing(Ports(self._config.broker, self._state_dir)) as self._ports:

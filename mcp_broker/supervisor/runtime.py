@@ -11,9 +11,12 @@ import os
 import stat
 import tempfile
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from mcp_broker.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 #: overrides where the runtime folders of all state directories are
 VARIABLE: Final = "MCP_BROKER_RUNTIME_DIR"
@@ -46,6 +49,12 @@ class Runtime:
             return [target] if target.is_dir() else []
         # versions before 0.2 had the folder itself there
         return [self._link] if self._link.is_dir() else []
+
+    def clear(self, empty: Callable[[Path], int]) -> int:
+        """Empty the folder and those of earlier lives, and let the link lead here; return the sum."""
+        total = sum(empty(folder) for folder in (*self.earlier, self.folder))
+        self.show()
+        return total
 
     def show(self) -> None:
         """Let the link lead here, and drop the folders of earlier lives, which are empty by now."""
