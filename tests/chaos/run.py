@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Final
 
+from mcp_broker.errors import BrokerError
 from tests.chaos.ledger import Ledger
 from tests.chaos.load import ONCE, TOOLS, Load, runs_of
 from tests.chaos.plan import QUIET_S, Plan
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 WORKERS: Final = 3
 RATE: Final = 500.0
+#: of a broker's log that an account shows when it ended before its time
+LOG_CHARS: Final = 3000
 CONFIG: Final = """
 [limits]
 restarts = 1000
@@ -25,6 +28,9 @@ restarts = 1000
 module = "fault_tools"
 path = ["{folder}"]
 min = {workers}
+
+[pools.c.limits]
+scratch_mb = 64
 """
 
 
@@ -38,6 +44,9 @@ def run(folder: Path, seed: int, seconds: float, tell: Callable[[str], None], co
             load.start()
             try:
                 _let_go_wrong(Storm(running, probe, path, WORKERS, ledger), plan, seconds, tell)
+            except BrokerError as error:
+                last = (folder / "start.log").read_text()[-LOG_CHARS:]
+                ledger.violations.append(f"nobody answers: {error!r}; the end of its log: {last}")
             finally:
                 ledger.codes = load.end()
             ledger.runs = runs_of(path)

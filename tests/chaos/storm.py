@@ -71,6 +71,8 @@ class Storm:
         elif kind is Kind.FULL_SCRATCH:
             note = self._fill()
             began = time.monotonic()
+            if note != "RESOURCE_EXHAUSTED":
+                self._ledger.violations.append(f"a full scratch folder ended as {note}")
             took_s = self._recovered(began)
         else:
             with self._lasting(fault):
