@@ -33,7 +33,7 @@ SECTIONS: Final[dict[str, dict[str, str]]] = {
     "Watch": {
         "status": "Say how broker and pools are; 0 when all are ready.",
         "ps": "List the worker processes.",
-        "why": "Say why a worker died or how a call ended.",
+        "why": "Say why a worker died, or how a call, tool or pool is.",
         "dead-letters": "Show, retry or drop poisoned calls.",
     },
     "Set up": {

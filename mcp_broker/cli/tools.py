@@ -6,10 +6,17 @@ import os
 
 import click
 
-from mcp_broker.cli import connection, output, schema, settings
+from mcp_broker.cli import condition, connection, output, schema, settings
 from mcp_broker.errors import NotFound
 
 _NAME_WIDTH = 30
+#: what an operator may do with one tool
+VERBS = (
+    *("pause", "resume", "disable", "enable", "stop", "start", "reset", "recover", "isolate", "unregister"),
+    "history",
+)
+#: states that end by themselves
+PASSING = frozenset({"pausing", "resuming", "stopping", "starting", "recovering"})
 
 
 def _complete(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
@@ -22,15 +29,27 @@ def _complete(context: click.Context, _parameter: click.Parameter, incomplete: s
 Examples:
   mcp-broker tools
   mcp-broker tools text.word_count
-  mcp-broker tools --tag text --json""",
+  mcp-broker tools --tag text --json
+  mcp-broker tools pause text.word_count --reason maintenance""",
 )
-@click.argument("name", required=False, shell_complete=_complete)
+@click.argument("name", metavar="[NAME|VERB]", required=False, shell_complete=_complete)
+@click.argument("target", metavar="[TOOL]", required=False, shell_complete=_complete)
+@click.option("--reason", metavar="TEXT", help="With a VERB: why, for callers and the history.")
 @click.option("--capability", metavar="NAME", help="Only tools with this capability.")
 @click.option("--tag", metavar="NAME", help="Only tools with this tag.")
 @settings.shared("json", "profile", "state-dir")
-def tools(name: str | None, capability: str | None, tag: str | None) -> None:
-    """List the tools that you may call; with NAME show its signature, schema and an example call."""
+def tools(
+    name: str | None, target: str | None, reason: str | None, capability: str | None, tag: str | None
+) -> None:
+    """List the tools that you may call; with NAME show its signature, schema and an example call.
+
+    VERBs: pause (calls wait), resume, disable, enable, stop, start, reset (drop state), recover (other processes),
+    isolate, unregister, history.
+    """
     chosen = settings.current()
+    if target is not None:
+        _steer(str(name), target, reason, chosen)
+        return
     with connection.connected(chosen) as client:
         definitions = client.tools(name, capability, tag)
         if name is not None and not definitions:
@@ -48,6 +67,26 @@ def tools(name: str | None, capability: str | None, tag: str | None) -> None:
         _show(definitions[0], chosen)
     else:
         _list(definitions, chosen)
+
+
+def _steer(verb: str, tool: str, reason: str | None, chosen: settings.Settings) -> None:
+    """Have the broker do something with one tool, and tell how it is then."""
+    if verb not in VERBS:
+        raise click.UsageError(f"{verb!r} is none of {', '.join(VERBS)}")
+    arguments = {"tool": tool} if reason is None or verb == "history" else {"tool": tool, "reason": reason}
+    with connection.connected(chosen) as client:
+        told: connection.Map = client.call(f"system.tools.{verb}", arguments)
+    if chosen.as_json:
+        output.document(told)
+        return
+    lines = condition.told(told, chosen)
+    if verb == "history":
+        for text in lines:
+            output.line(text)
+        return
+    output.line(lines[0])
+    if str(told.get("state")) in PASSING:
+        output.note(f"it goes on; {chosen.again(f'tools history {tool}')} tells how far it is")
 
 
 def _near(name: str, client: connection.ClientLike) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Final
 
 import click
 
-from mcp_broker.cli import connection, output, settings
+from mcp_broker.cli import condition, connection, output, settings
 from mcp_broker.errors import NotFound, NotReachable
 
 Map = connection.Map
@@ -32,17 +32,19 @@ _STACK_LINES: Final = 40
 
 
 @click.command(
-    short_help="Say why a worker died or how a call ended.",
+    short_help="Say why a worker died, or how a call, tool or pool is.",
     epilog="""\b
 Examples:
   mcp-broker why            the latest death
   mcp-broker why text-3     a worker by its id
-  mcp-broker why 4711       a worker by its pid""",
+  mcp-broker why 4711       a worker by its pid
+  mcp-broker why text       a pool, and its latest deaths
+  mcp-broker why text.word_count   a tool: state, breaker, recovery""",
 )
 @click.argument("id_", metavar="[ID]", required=False)
 @settings.shared("json", "profile", "state-dir")
 def why(id_: str | None) -> None:
-    """Say why the worker ID (worker id or pid) died, or how the call ID (or the start of it) ended.
+    """Say why the worker ID (id or pid) died, how the call ID ended, or how the tool or pool ID is.
 
     Without ID it tells the latest death. When no broker answers it reads the state directory's own records.
     """
@@ -58,7 +60,7 @@ def why(id_: str | None) -> None:
         output.note(f"no broker answers ({error.message}); this is from the records in {chosen.state_dir}")
     if not record.get("found", True):
         raise NotFound(
-            f"nothing is known of {id_!r}: no worker, pid or recent call has it",
+            f"nothing is known of {id_!r}: no tool, pool, worker, pid or recent call has it",
             {"hint": f"{chosen.again('ps')}; {chosen.again('status')} lists recent deaths"},
         )
     if chosen.as_json:
@@ -110,6 +112,10 @@ def story(record: Map) -> list[str]:
     """Tell an answer in lines for people."""
     if record.get("kind") == "none":
         return ["no worker has died"]
+    if record.get("kind") == "tool":
+        return condition.told(record)
+    if record.get("kind") == "pool":
+        return _pool(record)
     lines = _call(record) if record.get("kind") == "call" else []
     certificate = certificate_of(record)
     if certificate is not None:
@@ -135,6 +141,25 @@ def _reclaimed(reclaim: Map | None) -> list[str]:
         held = f", {output.mebibytes(step['bytes'] / 1024)} MB" if step.get("bytes") else ""
         lines.append(f"    {step.get('step', '?'):<14} {step.get('count', 0)}{held} ({step.get('ms', 0)} ms)")
         lines += [f"      could not: {what}" for what in step.get("left", ())]
+    return lines
+
+
+def _pool(record: Map) -> list[str]:
+    """Tell how a pool is, which of its tools do not simply serve, and its latest deaths."""
+    workers = f"{record.get('ready', 0)} of {record.get('min', 0)} workers ready"
+    lines = [
+        f"pool {record.get('name', '?')}: {record.get('state', '?')}, {workers}, {record.get('restarts', 0)} restarts"
+    ]
+    if record.get("reason"):
+        lines.append(f"  why        {record['reason']}")
+    for troubled in record.get("troubled") or ():
+        lines += [f"  {text}" for text in condition.told(troubled)]
+    for certificate in record.get("deaths") or ():
+        lines += [f"  {text}" for text in _death(certificate)[:2]]
+    if not record.get("deaths"):
+        lines.append("  none of its workers has died of late")
+    if record.get("state") in {"failed", "closed"}:
+        lines.append(f"  next       mcp-broker scale {record.get('name')} auto")
     return lines
 
 

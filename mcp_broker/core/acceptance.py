@@ -124,6 +124,9 @@ class Acceptance:
             if extra is not None and extra.is_special:
                 # alone in its batch, since it was examined
                 batch, slot = self._take_special(call, extra, pool, now), None
+            elif pool is None:
+                # it may change what the next one may do
+                batch, slot = self._take(batch, pool, now), None
         self._take(batch, pool, now)
 
     def _too_fast(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any, Final
 
+from mcp_broker.core import condition
 from mcp_broker.core.dead_letters import described
 from mcp_broker.core.lifecycle import Treatment
 from mcp_broker.core.workers import WorkerState
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from mcp_broker.core.pool import Pool
     from mcp_broker.core.registry import Tool
     from mcp_broker.core.routing import Routing
+#: certificates that the story of a pool quotes
+_DEATHS_TOLD: Final = 5
 
 
 def tools(routing: Routing, call: Call, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -183,8 +186,14 @@ def status(
 
 
 def why(routing: Routing, _call: Call, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Find what is known of a worker (by id or pid) or a call (by the start of its id, in hex)."""
+    """Find what is known of a tool or pool (by name), a worker (by id or pid) or a call (by the start of its id, in hex)."""
     wanted: str = arguments["id"]
+    tool = routing.registry.tools.get(wanted)
+    if tool is not None and tool.pool is not None:
+        told = condition.described(routing.care.lives.of(tool), routing.now)
+        return {"found": True, "kind": "tool", "pool": tool.pool.name, **told}
+    if wanted in routing.dispatcher.pools:
+        return {"found": True, "kind": "pool", **_pool_story(routing, routing.dispatcher.pools[wanted])}
     for certificate in routing.crew.deaths:
         if wanted in (certificate.worker_id, str(certificate.pid)):
             return {
@@ -243,6 +252,18 @@ def why(routing: Routing, _call: Call, arguments: dict[str, Any]) -> dict[str, A
                     "certificate": ended.certificate,
                 }
     return {"found": False, "id": wanted}
+
+
+def _pool_story(routing: Routing, pool: Pool) -> dict[str, Any]:
+    """Describe a pool, its tools that do not simply serve, and its latest deaths."""
+    deaths = [certificate for certificate in routing.crew.deaths if certificate.pool == pool.name]
+    troubled = [
+        condition.described(tool.condition, routing.now)
+        for tool in routing.registry.of(pool)
+        if tool.condition is not None and (not tool.condition.is_plain or tool.condition.ladder is not None)
+    ]
+    latest = [codec.as_plain(certificate) for certificate in deaths[:_DEATHS_TOLD]]
+    return {**_pool(routing, pool), "troubled": troubled, "deaths": latest}
 
 
 def _reclaim(routing: Routing, worker_id: str) -> dict[str, Any] | None:

@@ -81,6 +81,9 @@ class Lives:
         pool = tool.pool
         if pool is None:
             return
+        if treatment is Treatment.END:
+            # before a gate opens: what waits behind it is not to run
+            self._routing.dispatcher.end_waiting(tool, condition.closed)
         is_held = treatment is Treatment.WAIT
         if tool.is_held is not is_held:
             tool.is_held = is_held
@@ -88,8 +91,6 @@ class Lives:
             pool.regate(self._routing.registry.of(pool), now)
             if not is_held:
                 self._routing.dispatcher.pump(pool, now)
-        if treatment is Treatment.END:
-            self._routing.dispatcher.end_waiting(tool, condition.closed)
         if not condition.is_plain:
             self._routing.registry.changed()
 

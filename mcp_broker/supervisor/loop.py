@@ -326,13 +326,8 @@ class Supervisor:
         """Return what follows BOOT. The first broker gets its table of keys when all are made."""
         table = [self._fleet.admissions()] if self._is_table_complete else []
         deaths = node.Deaths(self._deaths.recent, self._deaths.started_calls, self._aftermath.records)
-        past: list[node.FromSupervisor] = [*table, deaths, *self._abandoned.told()]
-        pools: list[node.FromSupervisor] = [
-            *self._fleet.tools(),
-            *self._recovery.briefing(),
-            *self._fleet.retirement(),
-        ]
-        return [*past, *pools, self._fleet.report()]
+        past: list[node.FromSupervisor] = [*table, deaths, *self._abandoned.told(), *self._fleet.tools()]
+        return [*past, *self._recovery.briefing(), *self._fleet.retirement(), self._fleet.report()]
 
     def endpoints(self) -> list[tuple[node.Listen, int]]:
         """Return the addresses of single workers; they are told of after the keys that they let in."""
