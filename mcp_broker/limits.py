@@ -181,6 +181,8 @@ CPU_S_MAX: Final = 120.0
 #: Descriptors, and sockets among them, above what the worker held when it was ready; of each process.
 OPEN_FILES: Final = 50
 OPEN_FILES_MAX: Final = 200
+#: Descriptors that the worker's own code needs for an instant; the kernel allows so many more.
+OWN_FILES: Final = 8
 CONNECTIONS: Final = 10
 CONNECTIONS_MAX: Final = 50
 #: Processes below a worker: a pipeline of programs, or a pool of a process a core, with room to spare.
@@ -207,17 +209,20 @@ METER_IDLE_S: Final = 0.1
 METER_FILES_S: Final = 0.2
 #: Share of one core that measuring may take, however many workers there are: beyond it they are looked at more rarely.
 METER_SHARE_MAX: Final = 0.05
-#: Time from asking a worker for its stacks to killing it: writing them takes a millisecond.
+#: Time from asking a worker for its stacks to killing it: writing them takes a millisecond. On a machine that is busy it
+#: may take longer, and gets up to the other one.
 STACK_S: Final = 0.02
+STACK_S_MAX: Final = 0.1
 #: Entries of a scratch folder that one look counts (about 2 ms), the depth that it follows, and how much each entry
 #: takes at least: a million empty files are no small thing either.
 SCRATCH_ENTRIES_A_LOOK: Final = 1024
 SCRATCH_DEPTH_MAX: Final = 64
 SCRATCH_ENTRY_KIB: Final = 4
-#: The kernel's own bound of memory lies this share above the limit, so that the worker is usually seen, and its stacks
-#: written, before the kernel kills it without a word.
-MEMORY_SLACK_SHARE: Final = 0.125
-MEMORY_SLACK_MB_MIN: Final = 16
+#: The kernel's own bound of memory lies this share above the limit, and so much at least (what is taken between two looks
+#: at a gigabyte a second): a worker is usually seen, and its stacks written, before the kernel kills it, or one of its
+#: processes, without a word.
+MEMORY_SLACK_SHARE: Final = 0.5
+MEMORY_SLACK_MB_MIN: Final = 64
 #: A throttled worker that has rested so long has not let go of what it holds, and is replaced.
 THROTTLED_REST_S: Final = 2.0
 #: Share by which a worker may be recycled before its configured calls, memory or age.

@@ -63,6 +63,10 @@ class Aftermath:
         """What was taken back lately, newest first."""
         return self._history.recent
 
+    def known(self) -> dict[int, str]:
+        """Return our own children that are no strays: pid -> name."""
+        return {**dict.fromkeys(self.bystanders, ""), **self.alive()}
+
     # -- what happens --------------------------------------------------------------------------------
 
     def spawned(self, worker_id: str, pid: int) -> None:

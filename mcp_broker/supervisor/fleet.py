@@ -186,6 +186,10 @@ class Fleet:
         for slot in self.slots:
             slot.kill()
 
+    def close(self) -> None:
+        """Leave nothing behind; every worker is gone."""
+        self._metering.close()
+
     # -- what happens --------------------------------------------------------------------------------
 
     def worker_up(self, worker_id: str, tools: tuple[ToolDefinition, ...]) -> None:

@@ -11,11 +11,14 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from mcp_broker import proctable
 from mcp_broker.core.metering import Sample
 from mcp_broker.supervisor.scratch import Scratch
+
+if TYPE_CHECKING:
+    from mcp_broker.supervisor.quota import Quota
 
 _TICKS_A_SECOND: Final = os.sysconf("SC_CLK_TCK")
 _PAGE_KIB: Final = os.sysconf("SC_PAGE_SIZE") / 1024
@@ -61,9 +64,14 @@ class Gauge:
     Args:
         pid: of the worker.
         scratch: its private folder.
+
+    Attributes:
+        pids: of the worker and all below it, as of the last look.
+        quota: the groups that it is in, once it is; they tell exactly who belongs to it.
     """
 
     def __init__(self, pid: int, scratch: Path) -> None:
+        self.quota: Quota | None = None
         self._pid = pid
         self._folder = str(scratch)
         self.scratch = Scratch(scratch)
@@ -71,7 +79,7 @@ class Gauge:
         self.files = Files(0, 0, 0.0, 0.0)
         self.cost = Cost(0.0, 0.0)
         self.processes = 0
-        self._pids = [pid]
+        self.pids = [pid]
         #: when it was ready: as the cheap figure and as the exact one tell it, and memory files of both
         self._ready_kib = 0.0
         self._ready_pss_kib: float | None = None
@@ -82,7 +90,7 @@ class Gauge:
         self.look(())
         self._own_files = self.look_at_files()
         self.files = replace(self.files, most=0)
-        shares = self._shares(self._pids)
+        shares = self._shares(self.pids)
         self._ready_pss_kib = None if shares is None else shares[0]
         self._ready_shared_kib = self.files.shared_kib
         self._ready_kib = self.cost.rss_kib + self.files.shared_kib
@@ -94,7 +102,9 @@ class Gauge:
         Args:
             adopted: processes that lost their parent and are known to be this worker's.
         """
-        pids = tree(self._pid, adopted)
+        members = None if self.quota is None else self.quota.members()
+        # whoever may write the groups may also leave them
+        pids = members if members and self._pid in members else tree(self._pid, adopted)
         rss_kib = cpu_s = 0.0
         for pid in pids:
             cost = read(pid)
@@ -104,7 +114,7 @@ class Gauge:
         # what a process used that has ended unreaped is not seen any more, but was used
         self.cost = Cost(rss_kib, max(self.cost.cpu_s, cpu_s))
         self.processes = len(pids) - 1
-        self._pids = pids
+        self.pids = pids
         return pids
 
     def look_at_files(self) -> int:
@@ -113,7 +123,7 @@ class Gauge:
         sockets: set[str] = set()
         shared: dict[tuple[int, int], float] = {}
         deleted: dict[tuple[int, int], float] = {}
-        for pid in self._pids:
+        for pid in self.pids:
             links = descriptors(pid)
             if pid == self._pid:
                 own = len(links)
@@ -127,7 +137,11 @@ class Gauge:
                     _add(shared, path)
                 elif link.endswith(_DELETED) and link.startswith(self._folder):
                     _add(deleted, path)
-        self.files = Files(most, len(sockets), sum(shared.values()), sum(deleted.values()))
+        shared_kib = sum(shared.values())
+        if self.quota is not None:
+            # charged since it was ready, whether anybody has it open or not
+            shared_kib = max(shared_kib, self._ready_shared_kib + self.quota.shared_kib)
+        self.files = Files(most, len(sockets), shared_kib, sum(deleted.values()))
         return own
 
     def sample(self, *, with_files: bool = True, exactly: bool = False) -> Sample:
@@ -158,7 +172,7 @@ class Gauge:
         That scale has the whole of what the worker held when it was ready, also the part that it shares with others.
         """
         cheap = self.cost.rss_kib + self.files.shared_kib
-        shares = self._shares(self._pids)
+        shares = self._shares(self.pids)
         if shares is None or self._ready_pss_kib is None:
             return cheap
         pss_kib, mapped_kib = shares
@@ -171,10 +185,12 @@ class Gauge:
         total = mapped = 0.0
         for pid in pids:
             text = _text(f"/proc/{pid}/smaps_rollup")
-            if text is None:
-                if read(pid) is None:
-                    continue
-                return None
+            if not text:
+                cost = read(pid)
+                if cost is not None and cost.rss_kib:
+                    return None
+                # it has ended, whether its parent knows or not
+                continue
             for line in text.splitlines():
                 if line.startswith(b"Pss:"):
                     total += float(line.split()[1])

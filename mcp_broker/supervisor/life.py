@@ -159,4 +159,4 @@ class Life:
             self.cell.release()
         self.page.close()
         if self.metered is not None:
-            self.metered.gauge.scratch.close()
+            self.metered.close()

@@ -142,6 +142,7 @@ class Supervisor:
         self._aftermath = Aftermath(
             self._state_dir, self.run_dir, self.instance, alive=self._alive, tell=self._tell
         )
+        self.known = self._aftermath.known
         self._authority.ensure_default([ports.client_endpoint])
         self.worker_endpoint = ports.worker_endpoint
         self.worker_server_public = self._authority.workers.public
@@ -225,6 +226,7 @@ class Supervisor:
         self._kill_all()
         self.launcher.stop()
         self._aftermath.end(self.poller)
+        self._fleet.close()
         self._runtime.remove()
         self._counters.close()
         signals.close()
@@ -369,10 +371,6 @@ class Supervisor:
 
     def _tell(self, message: node.FromSupervisor) -> None:
         self._broker.send(message)
-
-    def known(self) -> dict[int, str]:
-        """Return our own children that are no strays: pid -> name."""
-        return {**dict.fromkeys(self._aftermath.bystanders, ""), **self._alive()}
 
     def _alive(self) -> dict[int, str]:
         """Return our own live children: pid -> name."""

@@ -23,6 +23,7 @@ from mcp_broker.core.recycling import Policy, Recycling
 from mcp_broker.supervisor import gauge
 from mcp_broker.supervisor.certificates import Exceeded
 from mcp_broker.supervisor.gauge import Gauge
+from mcp_broker.supervisor.quota import Quotas
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -56,13 +57,16 @@ class Metered:
     def __init__(self, life: Life, pid: int, bounds: Bounds, table: PoolTable, now: float) -> None:
         self.gauge = Gauge(pid, life.scratch)
         self.meter = Meter(bounds, self.gauge.ready())
+        self._quotas: Quotas | None = None
         policy = Policy(table.limits.recycle_calls, table.limits.recycle_rss_mb, table.limits.recycle_age_s)
         self.recycling = Recycling(policy, random.random(), now)  # noqa: S311 (spreads replacements)
         self.was_resting = True
         self.next_at = now
         self.files_at = now
-        #: set when it is to be killed
+        #: set when it is to be killed: when to look whether it has said what it was doing, and when not to wait longer
         self.doomed_at: float | None = None
+        self._doomed_by = 0.0
+        self._written = 0
 
     def is_due(self, now: float, *, is_resting: bool) -> bool:
         """Tell whether to look at it now."""
@@ -88,6 +92,39 @@ class Metered:
         self.next_at = now + (limits.METER_IDLE_S if throttled else limits.METER_RESTING_S)
         return has_changed
 
+    def enter(self, quotas: Quotas, worker_id: str) -> None:
+        """Have the kernel hold the worker to its bounds, too."""
+        self._quotas = quotas
+        self.gauge.quota = quotas.enter(worker_id, self.gauge.pids, self.meter.bounds)
+
+    def close(self) -> None:
+        """Let go of it; the process is gone."""
+        self.gauge.scratch.close()
+        if self._quotas is not None and self.gauge.quota is not None:
+            self._quotas.leave(self.gauge.quota)
+
+    def doom(self, now: float) -> None:
+        """Have it killed soon."""
+        self.doomed_at = now + limits.STACK_S
+        self._doomed_by = now + limits.STACK_S_MAX
+
+    def is_ripe(self, life: Life, now: float) -> bool:
+        """Tell whether it is to be killed now: its stacks are written, or are not waited for any longer."""
+        before, self._written = self._written, life.page.written
+        if now >= self._doomed_by or self._written == before > 0:
+            return True
+        self.doomed_at = now + limits.STACK_S / 2
+        return False
+
+    @property
+    def overrun(self) -> Exceeded | None:
+        """The limit at whose wall the kernel has killed the worker, or a process of it; None if it has not."""
+        quota = self.gauge.quota
+        if quota is None or not quota.oom_kills:
+            return None
+        value = self.meter.bounds.memory_mb
+        return Exceeded("memory_mb", value, max(quota.peak_mb, value))
+
 
 class Allowance:
     """What the workers of one pool may use: the configured limits, or ones that follow what is used."""
@@ -110,14 +147,19 @@ class Allowance:
         values = {limit: getattr(self.bounds, limit) for limit in LIMITS}
         self.bounds = Bounds(**values | {limit: round(self._adaptive[limit].value, 3) for limit in changed})
         for slot in pool.slots:
-            if slot.life is not None and slot.life.metered is not None:
-                slot.life.metered.meter.bounds = self.bounds
+            metered = None if slot.life is None else slot.life.metered
+            if metered is not None:
+                metered.meter.bounds = self.bounds
+                if metered.gauge.quota is not None:
+                    metered.gauge.quota.hold_to(self.bounds)
         said = ", ".join(f"{limit} = {getattr(self.bounds, limit):g}" for limit in changed)
         _log.info("limits of pool %s follow their use: %s", pool.name, said)
 
 
 class Owner(Protocol):
     """What measuring needs of the supervisor."""
+
+    instance: str
 
     def changed(self) -> None:
         """Something that a report shows is different now."""
@@ -143,6 +185,7 @@ class Metering:
         self._owner = owner
         self._fleet = fleet
         self._allowances: dict[str, Allowance] = {}
+        self._quotas = Quotas(owner.instance)
         self._next_at = 0.0
         self.spent_s = 0.0
 
@@ -155,7 +198,8 @@ class Metering:
         if life is None or life.process is None or pool is None or life.metered is not None:
             return
         bounds = self._allowance(pool, slot.table).bounds
-        life.metered = Metered(life, life.process.main_pid, bounds, slot.table, now)
+        metered = life.metered = Metered(life, life.process.main_pid, bounds, slot.table, now)
+        metered.enter(self._quotas, life.worker_id)
         # the broker waits for it
         self._owner.changed()
 
@@ -164,6 +208,10 @@ class Metering:
         if known is None or known.table is not table:
             known = self._allowances[pool.name] = Allowance(table)
         return known
+
+    def close(self) -> None:
+        """Leave nothing behind; every worker is gone."""
+        self._quotas.close()
 
     # -- time ----------------------------------------------------------------------------------------
 
@@ -190,7 +238,7 @@ class Metering:
             if life is None or life.metered is None:
                 continue
             if life.metered.doomed_at is not None:
-                if now >= life.metered.doomed_at:
+                if now >= life.metered.doomed_at and life.metered.is_ripe(life, now):
                     self._kill(slot)
                 continue
             is_resting = life.marks.is_resting
@@ -235,10 +283,10 @@ class Metering:
         if pool is None:
             return
         self._allowance(pool, slot.table).learn(pool, meter.used, now)
-        if meter.reading.level is Level.EXCEEDED:
-            reading = meter.reading
+        reading = meter.reading
+        if reading.level is Level.EXCEEDED:
             slot.exceed(Exceeded(reading.limit, reading.value, reading.used))
-            metered.doomed_at = now + limits.STACK_S
+            metered.doom(now)
             return
         reason = metered.recycling.reason(meter, life.rss_kib / 1024, now, is_resting=is_resting)
         if reason and pool.replace(slot, reason):
@@ -253,8 +301,9 @@ class Metering:
             Level.THROTTLE: "is close to a limit and gets no calls",
             Level.EXCEEDED: "is over a limit and is killed",
         }[reading.level]
-        how = f": {reading.limit} = {reading.value:g}, used {reading.used:.1f}" if reading.limit else ""
-        level = logging.INFO if reading.level is Level.NORMAL else logging.WARNING
+        is_calm = reading.level is Level.NORMAL
+        how = "" if is_calm else f": {reading.limit} = {reading.value:g}, used {reading.used:.1f}"
+        level = logging.INFO if is_calm else logging.WARNING
         _log.log(level, "worker %s %s%s", life.worker_id, says, how)
 
     def _kill(self, slot: Slot) -> None:

@@ -29,6 +29,12 @@ class Page:
         """Have the stacks that come next written over earlier ones; the worker's end has the same position."""
         os.lseek(self.fd, MARKS_BYTES, os.SEEK_SET)
 
+    @property
+    def written(self) -> int:
+        """How much of stacks was written since; a line that is not at its end counts as nothing."""
+        end = min(os.lseek(self.fd, 0, os.SEEK_CUR), FILE_BYTES)
+        return end if end > MARKS_BYTES and os.pread(self.fd, 1, end - 1) == b"\n" else 0
+
     def stack(self) -> str:
         """Return the stacks that were written since, of a long text the end: the main thread is the last."""
         end = min(os.lseek(self.fd, 0, os.SEEK_CUR), FILE_BYTES)

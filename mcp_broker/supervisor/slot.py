@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from mcp_broker.core import children
 from mcp_broker.errors import SupervisionError
-from mcp_broker.supervisor import reclaim
+from mcp_broker.supervisor import quota, reclaim
 from mcp_broker.supervisor.certificates import IMPORT_FAILED, Circumstances, Exceeded, Interrupted, certify
 from mcp_broker.supervisor.isolation import attestation
 from mcp_broker.supervisor.isolation.plan import Unattainable
@@ -271,6 +271,7 @@ class Slot:
             scratch=str(life.scratch),
             is_spare=life.is_spare,
             shared_prefix=reclaim.prefix(ground.instance, worker_id),
+            limits=quota.told(self.table),
             confinement=cell.confinement,
             secrets=cell.secrets,
         )
@@ -351,6 +352,8 @@ class Slot:
         # whom the broker dismisses, since it drains or they retire, ends by itself, as it should
         is_retired = child.state is children.State.RETIRING
         is_dismissed = (self._ground.is_leaving or is_retired) and end.code == 0
+        # what the kernel kills in a group for its memory, it kills without a word to us
+        overrun = None if life.metered is None else life.metered.overrun
         known = Circumstances(
             started_seq=life.marks.started_seq,
             was_ready=self._was_ready,
@@ -359,7 +362,8 @@ class Slot:
             fault=child.reason if child.state is children.State.STOPPING else "",
             interrupted=self._meant_interrupt(life),
             violation=life.violation,
-            exceeded=life.exceeded,
+            exceeded=life.exceeded or (overrun if end.signal == signal.SIGKILL else None),
+            is_oom=overrun is not None,
             stack=life.stack,
         )
         certificate = certify(life.process, self._pool, self.table.module, end, known)

@@ -337,3 +337,5 @@ class WorkerBoot(Record, kw_only=True, frozen=True):
     secrets: dict[str, str] = {}
     #: how the names of shared memory and semaphores begin that it makes; "": as Python likes
     shared_prefix: str = ""
+    #: `[pools.NAME.limits]`, by name: what it tells of them, and the descriptors that it may open from READY on
+    limits: dict[str, float] = {}

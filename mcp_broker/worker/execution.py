@@ -17,7 +17,7 @@ from mcp_broker import limits
 from mcp_broker.errors import CallError, InvalidArgument, MalformedFrame, PayloadTooLarge
 from mcp_broker.wire import codec, encoding, messages, payload
 from mcp_broker.wire.structs import Slim
-from mcp_broker.worker import offspring, results
+from mcp_broker.worker import exhaustion, offspring, results
 from mcp_broker.worker.context import ToolCaller, ToolContext
 from mcp_broker.worker.hooks import Hooks
 from mcp_broker.worker.interrupts import CallInterrupted, Interrupts
@@ -156,6 +156,8 @@ class Execution:
         self._secrets = MappingProxyType(dict(secrets))
         self._is_alone = is_alone
         self.meter = Meter()
+        #: what the worker may use, by the names of `[pools.NAME.limits]`
+        self.bounds: Mapping[str, float] = {}
         #: takes what tools say of their progress; the shell's
         self.report: Callable[[Pending, float | None, str], object] | None = None
         #: makes what a tool reads an upload from; the shell's
@@ -324,7 +326,14 @@ class Execution:
                 )
             except (TypeError, ValueError, OverflowError):  # details that cannot be sent
                 return fault(call_id, error.code, error.message, usage=usage, retryable=error.retryable)
-        return fault(call_id, "TOOL_FAILED", *describe(error, run.plan.tool), usage=usage)
+        sentence, details = describe(error, run.plan.tool)
+        limit = exhaustion.limit_of(error, self._scratch)
+        if limit:
+            more, about = exhaustion.told(limit, self.bounds)
+            return fault(
+                call_id, "RESOURCE_EXHAUSTED", f"{sentence}. {more}", {**about, **details}, usage=usage
+            )
+        return fault(call_id, "TOOL_FAILED", sentence, details, usage=usage)
 
     def _upload(self, run: Run, name: str) -> ByteStream:
         tool = run.plan.tool

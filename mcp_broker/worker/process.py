@@ -115,6 +115,7 @@ def serve(boot: WorkerBoot, tether: Tether) -> None:
     execution = Execution(
         tools, interrupts, boot.options, scratch, boot.secrets, is_alone=is_alone, hooks=hooks
     )
+    execution.bounds = boot.limits
     hooks.begin()
     link = Link(boot, wake_read)
     # what was imported stays: no collection need look at it again

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from mcp_broker import limits
 from mcp_broker.errors import ConfigError
+from mcp_broker.worker import exhaustion
 from mcp_broker.worker.bytestream import ByteStream
 from mcp_broker.worker.interrupts import CallInterrupted
 from mcp_broker.worker.link import Link, LinkLost
@@ -46,6 +47,7 @@ class Shell:
         self.interrupts = interrupts
         self._backoff_s = _BACKOFF_S[0]
         self._retry_at = 0.0
+        self._are_files_bound = False
         self._thread = threading.get_ident()
         execution.report = self.report
         execution.open_upload = self.open_upload
@@ -98,6 +100,10 @@ class Shell:
         self.interrupts.forget()
         if self.session.state is State.REFUSED:
             raise ConfigError(f"the broker refused its tools: {self.session.refusal}")
+        open_files = self.execution.bounds.get("open_files")
+        if open_files is not None and not self._are_files_bound:
+            self._are_files_bound = True
+            exhaustion.bind_files(int(open_files))
 
     def send(self) -> None:
         """Send what the session has to say.

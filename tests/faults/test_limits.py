@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 
 from mcp_broker.errors import CallError, ResourceExhausted
+from mcp_broker.supervisor import cgroups, gauge
+from mcp_broker.supervisor.isolation import probe
+from mcp_broker.supervisor.isolation.sandbox import try_it
 from tests.support.running import Running
 from tests.support.waiting import wait_for
 
@@ -39,6 +44,17 @@ def memory(mb: int, pause_s: float = 0.002) -> int:
         own.append(bytearray(os.urandom(1024)) * 1024)
         time.sleep(pause_s)
     return len(own)
+
+@tool(name="{pool}.grab")
+def grab(mb: int) -> int:
+    """Take memory in one go."""
+    return len(bytearray(b"x") * (mb << 20))
+
+@tool(name="{pool}.bomb")
+def bomb() -> None:
+    """Start processes that start processes."""
+    while True:
+        os.fork()
 
 @tool(name="{pool}.leak")
 def leak(mb: int) -> int:
@@ -85,7 +101,7 @@ def files(count: int) -> int:
 @tool(name="{pool}.connect")
 def connect(count: int, seconds: float) -> int:
     """Open sockets and keep them for a while."""
-    own = [socket.socket() for _ in range(count)]
+    own = [socket.socket(socket.AF_UNIX) for _ in range(count)]
     time.sleep(seconds)
     return len(own)
 
@@ -110,11 +126,12 @@ def write(context: ToolContext, mb: int) -> int:
 POOL = """
 [pools.{pool}]
 module = "tools_{pool}"
-path = ["{folder}"]
+path = ["{folder}/tools"]
+isolation = "{level}"
 
 [pools.{pool}.limits]
 memory_mb = 60
-cpu_s = 0.6
+cpu_s = 0.4
 open_files = 20
 connections = 8
 processes = 6
@@ -122,18 +139,58 @@ scratch_mb = 30
 """
 
 
-def text_of(folder: Path, *pools: str) -> str:
-    for pool in pools:
-        (folder / f"tools_{pool}.py").write_text(TOOLS.replace("{pool}", pool))
-    return "".join(POOL.replace("{pool}", pool) for pool in pools)
+#: runs a start as on a machine where no control group can be made; the words after it name the usual program
+UNGROUPED = """
+import sys
+from mcp_broker.supervisor import cgroups
+cgroups.hierarchies = lambda *_: []
+from mcp_broker.cli import main
+del sys.argv[1:4]
+main()
+"""
+
+
+def text_of(folder: Path, **levels: str) -> str:
+    # a worker with a uid of its own has to read it
+    (folder / "tools").mkdir(mode=0o755)
+    for pool in levels:
+        (folder / "tools" / f"tools_{pool}.py").write_text(TOOLS.replace("{pool}", pool))
+    pools = (POOL.replace("{pool}", pool).replace("{level}", level) for pool, level in levels.items())
+    return "".join(pools).replace("{folder}", str(folder))
 
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("limits")
-    config = text_of(folder, "greedy", "modest")
-    with Running(folder, config=config.replace("{folder}", str(folder))) as started:
+    with Running(folder, config=text_of(folder, greedy="process", modest="process")) as started:
         yield started
+
+
+@pytest.fixture(scope="module")
+def ungrouped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("ungrouped")
+    config = text_of(folder, greedy="process", modest="process")
+    with Running(folder, config=config, prefix=(sys.executable, "-c", UNGROUPED)) as started:
+        yield started
+
+
+def confined(folder: Path, level: str, *primitives: str) -> Iterator[Running]:
+    for name in primitives:
+        tried = probe.attempt(name, {**probe.PRIMITIVES, "sandbox": try_it}[name])
+        if not tried.works:
+            pytest.skip(f"`{level}` is refused on this machine: {name}: {tried.detail}")
+    with Running(folder, config=text_of(folder, greedy=level, modest="process")) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def restricted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    yield from confined(tmp_path_factory.mktemp("restricted"), "restricted", "landlock", "seccomp")
+
+
+@pytest.fixture(scope="module")
+def sandboxed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    yield from confined(tmp_path_factory.mktemp("sandboxed"), "sandboxed", "landlock", "seccomp", "sandbox")
 
 
 def refusal(running: Running, tool: str, **arguments: Any) -> CallError:
@@ -142,23 +199,53 @@ def refusal(running: Running, tool: str, **arguments: Any) -> CallError:
     return refused.value
 
 
-@pytest.mark.parametrize(
-    ("tool", "arguments", "limit"),
-    [
-        ("memory", {"mb": 300}, "memory_mb"),
-        ("memory_file", {"mb": 300}, "memory_mb"),
-        ("child_memory", {"mb": 300}, "memory_mb"),
-        ("spin", {}, "cpu_s"),
-        ("match", {}, "cpu_s"),
-        ("child_spin", {}, "cpu_s"),
-        ("connect", {"count": 12, "seconds": 20}, "connections"),
-        ("start", {"count": 12, "seconds": 20}, "processes"),
-        ("write", {"mb": 200}, "scratch_mb"),
-    ],
-)
+MEMORY = [
+    ("memory", {"mb": 300}, "memory_mb"),
+    ("memory_file", {"mb": 300}, "memory_mb"),
+    ("child_memory", {"mb": 300}, "memory_mb"),
+]
+CPU: list[tuple[str, dict[str, Any], str]] = [
+    ("spin", {}, "cpu_s"),
+    ("match", {}, "cpu_s"),
+    ("child_spin", {}, "cpu_s"),
+]
+OTHERS = [
+    ("connect", {"count": 12, "seconds": 20}, "connections"),
+    ("start", {"count": 12, "seconds": 20}, "processes"),
+    ("write", {"mb": 200}, "scratch_mb"),
+]
+
+
+@pytest.mark.parametrize(("tool", "arguments", "limit"), [*MEMORY, *CPU, *OTHERS])
 def test_a_call_that_exceeds_a_limit_is_killed_and_says_which(
     running: Running, tool: str, arguments: dict[str, Any], limit: str
 ) -> None:
+    check(running, tool, arguments, limit)
+
+
+@pytest.mark.parametrize(("tool", "arguments", "limit"), [*MEMORY[1:], OTHERS[1]])
+def test_without_control_groups_limits_are_measured_all_the_same(
+    ungrouped: Running, tool: str, arguments: dict[str, Any], limit: str
+) -> None:
+    check(ungrouped, tool, arguments, limit)
+
+
+@pytest.mark.parametrize(("tool", "arguments", "limit"), [MEMORY[1], CPU[1], *OTHERS])
+def test_a_restricted_worker_has_the_same_limits(
+    restricted: Running, tool: str, arguments: dict[str, Any], limit: str
+) -> None:
+    check(restricted, tool, arguments, limit)
+
+
+@pytest.mark.parametrize(("tool", "arguments", "limit"), [MEMORY[1], CPU[1], *OTHERS[1:]])
+def test_a_sandboxed_worker_has_the_same_limits(
+    sandboxed: Running, tool: str, arguments: dict[str, Any], limit: str
+) -> None:
+    check(sandboxed, tool, arguments, limit)
+
+
+def check(running: Running, tool: str, arguments: dict[str, Any], limit: str) -> None:
+    """Exceed a limit while a neighbour of another pool calls on."""
     waits: list[float] = []
     over = threading.Event()
 
@@ -172,20 +259,64 @@ def test_a_call_that_exceeds_a_limit_is_killed_and_says_which(
 
     thread = threading.Thread(target=neighbour)
     thread.start()
-    error = refusal(running, f"greedy.{tool}", **arguments)
-    over.set()
-    thread.join()
+    try:
+        error = refusal(running, f"greedy.{tool}", **arguments)
+    finally:
+        over.set()
+        thread.join()
     assert isinstance(error, ResourceExhausted), (error.code, error.message)
     details = error.details
     assert details["limit"] == limit
     assert details["used"] >= details["limit_value"] > 0
     certificate = details["certificate"]
     assert (certificate["kind"], certificate["limit"]) == ("limit", limit)
-    assert f"in {tool}" in certificate["stack"]
-    assert sorted(waits)[len(waits) // 2] < 0.05, "the neighbour's calls go on"
+    # what the kernel kills it kills without asking
+    assert certificate["is_oom"] or f"in {tool}" in certificate["stack"]
+    assert sorted(waits)[len(waits) // 2] < 0.1, "the neighbour's calls go on"
     with running.client() as client:
         assert client.call("greedy.echo", {"value": 2}, timeout_s=10) == 2, "another worker is there"
-    assert f"limit      {limit}" in running.command("why", certificate["worker_id"]).stdout
+
+
+def test_why_tells_the_limit_and_what_the_worker_was_doing(running: Running) -> None:
+    error = refusal(running, "greedy.match")
+    said = running.command("why", error.details["certificate"]["worker_id"]).stdout
+    assert "limit      cpu_s = 0.4, used 0." in said
+    assert "in match" in said
+
+
+@pytest.mark.parametrize("where", ["running", "restricted"])
+def test_files_beyond_the_limit_cannot_be_opened_and_the_worker_lives(
+    where: str, request: pytest.FixtureRequest
+) -> None:
+    broker: Running = request.getfixturevalue(where)
+    error = refusal(broker, "greedy.files", count=100)
+    assert (error.code, error.details["limit"]) == ("RESOURCE_EXHAUSTED", "open_files")
+    assert error.details["limit_value"] == 20
+    assert error.details["type"] == "OSError"
+    assert "certificate" not in error.details
+
+
+def test_what_takes_a_gigabyte_in_one_go_ends_at_the_wall(running: Running) -> None:
+    error = refusal(running, "greedy.grab", mb=1024)
+    assert (error.code, error.details["limit"]) == ("RESOURCE_EXHAUSTED", "memory_mb")
+
+
+def test_a_fork_bomb_ends_at_the_wall_and_nothing_of_it_is_left(running: Running) -> None:
+    groups = cgroups.open_groups("limits-test", "pids")
+    if groups is None:
+        pytest.skip("no control group can be made here, so nothing would stop it")
+    groups.close()
+    error = refusal(running, "greedy.bomb")
+    # every process takes some memory, too
+    assert error.code == "RESOURCE_EXHAUSTED"
+    assert error.details["limit"] in {"processes", "memory_mb"}
+
+    def left() -> list[int]:
+        ours = psutil.Process(running.process.pid).children(recursive=True)
+        worker_id = error.details["certificate"]["worker_id"]
+        return [process.pid for process in ours if gauge.of_worker(process.pid) == worker_id]
+
+    wait_for(lambda: not left(), what="the end of all that it started")
 
 
 def test_what_stays_below_its_limits_is_left_alone(running: Running) -> None:

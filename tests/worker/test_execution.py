@@ -228,7 +228,23 @@ def test_failure_names_the_authors_line_not_ours_or_a_librarys() -> None:
     assert "mcp_broker/worker/" not in told["traceback"]
 
 
-@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), RecursionError(), MemoryError()])
+def test_a_limit_that_a_tool_meets_by_itself_is_named_with_its_place() -> None:
+    @tool
+    def greedy() -> None:
+        raise MemoryError
+
+    bench = Bench(greedy)
+    bench.execution.bounds = {"memory_mb": 100.0}
+    outcome = bench.call()
+    assert outcome.code == "RESOURCE_EXHAUSTED"
+    assert outcome.fault is not None
+    assert "limit memory_mb = 100 was reached" in outcome.fault.message
+    details = payload.unpack_map(outcome.fault.details)
+    assert (details["limit"], details["limit_value"], details["type"]) == ("memory_mb", 100.0, "MemoryError")
+    assert details["file"] == __file__
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), RecursionError(), BufferError()])
 def test_whatever_a_tool_raises_is_its_outcome(error: BaseException) -> None:
     @tool
     def broken() -> None:

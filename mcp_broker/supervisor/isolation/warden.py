@@ -11,6 +11,7 @@ from mcp_broker import limits
 from mcp_broker.auth.keys import read_secret
 from mcp_broker.confine import folders
 from mcp_broker.errors import CredentialError, SupervisionError
+from mcp_broker.supervisor import quota
 from mcp_broker.supervisor.endpoint import Endpoint
 from mcp_broker.supervisor.isolation import plan, probe
 from mcp_broker.supervisor.isolation.sandbox import try_it
@@ -96,7 +97,8 @@ class Warden:
         """
         walls = self.walls(table)
         if walls.level == "process":
-            return Cell(Confinement(rlimits={"core": 0}), _read(table.secrets), shortfall=walls.shortfall)
+            confinement = Confinement(rlimits=quota.rlimits(table, is_confined=False, has_own_uid=False))
+            return Cell(confinement, _read(table.secrets), shortfall=walls.shortfall)
         for folder in (*table.read, *table.write):
             self._check_folder(folder)
         cell = Cell(Confinement(), _read(table.secrets), shortfall=walls.shortfall)
@@ -117,10 +119,6 @@ class Warden:
         except SupervisionError:
             cell.release()
             raise
-        rlimits = {"core": 0}
-        if uid is not None:
-            # counted by uid, so it means something only where the uid is the worker's own: a fork bomb ends here
-            rlimits["nproc"] = max(1, table.limits.processes) * limits.TASKS_A_PROCESS
         cell.confinement = Confinement(
             level=walls.level,
             uid=uid,
@@ -132,7 +130,7 @@ class Warden:
             own_network=walls.own_network,
             endpoint_folder="" if cell.endpoint is None else str(cell.endpoint.folder),
             shm_mb=table.limits.memory_mb,
-            rlimits=rlimits,
+            rlimits=quota.rlimits(table, is_confined=True, has_own_uid=uid is not None),
             oom_score_adj=limits.WORKER_OOM_SCORE,
         )
         return cell
