@@ -10,6 +10,8 @@
     +- CredentialError              a key, token or profile file cannot be used (exit code 3)
     +- NotReachable                 no broker answers, or there is no profile (exit code 4)
     +- SupervisionError             a process could not be started or stopped
+    +- PortError                a port cannot be leased
+    |  +- PortUnavailable, PortsExhausted, PortInvalid, PortDenied
     +- InvalidTransition            our bug: a machine was driven into a cell that cannot happen
     +- CallError                    the outcome of a call, as its caller sees it
        +- one class a code of :data:`CALL_ERRORS`
@@ -93,6 +95,44 @@ class SupervisionError(BrokerError):
     """A process could not be started, found or stopped."""
 
     code = "SUPERVISION"
+
+
+class PortError(BrokerError):
+    """A port cannot be leased; ``details`` say which and why."""
+
+    code = "PORT"
+
+
+class PortUnavailable(PortError):  # noqa: N818
+    """Somebody has this port, or nobody may have it."""
+
+    code = "PORT_UNAVAILABLE"
+    retryable_by_default = True
+
+
+class PortsExhausted(PortError):  # noqa: N818
+    """None is left for this worker, or for anybody; ``details["which"]`` is "worker" or "range"."""
+
+    code = "PORTS_EXHAUSTED"
+    retryable_by_default = True
+
+
+class PortInvalid(PortError):  # noqa: N818
+    """No such port can be leased."""
+
+    code = "PORT_INVALID"
+
+
+class PortDenied(PortError):  # noqa: N818
+    """This worker may not lease ports: its pool's network or level forbids it."""
+
+    code = "PORT_DENIED"
+
+
+#: code -> class, for those who hear of one by a message
+PORT_ERRORS: dict[str, type[PortError]] = {
+    cls.code: cls for cls in (PortError, PortUnavailable, PortsExhausted, PortInvalid, PortDenied)
+}
 
 
 class InvalidTransition(BrokerError):  # noqa: N818

@@ -257,6 +257,25 @@ RECLAIMS_MAX: Final = DEATHS_MAX
 #: What an orderly stop waits for reclaim to finish; what is left then, the next start removes.
 RECLAIM_STOP_S: Final = 5.0
 
+# -- leased ports ---------------------------------------------------------------------------------------
+
+#: The range by default: below that from which Linux takes ports for outgoing connections (32768), and nobody's by
+#: registration.
+PORT_MIN: Final = 18_000
+PORT_MAX: Final = 18_099
+#: Leases of one worker at a time: a tool needs one or two, and a hundred are for all.
+PORTS_PER_WORKER: Final = 8
+#: Connections of a port whose lease is over may take this long to end.
+PORT_DRAIN_S: Final = 10.0
+#: A port that somebody else had is tried again after this time.
+PORT_RETRY_S: Final = 60.0
+#: Connections that wait to be accepted at a leased port.
+PORT_BACKLOG: Final = 128
+#: Networks in one allow-list: each is looked at for each packet.
+NETWORKS_MAX: Final = 32
+#: The supervisor answers within a turn; a worker that waits longer for a port does so for nothing.
+PORT_WAIT_S: Final = 5.0
+
 #: About what a kept record takes besides its payloads.
 RECORD_BYTES: Final = 512
 #: Outcomes of calls with an idempotency key: long enough for any caller's retries.

@@ -33,6 +33,7 @@ SECTIONS: Final[dict[str, dict[str, str]]] = {
     "Watch": {
         "status": "Say how broker and pools are; 0 when all are ready.",
         "ps": "List the worker processes.",
+        "ports": "List leased ports and their connections.",
         "why": "Say why a worker died, or how a call, tool or pool is.",
         "dead-letters": "Show, retry or drop poisoned calls.",
     },
@@ -54,6 +55,7 @@ MODULES: Final[dict[str, str]] = {
     "call": "call",
     "status": "status",
     "ps": "status",
+    "ports": "ports",
     "why": "why",
     "dead-letters": "dead_letters",
     "credentials": "credentials",

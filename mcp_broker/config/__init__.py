@@ -29,6 +29,7 @@ from mcp_broker.config.tables import (
     ObserveTable,
     PoolLimits,
     PoolTable,
+    PortsTable,
     StateTable,
     Table,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "ObserveTable",
     "PoolLimits",
     "PoolTable",
+    "PortsTable",
     "StateTable",
     "Table",
     "load",
@@ -61,6 +63,7 @@ _TABLES: Final[Mapping[str, type[Table]]] = {
     "limits": LimitsTable,
     "state": StateTable,
     "observe": ObserveTable,
+    "ports": PortsTable,
 }
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ipaddress
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from mcp_broker import limits
 
@@ -17,6 +18,23 @@ Burst = Annotated[int, Field(ge=1, le=limits.RATE_MAX)]
 # of a table with a field `limits`, which hides the module in its annotations
 Workers = Annotated[int, Field(ge=0, le=limits.WORKERS_MAX)]
 Concurrency = Annotated[int, Field(ge=1, le=limits.WORKER_DEPTH_MAX)]
+
+
+def _address(text: str) -> str:
+    ipaddress.ip_address(text)
+    return text
+
+
+def _network(text: str) -> str:
+    ipaddress.ip_network(text)
+    return text
+
+
+#: an IP address, and networks as CIDR: their own errors say what is wrong
+Address = Annotated[str, AfterValidator(_address)]
+Networks = Annotated[
+    tuple[Annotated[str, AfterValidator(_network)], ...], Field(strict=False, max_length=limits.NETWORKS_MAX)
+]
 
 
 class Table(BaseModel):
@@ -33,6 +51,35 @@ class BrokerTable(Table):
     #: 0: any free port, then the same one at every start
     client_port: Port = 0
     worker_port: Port = 0
+    #: networks from which clients and workers may connect, as CIDR; without any everybody who can reach the address
+    allow: Networks = ()
+
+
+class PortsTable(Table):
+    """``[ports]``: what workers may lease for servers of their own; see docs/reclaim.md."""
+
+    #: the range, both included
+    min: Annotated[int, Field(ge=1024, le=65535)] = limits.PORT_MIN
+    max: Annotated[int, Field(ge=1024, le=65535)] = limits.PORT_MAX
+    #: ports of the range that are never lent
+    reserved: Annotated[tuple[int, ...], Field(strict=False)] = ()
+    #: the address that they are bound to
+    host: Address = "127.0.0.1"
+    #: networks that may connect, as CIDR; without any everybody who can reach the address
+    allow: Networks = ()
+    #: that one worker may have at a time
+    per_worker: Annotated[int, Field(ge=0, le=1024)] = limits.PORTS_PER_WORKER
+
+    @model_validator(mode="after")
+    def _know_the_range(self) -> PortsTable:
+        if self.max < self.min:
+            raise ValueError(f"max = {self.max} is below min = {self.min}")
+        outside = [port for port in self.reserved if not self.min <= port <= self.max]
+        if outside:
+            raise ValueError(f"reserved lists {outside[0]}, which is not within {self.min} to {self.max}")
+        if len(set(self.reserved)) == self.max - self.min + 1:
+            raise ValueError("reserved lists every port of the range, so none could be lent")
+        return self
 
 
 class AuthTable(Table):
@@ -176,5 +223,6 @@ class Config(Table):
     limits: LimitsTable = LimitsTable()
     state: StateTable = StateTable()
     observe: ObserveTable = ObserveTable()
+    ports: PortsTable = PortsTable()
     #: without any pool in the file: the shipped tools
     pools: dict[str, PoolTable] = {}

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mcp_broker.core.outbox import Body
     from mcp_broker.core.pool import Pool
     from mcp_broker.core.routing import Routing
+    from mcp_broker.wire.ports import PortReport
     from mcp_broker.wire.reclaims import Reclaim
 
 
@@ -45,6 +46,8 @@ class Crew:
         self.retiring: dict[str, Worker] = {}
         #: newest first
         self.deaths: deque[node.Certificate] = deque(maxlen=limits.DEATHS_MAX)
+        #: leased ports, as last reported
+        self.ports: tuple[PortReport, ...] = ()
         #: what was taken back after deaths, newest first
         self.reclaims: deque[Reclaim] = deque(maxlen=limits.RECLAIMS_MAX)
         #: set by the first ADMIT: until then an unknown key may still be admitted
@@ -230,6 +233,7 @@ class Crew:
         elif isinstance(message, node.Tools):
             self._routing.registry.recall(self._dispatcher.pool(message.pool), message.tools)
         elif isinstance(message, node.Report):
+            self.ports = message.ports
             self._report(message.pools, now)
 
     def _report(self, reports: tuple[node.PoolReport, ...], now: float) -> None:

@@ -181,6 +181,7 @@ def status(
             "poisoned": len(routing.dispatcher.dead_letters),
         },
         "pools": [_pool(routing, pool) for _, pool in sorted(routing.dispatcher.pools.items())],
+        "ports": [codec.as_plain(port) for port in routing.crew.ports],
         "deaths": _deaths(routing),
     }
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
+    from mcp_broker.supervisor.lessor import Lessor
     from mcp_broker.supervisor.poller import Poller
     from mcp_broker.wire.reclaims import Reclaim
 
@@ -29,8 +30,9 @@ class Aftermath:
     """Keeps the node clean. From its making on, this process adopts the orphans below it.
 
     Args:
-        state_dir: where records are kept.
+        folders: the state directory, where records are kept, and that of what runs.
         instance: names this state directory's processes, groups and shared memory.
+        lessor: has the leased ports.
         alive: returns our own live children: pid -> name.
         tell: tells the broker.
 
@@ -40,16 +42,16 @@ class Aftermath:
 
     def __init__(
         self,
-        state_dir: Path,
-        run_dir: Path,
+        folders: tuple[Path, Path],
         instance: str,
-        *,
+        lessor: Lessor,
         alive: Callable[[], Mapping[int, str]],
         tell: Callable[[node.FromSupervisor], None],
     ) -> None:
-        self.run_dir = run_dir
+        state_dir, self.run_dir = folders
         self._instance = instance
         self._tell = tell
+        self.lessor = lessor
         self.alive = alive
         self.bystanders = proctable.children(os.getpid())
         reclaim.become_subreaper()
@@ -89,27 +91,26 @@ class Aftermath:
         """Look for processes that lost their parent, at the end of this turn."""
         self._sweeps_left = _SWEEPS_MAX
 
-    def bury(self) -> None:
-        """Look once: adopted orphans that ended by themselves are zombies until somebody does."""
+    def look(self) -> None:
+        """Look once at what nobody tells us: adopted orphans are zombies until somebody does, and who is connected."""
+        self.lessor.sample()
         self._sweeps_left = max(self._sweeps_left, 1)
 
     def release_ports(self, worker_id: str) -> list[int]:
         """Take back the ports that a worker had leased."""
-        del worker_id
-        return []
+        return self.lessor.owner_died(worker_id)
 
     # -- the work ------------------------------------------------------------------------------------
 
     def deadline(self) -> float | None:
         """Return the instant at which :meth:`turn` has something to do."""
-        due = self._reclaimer.deadline()
-        if not self._sweeps_left:
-            return due
-        again = time.monotonic() + _SWEEP_S
-        return again if due is None else min(due, again)
+        again = time.monotonic() + _SWEEP_S if self._sweeps_left else None
+        dues = (self._reclaimer.deadline(), self.lessor.deadline(), again)
+        return min((at for at in dues if at is not None), default=None)
 
     def turn(self) -> None:
         """Do a little."""
+        self.lessor.expire(time.monotonic())
         # before strays in general are swept: what it kills, it counts as its worker's
         self._reclaimer.turn()
         if self._sweeps_left:
@@ -124,6 +125,7 @@ class Aftermath:
                 break
             time.sleep(_SWEEP_S)
         self._reclaimer.finish()
+        self.lessor.close()
         reclaim.remove_leftovers(self.run_dir, self._instance)
 
     def _sweep(self) -> reclaim.Swept:

@@ -33,6 +33,7 @@ from mcp_broker.supervisor.fleet import Fleet, Word
 from mcp_broker.supervisor.isolation.warden import Warden
 from mcp_broker.supervisor.launch.forks import ForkingLauncher
 from mcp_broker.supervisor.launch.sandbox import SandboxLauncher
+from mcp_broker.supervisor.lessor import Lessor
 from mcp_broker.supervisor.lock import Lock
 from mcp_broker.supervisor.operations import Operations
 from mcp_broker.supervisor.poller import Poller
@@ -139,10 +140,9 @@ class Supervisor:
             self._serve_on(self._ports)
 
     def _serve_on(self, ports: Ports) -> None:
-        self._aftermath = Aftermath(
-            self._state_dir, self.run_dir, self.instance, alive=self._alive, tell=self._tell
-        )
-        self.known = self._aftermath.known
+        folders, lessor = (self._state_dir, self.run_dir), Lessor(self._config.ports)
+        self.aftermath = Aftermath(folders, self.instance, lessor, self._alive, self._tell)
+        self.known = self.aftermath.known
         self._authority.ensure_default([ports.client_endpoint])
         self.worker_endpoint = ports.worker_endpoint
         self.worker_server_public = self._authority.workers.public
@@ -154,7 +154,9 @@ class Supervisor:
         self._broker = BrokerChild(self)
         self._commands = Commands(self._broker.send)
         Operations(self._fleet).join(self._commands)
-        self._reloading = Reloading(self._fleet, self._config, self._reread, self._tell, self._on_event)
+        self._reloading = Reloading(
+            self._fleet, self._config, self._reread, self._broker.send, self._on_event
+        )
         self._reloading.join(self._commands)
         self._had_terminal = has_terminal()
         signals = Signals(_SIGNALS, self.poller, self._signalled)
@@ -183,7 +185,7 @@ class Supervisor:
         deadlines = [self._sample_at]
         if self._phase is Phase.DRAINING:
             deadlines.append(self._drain_deadline)
-        others = (self._aftermath, self._broker.child, self._commands, self.launcher)
+        others = (self.aftermath, self._broker.child, self._commands, self.launcher)
         deadlines += [at for at in (other.deadline() for other in others) if at is not None]
         deadlines.extend(self._fleet.deadlines())
         return min(deadlines)
@@ -198,16 +200,16 @@ class Supervisor:
             self._sample_at = now + _SAMPLE_S
             self._fleet.sample()
             self._is_dirty = True
-            self._aftermath.bury()
+            self.aftermath.look()
 
     def _tidy(self) -> None:
         """Do at the end of a turn what many events of it may have asked for."""
-        self._aftermath.turn()
+        self.aftermath.turn()
         self._fleet.settle()
         self._fleet.announce()
         if self._is_dirty:
             self._is_dirty = False
-            self._broker.send(self._fleet.report())
+            self._broker.send(self._report())
         # after the report: who hears that a command was carried out finds it so
         self._commands.settle(time.monotonic())
         if self._phase is Phase.STOPPING_WORKERS and self._fleet.is_stopped:
@@ -225,7 +227,7 @@ class Supervisor:
         self._fleet.stop()
         self._kill_all()
         self.launcher.stop()
-        self._aftermath.end(self.poller)
+        self.aftermath.end(self.poller)
         self._fleet.close()
         self._runtime.remove()
         self._counters.close()
@@ -250,6 +252,7 @@ class Supervisor:
             self._kill_all()
             return
         drain_s = self._reloading.config.limits.drain_s
+        self.aftermath.lessor.drain()
         self._on_event(events.Draining(drain_s))
         if self._broker.child.state is not children.State.RUNNING:
             self._stop_workers()
@@ -289,10 +292,6 @@ class Supervisor:
         """Have the broker send this worker away once it holds no call."""
         self._broker.send(node.Retire((worker_id,)))
 
-    def spawned(self, worker_id: str, pid: int) -> None:
-        """Keep what this process will start together with it."""
-        self._aftermath.spawned(worker_id, pid)
-
     def died(self, certificate: node.Certificate, started_calls: tuple[bytes, ...], *, is_news: bool) -> None:
         """Tell the broker first: a caller waits for it."""
         self._broker.send(node.Died(certificate, started_calls))
@@ -301,13 +300,9 @@ class Supervisor:
             _log.warning("worker %s (pid %d): %s", certificate.worker_id, certificate.pid, certificate.cause)
             self._on_event(events.WorkerDied(certificate))
 
-    def take_back(self, remains: reclaim.Remains) -> None:
-        """Take back what a dead worker left, from the end of this turn on."""
-        self._aftermath.take_back(remains)
-
     def strayed(self) -> None:
         """Look for processes that lost their parent, at the end of this turn."""
-        self._aftermath.strayed()
+        self.aftermath.strayed()
 
     def changed(self) -> None:
         """Report at the end of this turn."""
@@ -327,9 +322,9 @@ class Supervisor:
     def briefing(self) -> list[node.FromSupervisor]:
         """Return what follows BOOT. The first broker gets its table of keys when all are made."""
         table = [self._fleet.admissions()] if self._is_table_complete else []
-        deaths = node.Deaths(self._deaths.recent, self._deaths.started_calls, self._aftermath.records)
+        deaths = node.Deaths(self._deaths.recent, self._deaths.started_calls, self.aftermath.records)
         past: list[node.FromSupervisor] = [*table, deaths, *self._abandoned.told(), *self._fleet.tools()]
-        return [*past, *self._recovery.briefing(), *self._fleet.retirement(), self._fleet.report()]
+        return [*past, *self._recovery.briefing(), *self._fleet.retirement(), self._report()]
 
     def endpoints(self) -> list[tuple[node.Listen, int]]:
         """Return the addresses of single workers; they are told of after the keys that they let in."""
@@ -371,6 +366,9 @@ class Supervisor:
 
     def _tell(self, message: node.FromSupervisor) -> None:
         self._broker.send(message)
+
+    def _report(self) -> node.Report:
+        return node.Report(self._fleet.report().pools, self.aftermath.lessor.report())
 
     def _alive(self) -> dict[int, str]:
         """Return our own live children: pid -> name."""

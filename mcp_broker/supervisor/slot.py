@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from mcp_broker.config import PoolTable
     from mcp_broker.core.restart import Restarts
+    from mcp_broker.supervisor.aftermath import Aftermath
     from mcp_broker.supervisor.isolation.warden import Warden
     from mcp_broker.supervisor.launch import Launcher
     from mcp_broker.supervisor.poller import Poller
@@ -49,6 +50,7 @@ class Ground(Protocol):
     instance: str
     worker_endpoint: str
     worker_server_public: bytes
+    aftermath: Aftermath
     warden: Warden
 
     @property
@@ -64,14 +66,8 @@ class Ground(Protocol):
     def dismiss(self, worker_id: str) -> None:
         """Have the broker send this worker away once it holds no call."""
 
-    def spawned(self, worker_id: str, pid: int) -> None:
-        """Keep what this process will start together with it."""
-
     def died(self, certificate: node.Certificate, started_calls: tuple[bytes, ...], *, is_news: bool) -> None:
         """Pass a death on."""
-
-    def take_back(self, remains: reclaim.Remains) -> None:
-        """Take back what a dead worker left, between other work."""
 
     def strayed(self) -> None:
         """Processes may have lost their parent."""
@@ -296,11 +292,11 @@ class Slot:
         life, ground = self.life, self._ground
         assert life is not None  # noqa: S101 (it ends after its process)
         assert life.process is not None  # noqa: S101 (which was born)
-        handlers: Handlers = {Warm: self._warmed}
+        handlers: Handlers = {Warm: self._warmed, **ground.aftermath.lessor.handlers(life)}
         life.begun(Tether(life.our_end, ground.poller, handlers, self._violated))
         reclaim.record(ground.run_dir, life.process)
-        ground.spawned(life.worker_id, life.process.pid)
-        life.process.on_descendant = functools.partial(ground.spawned, life.worker_id)
+        ground.aftermath.spawned(life.worker_id, life.process.pid)
+        life.process.on_descendant = functools.partial(ground.aftermath.spawned, life.worker_id)
         self.tell(children.Spawned())
 
     def _warmed(self, _message: Warm) -> None:
@@ -330,7 +326,7 @@ class Slot:
             (),
             is_news=True,
         )
-        self._ground.take_back(life.remains(self._ground.instance))
+        self._ground.aftermath.take_back(life.remains(self._ground.instance))
         hopeless = isinstance(error, Unattainable)
         self._spawn_failed(reason, error.details.get("errno"), hopeless=hopeless)
 
@@ -373,7 +369,7 @@ class Slot:
         self._on_death(self)
         self.life = None
         life.end()
-        self._ground.take_back(life.remains(self._ground.instance))
+        self._ground.aftermath.take_back(life.remains(self._ground.instance))
         if is_dismissed and not (is_operators or is_retired):
             self.tell(children.Unwanted())
         self.tell(

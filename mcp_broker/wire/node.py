@@ -13,6 +13,7 @@ import msgspec
 
 from mcp_broker.wire.confinement import Confinement
 from mcp_broker.wire.items import Record, ToolDefinition
+from mcp_broker.wire.ports import PortReport
 from mcp_broker.wire.reclaims import Reclaim
 from mcp_broker.wire.reports import Admitted, Certificate, PoolDemand, PoolReport, WorkerReport
 
@@ -136,6 +137,8 @@ class Report(NodeMessage, tag="REPORT", frozen=True):
     """Supervisor: what it sees now, sent on every change; ``pools`` replaces the last report."""
 
     pools: tuple[PoolReport, ...]
+    #: leased ports, and those that cannot be
+    ports: tuple[PortReport, ...] = ()
 
 
 class Deaths(NodeMessage, tag="DEATHS", frozen=True):

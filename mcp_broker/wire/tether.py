@@ -6,9 +6,10 @@ only. End of file means that the other one is gone. Source: docs/protocol.md, "T
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
+from msgspec import Meta
 
 from mcp_broker import limits
 from mcp_broker.wire.codec import Decoder
@@ -38,8 +39,37 @@ class Go(TetherMessage, tag="GO", frozen=True):
     """Supervisor, to a spare: connect to the broker and serve."""
 
 
-FromWorker = Warm
-ToWorker = Go
+class LeasePort(Request, tag="LEASE", frozen=True):
+    """Worker: lend me a port; LEASED or REFUSED answers."""
+
+    #: 0: any
+    port: Annotated[int, Meta(ge=0, le=65535)] = 0
+    #: for how long; None: until it is given back, or the worker ends
+    ttl_ms: Annotated[int, Meta(ge=1, le=2**40)] | None = None
+
+
+class Leased(Answer, tag="LEASED", frozen=True):
+    """Supervisor: the port is yours; its listening socket comes with the message."""
+
+    host: str
+    port: int
+
+
+class LeaseRefused(Answer, tag="REFUSED", frozen=True):
+    """Supervisor: no port, and why; ``code`` is that of a :class:`mcp_broker.errors.PortError`."""
+
+    code: str
+    message: str
+
+
+class ReturnPort(TetherMessage, tag="RETURN", frozen=True):
+    """Worker: I do not need this port any more."""
+
+    port: int
+
+
+FromWorker = Warm | LeasePort | ReturnPort
+ToWorker = Go | Leased | LeaseRefused
 
 #: what each end takes
 from_worker: Final[Decoder[FromWorker]] = Decoder(FromWorker, limits.TETHER_BYTES_MAX)

@@ -7,10 +7,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mcp_broker import limits
-from mcp_broker.errors import Cancelled, DeadlineExceeded
+from mcp_broker.errors import Cancelled, DeadlineExceeded, PortInvalid
+
+if TYPE_CHECKING:
+    from mcp_broker.worker.leases import LeasedPort
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,7 @@ NOBODY = ToolCaller(principal="", clearance=0, scopes=())
 Report = Callable[[float | None, str], object]
 #: a progress text is cut to so many characters
 _TEXT_CHARS = 256
+_PORT_MAX = 65_535
 
 
 @dataclass(slots=True)
@@ -61,7 +65,30 @@ class ToolContext:
     #: the caller wants no outcome any more
     cancelled: bool = False
     report: Report | None = field(default=None, repr=False)
+    #: where :meth:`lease_port` gets a port from
+    lend: Callable[[int, float | None], LeasedPort] | None = field(default=None, repr=False)
     _report_at: float = field(default=0.0, init=False, repr=False, compare=False)
+
+    def lease_port(self, port: int = 0, *, ttl_s: float | None = None) -> LeasedPort:
+        """Lease a port of the host to serve at, as a listening socket; give it back by leaving its `with` block.
+
+        It goes back by itself when the worker ends. A call's end does not end it: a tool may serve on between calls.
+
+        Args:
+            port: a certain one of the configured range; 0: any that is free.
+            ttl_s: for how long at most; afterwards it takes no new connections.
+
+        Raises:
+            PortDenied: the pool's network or level forbids it.
+            PortsExhausted: this worker has all that it may have, or none is left.
+            PortUnavailable: somebody else has it.
+            PortInvalid: it is not in the range, or there is no supervisor that could lend one.
+        """
+        if not 0 <= port <= _PORT_MAX:
+            raise PortInvalid(f"{port} is no port; ports are 1 to {_PORT_MAX}, and 0 means any")
+        if self.lend is None:
+            raise PortInvalid("this call has no supervisor that could lend a port")
+        return self.lend(port, ttl_s)
 
     @property
     def logger(self) -> logging.Logger:

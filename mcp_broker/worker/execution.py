@@ -26,6 +26,7 @@ from mcp_broker.worker.outcomes import fault
 if TYPE_CHECKING:
     from mcp_broker.worker.bytestream import ByteStream
     from mcp_broker.worker.catalogue import Catalogue
+    from mcp_broker.worker.leases import LeasedPort
     from mcp_broker.worker.session import Pending
     from mcp_broker.worker.tool import Tool
 
@@ -160,6 +161,8 @@ class Execution:
         self.bounds: Mapping[str, float] = {}
         #: takes what tools say of their progress; the shell's
         self.report: Callable[[Pending, float | None, str], object] | None = None
+        #: lends a tool a port; the shell's
+        self.lend: Callable[[int, float | None], LeasedPort] | None = None
         #: makes what a tool reads an upload from; the shell's
         self.open_upload: Callable[[Pending], ByteStream] | None = None
 
@@ -356,6 +359,7 @@ class Execution:
             secrets=self._secrets,
             traceparent=dispatch.extra.traceparent if dispatch.extra is not None else None,
             report=functools.partial(self.report, pending) if self.report is not None else None,
+            lend=self.lend,
         )
 
 

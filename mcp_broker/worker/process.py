@@ -26,6 +26,7 @@ from mcp_broker.wire.tether import Go, Warm
 from mcp_broker.worker import catalogue, sharing
 from mcp_broker.worker.execution import Execution
 from mcp_broker.worker.interrupts import Interrupts
+from mcp_broker.worker.leases import Lender
 from mcp_broker.worker.link import Link
 from mcp_broker.worker.session import Session
 from mcp_broker.worker.tether import Tether
@@ -116,6 +117,7 @@ def serve(boot: WorkerBoot, tether: Tether) -> None:
         tools, interrupts, boot.options, scratch, boot.secrets, is_alone=is_alone, hooks=hooks
     )
     execution.bounds = boot.limits
+    execution.lend = Lender(tether).lease
     hooks.begin()
     link = Link(boot, wake_read)
     # what was imported stays: no collection need look at it again

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mcp_broker.errors import WorkerLost
+from mcp_broker.errors import ToolFailed, WorkerLost
 from mcp_broker.supervisor.reclaim.sysv import Item, remove
+from tests.support.ports import connect, free_span
 from tests.support.running import Running
 from tests.support.waiting import wait_for
 
@@ -97,6 +98,25 @@ def litter(context: ToolContext, outside: str, wipes: bool) -> str:
     signal.pause()
     return "never"
 
+kept = []
+
+@tool(name="t.serve")
+def serve(context: ToolContext, port: int = 0) -> int:
+    """Lease a port, answer one connection, and keep the lease for the next call."""
+    lease = context.lease_port(port)
+    kept.append(lease)
+    Path(context.scratch, "port").write_text(str(lease.port))
+    connection, _ = lease.socket.accept()
+    connection.sendall(b"hello from a tool")
+    connection.close()
+    return lease.port
+
+@tool(name="t.once")
+def once(context: ToolContext) -> int:
+    """Lease a port and give it back."""
+    with context.lease_port() as lease:
+        return lease.port
+
 @tool(name="t.pid")
 def pid() -> int:
     """Return the worker's pid."""
@@ -108,6 +128,10 @@ module = "fault_tools"
 path = ["{folder}"]
 min = {workers}
 isolation = "LEVEL"
+
+[ports]
+min = FIRST
+max = LAST
 """
 
 
@@ -120,7 +144,9 @@ def level(request: pytest.FixtureRequest) -> str:
 def running(tmp_path: Path, level: str) -> Iterator[Running]:
     # the folder that the tools are imported from: a confined worker may have a uid of its own
     tmp_path.chmod(0o755)
-    with Running(tmp_path, tools=TOOLS, config=CONFIG.replace("LEVEL", level)) as broker:
+    first = free_span(3)
+    config = CONFIG.replace("LEVEL", level).replace("FIRST", str(first)).replace("LAST", str(first + 2))
+    with Running(tmp_path, tools=TOOLS, config=config) as broker:
         yield broker
 
 
@@ -198,3 +224,29 @@ def test_what_belongs_to_others_is_left_alone(running: Running, tmp_path: Path) 
         assert theirs.exists()
     finally:
         theirs.unlink()
+
+
+def test_a_leased_port_serves_is_shown_and_is_free_after_its_worker(running: Running) -> None:
+    with running.client() as client:
+        worker = client.call("t.pid")
+        assert client.call("t.once") == client.call("t.once") - 1, "ports are lent in turn"
+        serving = client.submit("t.serve", timeout_s=30)
+        (pool,) = running.status()["pools"]
+        told = running.state_dir / "run" / pool["workers"][0]["id"] / "port"
+        port = int(wait_for(lambda: told.exists() and told.read_text(), what="the lease"))
+        with connect(port) as one:
+            assert one.makefile("rb").read() == b"hello from a tool"
+        assert serving.result(20) == port
+        ports = json.loads(running.command("ports", "--json").stdout)["ports"]
+        assert [(one["port"], one["state"], one["owner"]) for one in ports] == [
+            (port, "active", pool["workers"][0]["id"])
+        ]
+        assert str(port) in running.command("ports").stdout
+        with pytest.raises(ToolFailed, match="PortUnavailable"):
+            client.call("t.serve", {"port": port})
+        os.kill(worker, 9)
+        record = reclaimed(running, worker)
+        assert [step["count"] for step in record["steps"] if step["step"] == "ports"] == [1]
+        with pytest.raises(ConnectionRefusedError):
+            connect(port)
+        assert running.command("ports").stdout == "no port is leased\n"

@@ -1,0 +1,88 @@
+"""A port of the host that a tool may serve at, for as long as it needs it: lent by the supervisor, with its socket."""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING, Final, Self
+
+from mcp_broker import limits
+from mcp_broker.errors import PORT_ERRORS, PortError
+from mcp_broker.wire.tether import Leased, LeasePort, LeaseRefused, ReturnPort
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+
+    from mcp_broker.worker.tether import Tether
+
+_MS: Final = 1000
+
+
+class LeasedPort:
+    """A listening socket and its address. Leaving its `with` block gives the port back.
+
+    Attributes:
+        host: the address that it is bound to.
+        port: its number.
+        socket: listens already; blocking.
+    """
+
+    def __init__(
+        self, host: str, port: int, listener: socket.socket, give_back: Callable[[int], None]
+    ) -> None:
+        self.host = host
+        self.port = port
+        self.socket = listener
+        self._give_back = give_back
+        self._is_open = True
+
+    def close(self) -> None:
+        """Give the port back; it stops listening."""
+        if self._is_open:
+            self._is_open = False
+            self.socket.close()
+            self._give_back(self.port)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Lender:
+    """Asks the supervisor for ports.
+
+    Args:
+        tether: to it.
+    """
+
+    def __init__(self, tether: Tether) -> None:
+        self._tether = tether
+
+    def lease(self, port: int, ttl_s: float | None) -> LeasedPort:
+        """Lease a port.
+
+        Raises:
+            PortError: one of its kinds says why not.
+        """
+
+        def wish(number: int) -> LeasePort:
+            return LeasePort(number, port, None if ttl_s is None else max(1, int(ttl_s * _MS)))
+
+        try:
+            answer, fd = self._tether.ask(wish, limits.PORT_WAIT_S)
+        except TimeoutError:
+            raise PortError("the supervisor did not answer in time") from None
+        if isinstance(answer, LeaseRefused):
+            raise PORT_ERRORS.get(answer.code, PortError)(answer.message)
+        if not isinstance(answer, Leased) or fd is None:
+            raise PortError("the supervisor's answer came without a socket")
+        listener = socket.socket(fileno=fd)
+        listener.setblocking(True)
+        return LeasedPort(answer.host, answer.port, listener, self._returned)
+
+    def _returned(self, port: int) -> None:
+        self._tether.say(ReturnPort(port))
