@@ -54,7 +54,7 @@ def scale(pool: str, workers: str, timeout_s: float) -> None:
         return
     output.line(f"pool {pool}: {done['ready']} of {done['workers']} workers ready")
     if not done["workers"]:
-        output.note(f"its callers are told so; {chosen.again(f'scale {pool} 1')} brings it back")
+        output.note(f"its callers are told so; {chosen.again(f'scale {pool} auto')} brings it back")
 
 
 @click.command(

@@ -218,6 +218,22 @@ def test_stop_signals_the_holder_and_waits_for_its_end(
             process.kill()
 
 
+@pytest.mark.process
+def test_stop_with_a_deadline_tells_it_again_when_that_is_over(run: Run, tmp_path: Path) -> None:
+    twice = HOLDER.replace(
+        "(lambda *_: None)", "(lambda *_: signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)))"
+    )
+    command = [sys.executable, "-c", twice, str(tmp_path), "stubborn"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "held\n"
+            done = run("stop", "--state-dir", str(tmp_path), "--deadline", "0.2")
+            assert (done.code, process.wait(5)) == (0, 0)
+        finally:
+            process.kill()
+
+
 # -- doctor ---------------------------------------------------------------------------------------------------
 
 
