@@ -38,6 +38,7 @@ from mcp_broker.supervisor.lock import Lock
 from mcp_broker.supervisor.operations import Operations
 from mcp_broker.supervisor.poller import Poller
 from mcp_broker.supervisor.ports import Ports
+from mcp_broker.supervisor.process import SHORTAGES
 from mcp_broker.supervisor.records import Abandoned, Counters, Deaths, Definitions
 from mcp_broker.supervisor.recovery import Recovery, Wish
 from mcp_broker.supervisor.reloading import Reloading
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("mcp_broker.supervisor")
 
 _SAMPLE_S: Final = 1.0
+_SHORTAGE_S: Final = 0.01
 #: a broker says DRAINED by the end of the time that it was given, or it never will
 _DRAIN_SLACK_S: Final = 0.5
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -177,9 +179,19 @@ class Supervisor:
         self._sample_at = time.monotonic() + _SAMPLE_S
         self._tidy()
         while self._phase is not Phase.STOPPED:
-            self.poller.turn(max(0.0, self._deadline() - time.monotonic()))
-            self._expire(time.monotonic())
-            self._tidy()
+            try:
+                self._turn()
+            except OSError as error:
+                # what can be lost by it is looked after where it happens; the rest is done at the next turn
+                if error.errno not in SHORTAGES:
+                    raise
+                _log.warning("the machine has nothing left: %s", error)
+                time.sleep(_SHORTAGE_S)
+
+    def _turn(self) -> None:
+        self.poller.turn(max(0.0, self._deadline() - time.monotonic()))
+        self._expire(time.monotonic())
+        self._tidy()
 
     def _deadline(self) -> float:
         deadlines = [self._sample_at]

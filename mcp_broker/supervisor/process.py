@@ -42,7 +42,8 @@ SHORTAGES: Final = frozenset(
 )
 
 
-def _no_start(what: str, error: OSError) -> SupervisionError:
+def no_start(what: str, error: OSError) -> SupervisionError:
+    """Say that something could not be started; details hold the errno, which may be one of :data:`SHORTAGES`."""
     return SupervisionError(f"cannot start {what}: {error.strerror}", {"errno": error.errno})
 
 
@@ -141,7 +142,7 @@ class Process:
                 undo.callback(os.close, self._stdout_end)
                 stderr, self._stderr_end = os.pipe2(os.O_CLOEXEC)
             except OSError as error:
-                raise _no_start(name, error) from error
+                raise no_start(name, error) from error
             undo.pop_all()
         self._stdout = Output(name, stdout, poller, logging.INFO)
         self._stderr = Output(name, stderr, poller, logging.WARNING)
@@ -187,7 +188,7 @@ class Process:
                 preexec_fn=prepare,  # noqa: PLW1509
             )
         except OSError as error:
-            raise _no_start(argv[0], error) from error
+            raise no_start(argv[0], error) from error
         except subprocess.SubprocessError as error:
             raise SupervisionError(f"cannot prepare the start of {argv[0]}: {error}") from error
         self.start = "exec"
@@ -218,7 +219,7 @@ class Process:
             os.waitpid(pid, 0)
             if self._popen is not None:
                 self._popen.returncode = -signal.SIGKILL
-            raise _no_start(self.name, error) from error
+            raise no_start(self.name, error) from error
         self._poller.add(self._pidfd, lambda _events: self._bury())
         os.close(self._stdout_end)
         os.close(self._stderr_end)

@@ -19,7 +19,7 @@ from mcp_broker.supervisor.isolation import attestation
 from mcp_broker.supervisor.isolation.plan import Unattainable
 from mcp_broker.supervisor.launch import WorkerOrder
 from mcp_broker.supervisor.life import Life
-from mcp_broker.supervisor.process import SHORTAGES
+from mcp_broker.supervisor.process import SHORTAGES, no_start
 from mcp_broker.supervisor.tether import Tether
 from mcp_broker.wire import codec, node
 from mcp_broker.wire.tether import Go, Warm
@@ -283,8 +283,8 @@ class Slot:
         )
         try:
             life.process = ground.launcher.launch_worker(order, ground.poller, self._exited)
-        except SupervisionError as error:
-            self._never_lived(life, error)
+        except (SupervisionError, OSError) as error:
+            self._never_lived(life, error if isinstance(error, SupervisionError) else no_start("it", error))
             return
         life.process.when_born(self._born)
 

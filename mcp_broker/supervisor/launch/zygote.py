@@ -25,7 +25,7 @@ from mcp_broker.errors import SupervisionError, WireError
 from mcp_broker.supervisor import reclaim
 from mcp_broker.supervisor.certificates import boot_reason
 from mcp_broker.supervisor.launch.local import sealed, worker_environment
-from mcp_broker.supervisor.process import Process
+from mcp_broker.supervisor.process import SHORTAGES, Process, no_start
 from mcp_broker.wire import codec, zygote
 
 if TYPE_CHECKING:
@@ -188,7 +188,11 @@ class Zygote:
     def _spawn(self) -> None:
         self._lives += 1
         name = f"{self._name}-{self._lives}"
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as error:
+            self._spawn_failed(no_start(name, error))
+            return
         ours.setblocking(False)
         try:
             self.process = Process(
@@ -202,7 +206,7 @@ class Zygote:
             )
         except SupervisionError as error:
             ours.close()
-            self._tell(children.SpawnFailed(str(error), jitter=random.random()))  # noqa: S311 (spreads restarts)
+            self._spawn_failed(error)
             return
         finally:
             theirs.close()
@@ -210,6 +214,11 @@ class Zygote:
         self._socket = ours
         self._ground.poller.add(ours.fileno(), self._hear)
         self._tell(children.Spawned())
+
+    def _spawn_failed(self, error: SupervisionError) -> None:
+        shortage = error.details.get("errno") in SHORTAGES
+        jitter = random.random()  # noqa: S311 (spreads restarts)
+        self._tell(children.SpawnFailed(str(error), jitter=jitter, shortage=shortage))
 
     def _exited(self, end: Exit) -> None:
         process = self.process
@@ -238,8 +247,15 @@ class Zygote:
         if self._socket is None:
             return False
         order, (stdout, stderr) = delivery.order, delivery.process.output_fds
-        boot = sealed(order.boot)
-        theirs, ours = os.pipe2(os.O_CLOEXEC)
+        try:
+            boot = sealed(order.boot)
+        except OSError:
+            return False
+        try:
+            theirs, ours = os.pipe2(os.O_CLOEXEC)
+        except OSError:
+            os.close(boot)
+            return False
         message = zygote.Order(
             number=self._number + 1,
             worker_id=order.worker_id,
@@ -332,5 +348,5 @@ class Zygote:
             return
         try:
             self._execute(process, delivery.order)
-        except SupervisionError as error:
+        except (SupervisionError, OSError) as error:
             process.abandon(str(error))
