@@ -10,7 +10,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from tests.chaos.plan import Kind
 from tests.chaos.run import run
+
+#: of what goes wrong, this share is recovered from
+RECOVERED = 0.99
+WORKER_S = 0.25
 
 
 def main() -> int:
@@ -26,9 +31,16 @@ def main() -> int:
         ledger = run(Path(folder), seed, options.seconds, lambda text: console.print(text, style="dim"))
     console.print(ledger.table())
     console.print(ledger.outcomes())
+    mean_s = ledger.mean_s(Kind.WORKER_KILL)
+    console.print(f"recovered from: {ledger.share():.1%} (wanted: {RECOVERED:.0%})")
+    if mean_s is not None:
+        console.print(
+            f"a killed worker is replaced in {mean_s * 1000:,.0f} ms on average (wanted: {WORKER_S * 1000:,.0f})"
+        )
     for violation in ledger.violations:
         console.print(violation, style="red", markup=False)
-    return 1 if ledger.violations else 0
+    is_slow = mean_s is not None and mean_s > WORKER_S
+    return 1 if ledger.violations or is_slow or ledger.share() < RECOVERED else 0
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 from rich.console import Console
 
+from tests.chaos.__main__ import RECOVERED
 from tests.chaos.ledger import Ledger, Recovery
 from tests.chaos.plan import Kind, Plan
 from tests.chaos.run import run
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
 
 SEED = 20261125
 SECONDS = 60.0
-#: of what goes wrong, this share is recovered from
-RECOVERED = 0.99
 
 
 def test_plan_is_its_seed_s_and_knows_every_kind() -> None:
