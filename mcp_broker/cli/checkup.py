@@ -23,11 +23,16 @@ if TYPE_CHECKING:
 Level = Literal["ok", "warn", "fail"]
 
 PYTHON_MIN: Final = (3, 11)
-LIBZMQ_MIN: Final = (4, 3, 4)
+#: before it, faults in what libzmq reads of peers that have proved nothing yet (CVE-2021-20235 and others)
+LIBZMQ_MIN: Final = (4, 3, 5)
+#: close_range; what the levels need beyond it is tried
+KERNEL_MIN: Final = (5, 9)
 #: CURVE by libsodium does hundreds of MB/s; by the slow substitute some ten
 CURVE_MB_S_MIN: Final = 50.0
 FILES_MIN: Final = 1024
 TOKEN_DAYS_MIN: Final = 3
+#: a descriptor that nobody has
+_FD_MAX: Final = 0x7FFF_FFFF
 _SAMPLE_BYTES: Final = 64 * 1024
 _SAMPLES: Final = 128
 _DAY_S: Final = 86_400
@@ -61,18 +66,23 @@ def python(_chosen: Settings) -> Check:
 
 def kernel(_chosen: Settings) -> Check:
     """Check what we need of the kernel, by using it."""
+    from mcp_broker.confine.kernel import call
+
     text = f"{platform.system()} {platform.release()}"
     if platform.system() != "Linux":
         return Check("kernel", "fail", text, "mcp-broker runs on Linux only")
+    floor = ".".join(map(str, KERNEL_MIN))
     try:
         os.close(os.pidfd_open(os.getpid()))
         os.close(os.memfd_create("mcp-broker-doctor"))
+        # an empty range: nothing is closed
+        call("close_range", _FD_MAX, _FD_MAX, 0)
     except (OSError, AttributeError) as error:
         return Check(
             "kernel",
             "fail",
             f"{text}: {error}",
-            "use Linux 5.4 or newer, and allow pidfd_open and memfd_create",
+            f"use Linux {floor} or newer, and allow pidfd_open, memfd_create and close_range",
         )
     return Check("kernel", "ok", text)
 
