@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import ipaddress
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -165,12 +166,45 @@ def parse(frames: Sequence[bytes]) -> ZapRequest:
     return ZapRequest(request_id, texts[0], texts[1], identity, texts[2], tuple(credentials))
 
 
-def decide(request: ZapRequest, domains: Mapping[str, Rule]) -> ZapReply:
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+def networks(texts: Sequence[str]) -> tuple[Network, ...]:
+    """Read networks in CIDR form.
+
+    Raises:
+        ValueError: one is no network (the operator's fault).
+    """
+    return tuple(ipaddress.ip_network(text) for text in texts)
+
+
+def is_within(address: str, allowed: Sequence[Network]) -> bool:
+    """Tell whether an address, as ZAP gives it, is in one of these networks; without any, and without address, it is.
+
+    What has no address comes by a file (ipc), whose mode says who may.
+    """
+    if not allowed or not address:
+        return True
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    # a socket that listens for both families sees IPv4 peers so
+    plain = found.ipv4_mapped or found if isinstance(found, ipaddress.IPv6Address) else found
+    return any(plain in network for network in allowed)
+
+
+#: says of a peer that its address is in none of the allowed networks
+NOT_HERE: Final = "this address is in none of the allowed networks"
+
+
+def decide(request: ZapRequest, domains: Mapping[str, Rule], allowed: Sequence[Network] = ()) -> ZapReply:
     """Answer a request.
 
     Args:
         request: what libzmq asks.
         domains: one rule a ZAP domain; a domain that is not in it admits nobody.
+        allowed: networks that may come; without any, all.
 
     Returns:
         200 with the thumbprint, 300 (the peer tries again) or 400 (it gives up). Never raises for
@@ -179,6 +213,8 @@ def decide(request: ZapRequest, domains: Mapping[str, Rule]) -> ZapReply:
     rule = domains.get(request.domain)
     if rule is None:
         return ZapReply(request.request_id, 400, "unknown domain")
+    if not is_within(request.address, allowed):
+        return ZapReply(request.request_id, 400, NOT_HERE)
     if request.mechanism != MECHANISM:
         return ZapReply(request.request_id, 400, "the mechanism must be CURVE")
     if len(request.credentials) != 1 or len(request.credentials[0]) != KEY_BYTES:
@@ -209,13 +245,19 @@ def reply_frames(reply: ZapReply) -> list[bytes]:
     ]
 
 
-def clients_rule(revoked: Container[UserId]) -> Rule:
+def clients_rule(revoked: Container[UserId], only: Container[UserId] | None = None) -> Rule:
     """Admit every CURVE key that is not revoked: what a client may do is for its token to say.
 
     Args:
         revoked: asked anew at each handshake, so it may change.
+        only: the keys that may come at all; None: any.
     """
-    return lambda user_id: Verdict.REFUSE if user_id in revoked else Verdict.ADMIT
+
+    def rule(user_id: UserId) -> Verdict:
+        is_listed = only is None or user_id in only
+        return Verdict.ADMIT if is_listed and user_id not in revoked else Verdict.REFUSE
+
+    return rule
 
 
 def workers_rule(admitted: Container[UserId], is_complete: Callable[[], bool]) -> Rule:

@@ -25,6 +25,7 @@ from mcp_broker.broker.sockets import CLIENT_DOMAIN, listening_router
 from mcp_broker.broker.tokens import TokenVerifier
 from mcp_broker.broker.zap_handler import ZapHandler
 from mcp_broker.core.routing import Routing
+from mcp_broker.ids import UserId
 from mcp_broker.wire import node
 
 _PR_SET_PDEATHSIG = 1
@@ -80,8 +81,10 @@ def _serve(link: NodeLink, boot: node.Boot, rest: list[node.FromSupervisor]) -> 
     context.set(zmq.MAX_SOCKETS, limits.SESSIONS_MAX + limits.WORKERS_MAX)
     admission = Admission()
     # before any bind: with no handler there, nobody could be refused for a reason
-    admission.domains[CLIENT_DOMAIN] = zap.clients_rule(frozenset())
-    ZapHandler(context, admission.domains)
+    admission.domains[CLIENT_DOMAIN] = zap.clients_rule(
+        frozenset(), frozenset(map(UserId, boot.client_keys)) or None
+    )
+    doorkeeper = ZapHandler(context, admission.domains, zap.networks(boot.allow))
     clients = listening_router(
         context,
         fd=boot.client_fd,
@@ -98,6 +101,7 @@ def _serve(link: NodeLink, boot: node.Boot, rest: list[node.FromSupervisor]) -> 
     )
     machine = Routing(boot.epoch, time.monotonic(), os.urandom)
     machine.pid = os.getpid()
+    machine.refused = doorkeeper.refused
     machine.software_version = metadata.version("mcp-broker")
     machine.from_node(boot, time.monotonic())
     tokens = TokenVerifier(boot.issuer_keys, issuer=boot.issuer, audience=boot.audience)

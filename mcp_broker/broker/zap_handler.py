@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import zmq
 
@@ -23,10 +23,22 @@ class ZapHandler:
 
     Args:
         domains: one rule a ZAP domain; asked in the handler's thread, so they only look things up.
+        allowed: networks that may come; without any, all.
+
+    Attributes:
+        refused: handshakes that were refused since the start; some of them for their address.
     """
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], domains: Mapping[str, zap.Rule]) -> None:
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        domains: Mapping[str, zap.Rule],
+        allowed: Sequence[zap.Network] = (),
+    ) -> None:
         self._domains = domains
+        self._allowed = allowed
+        # written by this thread alone, read by others
+        self.refused = {"handshakes": 0, "addresses": 0}
         self._socket = context.socket(zmq.REP)
         self._socket.setsockopt(zmq.LINGER, 0)
         # bound here, in the starter's thread: the broker's own sockets may bind only once somebody answers
@@ -48,10 +60,12 @@ class ZapHandler:
 
     def _reply(self, frames: list[bytes]) -> zap.ZapReply:
         try:
-            reply = zap.decide(zap.parse(frames), self._domains)
+            reply = zap.decide(zap.parse(frames), self._domains, self._allowed)
         except zap.ZapError as error:
             # libzmq itself wrote this request: answer whatever can be answered
             reply = zap.error_reply(error) or zap.ZapReply(b"", 500, "malformed request")
         if not reply.admitted:
+            self.refused["handshakes"] += 1
+            self.refused["addresses"] += reply.text == zap.NOT_HERE
             _log.warning("zap.refused", extra={"status": reply.status, "reason": reply.text})
         return reply

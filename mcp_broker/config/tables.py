@@ -37,6 +37,10 @@ Networks = Annotated[
 ]
 
 
+#: of a CURVE key: 43 characters of base64url
+Thumbprint = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{43}$")]
+
+
 class Table(BaseModel):
     """One table of the file."""
 
@@ -53,6 +57,8 @@ class BrokerTable(Table):
     worker_port: Port = 0
     #: networks from which clients and workers may connect, as CIDR; without any everybody who can reach the address
     allow: Networks = ()
+    #: thumbprints of the only client keys that may connect; without any, every key that its token names
+    client_keys: Annotated[tuple[Thumbprint, ...], Field(strict=False)] = ()
 
 
 class PortsTable(Table):

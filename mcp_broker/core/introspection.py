@@ -170,6 +170,7 @@ def status(
             "workers": boot.worker_endpoint if boot is not None else "",
         },
         "sessions": len(routing.clientele.open),
+        "refused": dict(routing.refused),
         "calls": {
             "accepted": ledger.accepted,
             "in_flight": len(ledger) - queued,

@@ -81,6 +81,8 @@ class Routing:
         #: facts of the process around it, for `status`
         self.pid = 0
         self.software_version = ""
+        #: handshakes that the shell's door refused, by why; it counts them
+        self.refused: dict[str, int] = {}
         self._heartbeat_at = now + limits.HEARTBEAT_S
         self._beats = 0
 

@@ -41,6 +41,8 @@ def boot(
         supervisor_pid=os.getpid(),
         started_wall=started_wall,
         lineage=lineage,
+        allow=ports.allow,
+        client_keys=ports.client_keys,
     )
 
 

@@ -34,6 +34,8 @@ class Ports:
     """
 
     def __init__(self, table: BrokerTable, state_dir: Path) -> None:
+        #: who may connect: networks as CIDR, and the only client keys; without any, everybody
+        self.allow, self.client_keys = table.allow, table.client_keys
         remembered = _remembered(state_dir)
         self.client = _listen(table.host, table.client_port, remembered.get("client", 0))
         try:

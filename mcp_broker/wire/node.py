@@ -85,6 +85,10 @@ class Boot(NodeMessage, tag="BOOT", frozen=True):
     started_wall: float
     #: the same for all brokers of one life of the supervisor
     lineage: str = ""
+    #: networks that may connect, as CIDR; without any, all
+    allow: tuple[str, ...] = ()
+    #: thumbprints of the only client keys that may; without any, all that are not revoked
+    client_keys: tuple[str, ...] = ()
 
 
 class Admit(NodeMessage, tag="ADMIT", frozen=True):

@@ -144,3 +144,28 @@ def test_any_frames_are_a_request_or_an_error(sent: list[bytes]) -> None:
     assert reply.admitted == bool(reply.user_id)
     assert reply.admitted <= (request.mechanism == "CURVE" and request.domain == "clients")
     assert len(zap.reply_frames(reply)) == 6
+
+
+@pytest.mark.parametrize(
+    ("address", "allowed", "expected"),
+    [
+        ("127.0.0.1", (), 200),
+        ("127.0.0.1", ("127.0.0.0/8",), 200),
+        ("10.1.2.3", ("127.0.0.0/8", "10.0.0.0/8"), 200),
+        ("11.1.2.3", ("127.0.0.0/8", "10.0.0.0/8"), 400),
+        ("::1", ("127.0.0.0/8",), 400),
+        ("::1", ("::1/128",), 200),
+        ("::ffff:127.0.0.1", ("127.0.0.0/8",), 200),
+        ("", ("10.0.0.0/8",), 200),
+        ("no address", ("0.0.0.0/0", "::/0"), 400),
+    ],
+)
+def test_only_allowed_networks_may_come(address: str, allowed: tuple[str, ...], expected: int) -> None:
+    sent = [b"1.0", b"7", b"clients", address.encode(), b"", b"CURVE", KEY]
+    assert zap.decide(zap.parse(sent), DOMAINS, zap.networks(allowed)).status == expected
+
+
+def test_only_listed_keys_may_come_where_there_is_a_list() -> None:
+    assert zap.clients_rule(frozenset(), frozenset({USER}))(USER) is Verdict.ADMIT
+    assert zap.clients_rule(frozenset(), frozenset())(USER) is Verdict.REFUSE
+    assert zap.clients_rule(frozenset({USER}), frozenset({USER}))(USER) is Verdict.REFUSE

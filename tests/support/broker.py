@@ -83,7 +83,8 @@ def listening() -> socket.socket:
 class BrokerProcess:
     """``python -m mcp_broker.broker`` on ports of its own; the test is its supervisor."""
 
-    def __init__(self, epoch: int = 1) -> None:
+    def __init__(self, epoch: int = 1, *, allow: tuple[str, ...] = (), only: tuple[str, ...] = ()) -> None:
+        self._allow, self._only = allow, only
         self.client_key, self.worker_key = Curve(), Curve()
         self.issuer = Issuer()
         self.client_socket, self.worker_socket = listening(), listening()
@@ -106,7 +107,8 @@ class BrokerProcess:
             node.Boot(
                 epoch, self.client_socket.fileno(), self.worker_socket.fileno(), self.client_endpoint,
                 self.worker_endpoint, self.client_key.secret, self.worker_key.secret,
-                {self.issuer.kid: self.issuer.public}, ISSUER, AUDIENCE, {}, os.getpid(), time.time(),
+                {self.issuer.kid: self.issuer.public}, ISSUER, AUDIENCE, {}, os.getpid(), time.time(), "",
+                self._allow, self._only,
             )
         )  # fmt: skip
         self.expect(node.Serving)
