@@ -300,7 +300,10 @@ class Slot:
         self.tell(children.Spawned())
 
     def _warmed(self, _message: Warm) -> None:
-        if self.life is not None:
+        if not self.is_spare:
+            # only the broker's word makes another one ready
+            self._violated("it said WARM on its tether, and is no spare")
+        elif self.life is not None:
             # before that it would not hear that it is called up
             self.tell(children.BecameReady())
 

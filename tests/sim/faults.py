@@ -43,6 +43,7 @@ class Faults:
             (2, self.terminate_worker),
             (1, self.hang_start),
             (3, self.retire_worker),
+            (2, self.change_pool),
             (4, self.steer_tool),
             (2, self.kill_broker),
             (2, self.stall_broker),
@@ -174,6 +175,10 @@ class Faults:
         if tools:
             name = world.rng.choice(sorted(WISHES))
             world.steer(world.rng.choice(tools), name)
+
+    def change_pool(self) -> None:
+        """Let an operator bring a new version of a pool's tools, which is to cost no call."""
+        self._world.supervisor.change(self._world.rng.choice(self._world.supervisor.pools))
 
     def hang_start(self) -> None:
         """Let the next worker that starts never come up."""

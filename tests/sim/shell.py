@@ -38,14 +38,14 @@ class Shell:
 
     door = Door.WORKERS
 
-    def __init__(self, world: World, worker_id: str, pool: str, concurrency: int) -> None:
+    def __init__(self, world: World, worker_id: str, pool: str, concurrency: int, edition: int) -> None:
         self.world = world
         self.name = worker_id
         self.key = f"key-{worker_id}"
         self.pool = pool
         self.concurrency = concurrency
         home = pool.partition("~")[0]
-        self.session = Session(definitions(home), concurrency, "sim", traits(home))
+        self.session = Session(definitions(home, edition), concurrency, "sim", traits(home))
         self.wire: Wire | None = None
         self.marks = Marks(memoryview(bytearray(MARKS_BYTES)))
         self.stalled_until = 0.0

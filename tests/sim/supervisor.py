@@ -48,6 +48,7 @@ class Slot:
     def __init__(self, owner: Supervisor, pool: PoolSlots, restarts: Restarts) -> None:
         self._owner = owner
         self._pool = pool
+        self.edition = pool.edition
         self.child = children.Child(restarts, start_s=_START_S, retire_s=_RETIRE_S)
         self.life: Worker | None = None
         self._was_ready = False
@@ -88,7 +89,7 @@ class Slot:
         owner, world = self._owner, self._owner.world
         worker_id = owner.next_worker_id(self._pool.name)
         self._was_ready = False
-        life = self.life = Worker(world, worker_id, self._pool.name, self._pool.concurrency)
+        life = self.life = Worker(world, worker_id, self._pool.name, self._pool.concurrency, self.edition)
         owner.send(node.Admit((self.admitted,)))
         if world.hanging_starts:
             world.hanging_starts -= 1
@@ -101,7 +102,9 @@ class Slot:
     def admitted(self) -> node.Admitted:
         """What the broker lets in for the present life."""
         assert self.life is not None
-        return node.Admitted(thumbprint=self.life.key, worker_id=self.life.name, pool=self._pool.name)
+        return node.Admitted(
+            thumbprint=self.life.key, worker_id=self.life.name, pool=self._pool.name, edition=self.edition
+        )
 
     def interrupt(self, order: node.Interrupt) -> None:
         """End one call of this worker, as far as that is still the call that runs."""
@@ -146,6 +149,7 @@ class PoolSlots:
     """Workers of one kind.
 
     Attributes:
+        edition: of the tools that new workers bring.
         slots: those that are wanted.
         leaving: those that retire.
     """
@@ -153,6 +157,7 @@ class PoolSlots:
     def __init__(self, owner: Supervisor, name: str, size: int, concurrency: int, policy: Policy) -> None:
         self.name = name
         self.concurrency = concurrency
+        self.edition = 1
         self._owner = owner
         restarts = self._restarts = Restarts(policy)
         self.tools: tuple[ToolDefinition, ...] = ()
@@ -166,6 +171,11 @@ class PoolSlots:
         self.leaving.append(slot)
         successor.tell(children.Wanted())
         slot.tell(children.Retire())
+
+    def supersede(self, edition: int) -> None:
+        """Let all go that have earlier tools: the broker gives them no more calls."""
+        for slot in [slot for slot in self.slots if slot.edition < edition]:
+            self.replace(slot)
 
     def retiring(self) -> tuple[str, ...]:
         """Return the workers that the broker is to send away."""
@@ -239,6 +249,11 @@ class Supervisor:
         """Return every slot, the retiring ones too."""
         self._dissolving = [slot for slot in self._dissolving if slot.child.is_alive]
         return [slot for pool in self.pools for slot in (*pool.slots, *pool.leaving)] + self._dissolving
+
+    def change(self, pool: PoolSlots) -> None:
+        """Have workers bring a new version of their tools, one first."""
+        pool.edition += 1
+        self.retire(pool)
 
     def retire(self, pool: PoolSlots) -> None:
         """Replace one worker of a pool, if one runs."""
@@ -316,12 +331,19 @@ class Supervisor:
             self._tell_worker(message.worker_id, children.BecameReady())
         elif isinstance(message, node.WorkerRefused):
             self._tell_worker(message.worker_id, children.Refused(message.reason))
+        elif isinstance(message, node.Superseded):
+            self._supersede(message)
         elif isinstance(message, node.Standings | node.Replace | node.Isolate):
             self._recover(message)
         elif isinstance(message, node.Interrupt):
             for slot in self.slots():
                 if slot.life is not None and slot.life.name == message.worker_id:
                     slot.interrupt(message)
+
+    def _supersede(self, message: node.Superseded) -> None:
+        for pool in self.pools:
+            if pool.name == message.pool:
+                pool.supersede(message.edition)
 
     def _recover(self, wish: node.Standings | node.Replace | node.Isolate) -> None:
         """Do what the broker wants done about tools that fail."""

@@ -35,12 +35,13 @@ def test_every_call_has_one_outcome_and_nothing_is_left_whatever_happens(first: 
 
 
 @pytest.mark.slow
-def test_workers_that_retire_cost_no_call() -> None:
+@pytest.mark.parametrize("why", ["retire_worker", "change_pool"])
+def test_workers_that_retire_cost_no_call(why: str) -> None:
     retired = 0
     for seed in range(20):
         world = World(seed)
         world.faults.a_second = 20.0
-        world.faults.only(world.faults.retire_worker)
+        world.faults.only(getattr(world.faults, why))
         world.wishes.harm = 0.0
         # else a call that is late takes its worker along, before that is heard to have ended it
         world.network.latency_s = 0.001
@@ -49,9 +50,9 @@ def test_workers_that_retire_cost_no_call() -> None:
         lost = [
             record
             for record in world.records.values()
-            # before the broker is up, a client may have to end a call that it could not hand over
-            if record.code in {"WORKER_LOST", "POISONED", "UNAVAILABLE"}
-            or (record.code == "BROKER_LOST" and record.executions)
+            # before broker and workers are up, nothing runs
+            if record.code in {"WORKER_LOST", "POISONED"}
+            or (record.code in {"BROKER_LOST", "UNAVAILABLE"} and record.executions)
         ]
         assert not lost
     assert retired > 200, "there were workers that retired"

@@ -26,12 +26,12 @@ OWN: Final = "system.tools"
 _BIG: Final = bytes(limits.INLINE_BYTES_MAX + 100)
 
 
-def definitions(pool: str) -> tuple[messages.ToolDefinition, ...]:
-    """Return what each worker of a pool offers."""
+def definitions(pool: str, edition: int) -> tuple[messages.ToolDefinition, ...]:
+    """Return what each worker of an edition of a pool offers."""
     return tuple(
         messages.ToolDefinition(
             name=f"{pool}.{name}",
-            version="1.0.0",
+            version=f"{edition}.0.0",
             capabilities=("sim",),
             idempotent=name in {GET, ROWS},
             streaming=name in {ROWS, TAIL},

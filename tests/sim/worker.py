@@ -30,8 +30,8 @@ _FOREVER_S: Final = 1e6
 class Worker(Shell):
     """One life of one worker process."""
 
-    def __init__(self, world: World, worker_id: str, pool: str, concurrency: int) -> None:
-        super().__init__(world, worker_id, pool, concurrency)
+    def __init__(self, world: World, worker_id: str, pool: str, concurrency: int, edition: int) -> None:
+        super().__init__(world, worker_id, pool, concurrency, edition)
         #: one call at a time: when the oldest outcome that is not flushed was finished, and what was measured
         self._oldest_at: float | None = None
         self._turn_began = 0.0
