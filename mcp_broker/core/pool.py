@@ -60,6 +60,11 @@ class Pool:
         self._drained = 0
         self._measured_at = 0.0
 
+    @property
+    def family(self) -> str:
+        """The name of the pool that has the module: pools of single tools come from it."""
+        return self.name.partition(APART)[0]
+
     # -- what waits -----------------------------------------------------------------------------------
 
     def queue(self, calls: list[Call], now: float) -> list[Call]:

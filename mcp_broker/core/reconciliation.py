@@ -182,7 +182,8 @@ class Reconciliation:
 
     def _is_in_doubt(self, pool: Pool) -> bool:
         complete = self._routing.crew.admission_complete
-        return not complete or any(worker.is_silent for worker in pool.workers.values())
+        kin = (other for other in self._dispatcher.pools.values() if other.family == pool.family)
+        return not complete or any(worker.is_silent for one in kin for worker in one.workers.values())
 
     def _lost(self, call: Call) -> bool:
         """End a call that a dead worker had started; False: none had, or it may run again."""
@@ -226,7 +227,12 @@ class Reconciliation:
 
     def _settle(self, pool: Pool, now: float) -> None:
         """Decide the doubts that can be decided now."""
-        mine = [call for call in self.doubts.values() if call.tool.pool is pool]
+        # a tool may have moved to a worker of its own, or back, while its calls were in doubt
+        mine = [
+            call
+            for call in self.doubts.values()
+            if call.tool.pool is not None and call.tool.pool.family == pool.family
+        ]
         free: list[Call] = []
         in_doubt = self._is_in_doubt(pool)
         for call in mine:
@@ -243,8 +249,9 @@ class Reconciliation:
             del self.doubts[call.call_id]
             if not (self._lost(call) or self._was_let_go(call) or self._routing.care.shuts_out(call)):
                 free.append(call)
-        if free:
-            self._dispatcher.submit(free, pool, now)
+        for call in free:
+            if call.tool.pool is not None:
+                self._dispatcher.submit([call], call.tool.pool, now)
 
     def _let_go(self, subject: tuple[Worker, tuple[bytes, ...]], now: float) -> None:
         """Nobody asked for these in time."""
@@ -276,7 +283,10 @@ class Reconciliation:
         if not worker.is_silent or worker.state >= WorkerState.DYING:
             return
         if not any(
-            call.tool.pool is worker.pool and call.state is not _ENDED for call in self.doubts.values()
+            call.tool.pool is not None
+            and call.tool.pool.family == worker.pool.family
+            and call.state is not _ENDED
+            for call in self.doubts.values()
         ):
             self._routing.crew.give_up(worker)
         self._routing.timers.add(now + limits.ORPHAN_S, self._unheard, worker)

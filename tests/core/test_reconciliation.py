@@ -305,3 +305,16 @@ def test_stream_that_an_earlier_broker_carried_ends_for_whoever_asks() -> None:
     world.worker_says("echo-1", messages.Register(0, "MCPB", (1,), tools, seq=5, held=held))
     again(world)
     assert world.outcomes(session) == {ID: "BROKER_LOST"}
+
+
+def test_a_call_in_doubt_whose_tool_has_got_a_worker_of_its_own_is_settled_by_those_that_could_hold_it() -> (
+    None
+):
+    world = successor("echo-1")
+    world.hello()
+    again(world)
+    machine = world.machine
+    machine.registry.tools["echo.echo"].pool = machine.dispatcher.pool("echo~echo.echo")
+    registers(world, "echo-1")
+    assert not machine.reconciliation.doubts
+    assert list(machine.dispatcher.pool("echo~echo.echo").backlog) == [ID]
