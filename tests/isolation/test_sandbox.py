@@ -16,6 +16,7 @@ import pytest
 
 from mcp_broker import proctable
 from mcp_broker.config import PoolTable
+from mcp_broker.errors import SupervisionError
 from mcp_broker.supervisor.endpoint import Endpoint
 from mcp_broker.supervisor.launch import WorkerOrder
 from mcp_broker.supervisor.launch.local import LocalLauncher
@@ -129,10 +130,15 @@ def make(tmp_path: Path) -> Iterator[Make]:
         def exited(end: Exit) -> None:
             sandbox.end = end
 
-        process = launcher.launch_worker(order, poller, exited)
+        try:
+            process = launcher.launch_worker(order, poller, exited)
+        except SupervisionError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+            endpoint.close()
         assert isinstance(process, SandboxedProcess)
-        theirs.close()
-        endpoint.close()
         sandbox = Sandbox(process, poller, ours)
         started.append(sandbox)
         return sandbox
@@ -264,6 +270,38 @@ def test_killed_before_it_is_born_it_never_runs(make: Make) -> None:
     assert not survivors(sandbox.inhabitants())
 
 
+def test_the_first_process_cannot_be_read_stopped_or_ended_from_inside(make: Make) -> None:
+    sandbox = make("""
+        told = {}
+        for what, attempt in {
+            "memory": lambda: open("/proc/1/mem", "rb"),
+            "descriptors": lambda: os.listdir("/proc/1/fd"),
+            "environment": lambda: open("/proc/1/environ", "rb").read(),
+            "root": lambda: os.listdir("/proc/1/root"),
+        }.items():
+            try:
+                attempt()
+                told[what] = "done"
+            except OSError as error:
+                told[what] = error.errno
+        for number in (signal.SIGKILL, signal.SIGSTOP):
+            os.kill(1, number)
+        tell(told)
+        wait()
+        sys.exit(5)
+    """)
+    assert set(sandbox.told().values()) <= {1, 13}
+    sandbox.tether.send(b"x")
+    assert sandbox.ended().code == 5, "and still it tells the end"
+
+
+def test_a_missing_folder_is_named_before_anything_starts(make: Make, tmp_path: Path) -> None:
+    if not IS_ROOT:
+        pytest.skip("an ordinary user hears it from bubblewrap, see the next test")
+    with pytest.raises(SupervisionError, match=r"cannot make a sandbox: .*No such file"):
+        make("pass", read=(str(tmp_path / "missing"),))
+
+
 def test_a_sandbox_that_cannot_be_made_ends_in_bubblewraps_own_words(make: Make, tmp_path: Path) -> None:
     if IS_ROOT:
         pytest.skip("as root the folder is missed before bubblewrap is started")
@@ -277,6 +315,9 @@ def test_descriptors_of_ours_do_not_get_in_and_the_first_process_keeps_none(make
     held = sandbox.told()
     # standard streams, its tether and its boot record; the namespace's, and the one that reads the folder
     assert len(held) <= 7
+    if not IS_ROOT:
+        # nobody but root looks into the first process, not even who started it
+        return
     first = proctable.read(sandbox.process.main_pid)
     assert first is not None
     links = [str(path.readlink()) for path in Path(f"/proc/{first.ppid}/fd").iterdir()]

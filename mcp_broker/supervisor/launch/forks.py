@@ -50,7 +50,7 @@ class ForkingLauncher(Launcher):
     def launch_worker(self, order: WorkerOrder, poller: Poller, on_exit: Callable[[Exit], None]) -> Process:
         """Have a worker forked, or start it."""
         pool = order.pool
-        if self._ground is None or pool.start != "zygote" or pool.isolation not in _FORKED:
+        if self._ground is None or pool.start != "zygote" or order.confinement.level not in _FORKED:
             return self._local.launch_worker(order, poller, on_exit)
         process = Process.unborn(order.worker_id, poller=poller, on_exit=on_exit)
         if self._zygote(self._ground, order).deliver(Delivery(process, order)):

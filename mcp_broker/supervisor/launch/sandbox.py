@@ -294,41 +294,54 @@ class SandboxLauncher(Launcher):
         """Start a worker."""
         if order.confinement.level != "sandboxed":
             return self._others.launch_worker(order, poller, on_exit)
+        try:
+            with contextlib.ExitStack() as stack:
+                return self._launch(order, poller, on_exit, stack)
+        except OSError as error:
+            why = f"cannot make a sandbox: {error.filename or ''} {error}".replace("  ", " ")
+            raise SupervisionError(why, {"errno": error.errno}) from error
+
+    def _launch(
+        self, order: WorkerOrder, poller: Poller, on_exit: Callable[[Exit], None], stack: contextlib.ExitStack
+    ) -> SandboxedProcess:
+        """Start bubblewrap; what is on the stack belongs to this start alone.
+
+        Raises:
+            OSError: a folder is missing, or descriptors are; or the user namespace cannot be had.
+        """
         uid = order.confinement.uid
+        sandbox = self.sandbox(order)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        stack.enter_context(theirs)
+        # kept by the process, once there is one
+        undo = stack.enter_context(contextlib.ExitStack())
+        undo.enter_context(ours)
+        boot_fd = sealed(order.boot)
+        stack.callback(os.close, boot_fd)
+        options_fd = sealed(bubblewrap.packed(bubblewrap.arguments(sandbox)), "mcpb-sandbox")
+        stack.callback(os.close, options_fd)
         trees: list[tuple[int, str]] = []
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(theirs)
-            boot_fd = sealed(order.boot)
-            stack.callback(os.close, boot_fd)
-            try:
-                sandbox = self.sandbox(order)
-                if uid is not None:
-                    opened = (*order.pool.path, *order.confinement.read, *order.confinement.write)
-                    # the outer before the inner
-                    for path in sorted(set(opened)):
-                        trees.append((mounts.mapped_tree(path, uid), path))
-                        stack.callback(os.close, trees[-1][0])
-            except OSError as error:
-                ours.close()
-                raise SupervisionError(f"cannot make a sandbox: {error}") from error
-            options_fd = sealed(bubblewrap.packed(bubblewrap.arguments(sandbox)), "mcpb-sandbox")
-            stack.callback(os.close, options_fd)
-            fds = [boot_fd, order.tether_fd, theirs.fileno(), *order.pass_fds]
-            return SandboxedProcess(
-                order.worker_id,
-                [program(), "--args", str(options_fd), "--", *self._command(order, theirs.fileno(), boot_fd)],
-                cwd=order.scratch,
-                pass_fds=(
-                    *fds,
-                    options_fd,
-                    *(() if sandbox.user_namespace is None else (sandbox.user_namespace,)),
-                ),
-                poller=poller,
-                on_exit=on_exit,
-                status=ours,
-                prepare=functools.partial(mounts.show_again, trees) if trees else None,
-            )
+        if uid is not None:
+            opened = (*order.pool.path, *order.confinement.read, *order.confinement.write)
+            # the outer before the inner
+            for path in sorted(set(opened)):
+                trees.append((mounts.mapped_tree(path, uid), path))
+                stack.callback(os.close, trees[-1][0])
+        inherited = [options_fd, boot_fd, order.tether_fd, theirs.fileno(), *order.pass_fds]
+        if sandbox.user_namespace is not None:
+            inherited.append(sandbox.user_namespace)
+        process = SandboxedProcess(
+            order.worker_id,
+            [program(), "--args", str(options_fd), "--", *self._command(order, theirs.fileno(), boot_fd)],
+            cwd=order.scratch,
+            pass_fds=inherited,
+            poller=poller,
+            on_exit=on_exit,
+            status=ours,
+            prepare=functools.partial(mounts.show_again, trees) if trees else None,
+        )
+        undo.pop_all()
+        return process
 
     def sandbox(self, order: WorkerOrder) -> bubblewrap.Sandbox:
         """Return what a worker's sandbox is made of.
