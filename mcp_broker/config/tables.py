@@ -108,6 +108,10 @@ class LimitsTable(Table):
     rate_per_s: RatePerS | None = None
     #: of these, calls at once after a pause; one second's calls if absent
     burst: Burst | None = None
+    #: tools that are served, all pools together
+    tools: Annotated[int, Field(ge=1, le=limits.TOOLS_MAX)] = limits.TOOLS_MAX
+    #: calls that workers hold at a time, all pools together; others wait; without it as many as workers take
+    executions: Annotated[int, Field(ge=1, le=limits.CONCURRENCY_MAX)] | None = None
 
     @model_validator(mode="after")
     def _burst_of_a_rate(self) -> LimitsTable:

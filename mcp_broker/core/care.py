@@ -12,6 +12,7 @@ Source: docs/recovery.md.
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
@@ -184,6 +185,19 @@ class Care:
             self.lives.of(tool).life.handle(Event.READY, now)
         if APART in pool.name:
             self.residence.settled(pool, now)
+
+    def updating(self, pool: Pool, now: float) -> None:
+        """Workers of a later edition serve other tools: until those of earlier ones are gone, both do."""
+        for tool in self._registry.of(pool):
+            condition = self.lives.of(tool)
+            if condition.life.may(Event.UPDATE) and tool not in self.operations.running:
+                self.lives.change(condition, Event.UPDATE, now, reason=f"edition {pool.edition} of its pool")
+                done = functools.partial(self._updated, condition)
+                self.operations.begin(Operation(tool, deque((Phase.UPDATE,)), done), now)
+
+    def _updated(self, condition: Condition, error: str, now: float) -> None:
+        if condition.life.state is State.UPDATING:
+            self.lives.change(condition, Event.DONE, now, error=error)
 
     def mourn(self, certificate: Certificate, started: list[Call]) -> None:
         """A worker died, and took these calls along; some may have had an outcome before."""

@@ -132,7 +132,7 @@ class Crew:
 
     def _outcomes(self, worker: Worker, message: messages.Outcomes, body: Body | None, now: float) -> None:
         self._dispatcher.outcomes(worker, message.outcomes, body)
-        if worker.pool.backlog:
+        if worker.pool.backlog or self._dispatcher.ceiling.limit is not None:
             self._dispatcher.pump(worker.pool, now)
         # results that were smaller than expected leave room for others
         for session in self._dispatcher.arrears.sessions if self._dispatcher.arrears else ():
@@ -190,6 +190,7 @@ class Crew:
             if worker.edition < pool.edition and worker.state < WorkerState.DYING:
                 self._retire(worker)
         self._routing.to_node.append(node.Superseded(pool.name, pool.edition))
+        self._routing.care.updating(pool, self._routing.now)
 
     def unreachable(self, routing_id: bytes) -> None:
         """The socket could not reach a worker; whether its process lives is its node's to say."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mcp_broker.core.calls import Call, CallState, fault
-from mcp_broker.wire import codec
+from mcp_broker.core.workers import WORKER_CODES
+from mcp_broker.wire import codec, messages
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from mcp_broker.core.outbox import Body
     from mcp_broker.core.pool import Pool
+    from mcp_broker.core.workers import Worker
     from mcp_broker.wire.messages import Outcome
     from mcp_broker.wire.node import Certificate
 
@@ -66,6 +69,19 @@ def exhausted(call: Call, certificate: Certificate, *, among: int = 1) -> Outcom
     if among > 1:
         details["among"] = among
     return fault(call.call_id, "RESOURCE_EXHAUSTED", sentence, details)
+
+
+def checked(worker: Worker, outcome: Outcome, body: Body | None) -> tuple[Outcome, Body | None]:
+    """Return a worker's outcome, or INTERNAL in place of one that a worker may not say."""
+    if outcome.code == messages.OK:
+        if outcome.body is not None or body is not None:
+            return outcome, body
+        text = f"worker {worker.worker_id} sent a result without a body"
+    elif outcome.code in WORKER_CODES and outcome.fault is not None:
+        return outcome, body
+    else:
+        text = f"worker {worker.worker_id} answered with {outcome.code!r}, which is not a worker's to say"
+    return fault(outcome.call_id, "INTERNAL", text), None
 
 
 def unavailable(call_id: bytes, pool: Pool, reason: str) -> Outcome:

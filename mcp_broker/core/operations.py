@@ -9,6 +9,7 @@ r"""What is being done to tools: the phases of a change of state, or of a step o
     restart                 REPLACE, PENALTY
     isolate                 ISOLATE, QUIET, MOVE, PENALTY
     rejoin                  QUIET, MOVE
+    update                  UPDATE
 
 A tool has one operation at most; a later one takes the place of what was under way. What it came to is told to whoever began it.
 """
@@ -49,6 +50,8 @@ class Phase(Enum):
     MOVE = "move"
     #: until its calls have waited long enough
     PENALTY = "penalty"
+    #: until the workers of earlier editions of its pool are gone
+    UPDATE = "update"
 
 
 class Operation(Slim):
@@ -242,6 +245,13 @@ class Operations:
     def _at_once(self, operation: Operation, now: float) -> bool:  # noqa: ARG002 (the shape of a question)
         return True
 
+    def _is_updated(self, operation: Operation, now: float) -> bool:  # noqa: ARG002 (the shape of a question)
+        pool = operation.tool.pool
+        return pool is None or all(worker.edition >= pool.edition for worker in pool.workers.values())
+
+    def _begin_nothing(self, operation: Operation, now: float) -> None:
+        """It goes on by itself."""
+
     def _is_time(self, operation: Operation, now: float) -> bool:
         return now >= operation.until
 
@@ -253,6 +263,7 @@ class Operations:
         Phase.ISOLATE: _begin_isolate,
         Phase.MOVE: _begin_move,
         Phase.PENALTY: _begin_penalty,
+        Phase.UPDATE: _begin_nothing,
     }
     QUESTIONS: Final[dict[Phase, Callable[[Operations, Operation, float], bool]]] = {
         Phase.QUIET: _is_quiet,
@@ -261,4 +272,5 @@ class Operations:
         Phase.ISOLATE: _is_isolated,
         Phase.MOVE: _at_once,
         Phase.PENALTY: _is_time,
+        Phase.UPDATE: _is_updated,
     }

@@ -15,10 +15,10 @@ from mcp_broker.core import losses, outbox
 from mcp_broker.core.arrears import Arrears
 from mcp_broker.core.budget import Budget
 from mcp_broker.core.calls import Call, CallEvent, CallState, Ledger, fault
+from mcp_broker.core.ceiling import Ceiling
 from mcp_broker.core.parts import counted
 from mcp_broker.core.pool import Pool
 from mcp_broker.core.receipts import Receipt
-from mcp_broker.core.workers import WORKER_CODES
 from mcp_broker.wire import messages
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class Dispatcher:
         self.dead_letters = dead_letters
         self.pools: dict[str, Pool] = {}
         self.budget = Budget()
+        self.ceiling = Ceiling(self.pools)
         #: outcomes that nobody waited for: of calls that had ended, or were never given
         self.late = 0
         #: asked about outcomes of calls that no worker of this broker was given; set by who knows of them
@@ -69,6 +70,11 @@ class Dispatcher:
         """Give accepted calls to workers with credit; let the rest wait, as many as may."""
         if self.arrears:
             calls = self.arrears.sift(calls, self._may_wait)
+        if self.ceiling.limit is not None:
+            # others may have waited longer
+            self._queue(calls, pool, now)
+            self._pump_in_turn(now)
+            return
         if pool.gates:
             calls = self._submit_gated(calls, pool, now)
         at, total = 0, len(calls)
@@ -118,6 +124,9 @@ class Dispatcher:
 
     def pump(self, pool: Pool, now: float) -> None:
         """Hand out waiting calls while there is credit."""
+        if self.ceiling.limit is not None:
+            self._pump_in_turn(now)
+            return
         backlog = pool.backlog
         while backlog.count:
             worker, room = pool.next_worker()
@@ -131,6 +140,23 @@ class Dispatcher:
                 run = self._sift(run, pool)
             if run:
                 self._assign(run, worker, now)
+
+    def _pump_in_turn(self, now: float) -> None:
+        """Hand out waiting calls of all pools, one of each after the other, while there is room below the ceiling."""
+        idle = False
+        while not idle:
+            idle = True
+            for pool in self.ceiling.waiting():
+                worker, _ = pool.next_worker()
+                if self.ceiling.room() <= 0 or worker is None:
+                    continue
+                run = pool.take(1, now)
+                if self.arrears:
+                    run = self._sift(run, pool)
+                if run:
+                    self._assign(run, worker, now)
+                    self.ceiling.served(pool)
+                    idle = False
 
     def _assign(self, calls: list[Call], worker: Worker, now: float) -> None:
         seq, held, send = worker.seq, worker.held, worker.outbox.append
@@ -209,7 +235,7 @@ class Dispatcher:
                 count -= 1
                 again.append(call)
             else:
-                finish(call, *self.checked(worker, outcome, body))
+                finish(call, *losses.checked(worker, outcome, body))
         if session is not None:
             session.expect(receipt, count)
         worker.receipts.add(receipt)
@@ -222,21 +248,6 @@ class Dispatcher:
         """A worker holds a call no more: its tool's next one may go."""
         if call.tool.gate is not None:
             pool.backlog.release(call.tool.gate)
-
-    @staticmethod
-    def checked(
-        worker: Worker, outcome: messages.Outcome, body: Body | None
-    ) -> tuple[messages.Outcome, Body | None]:
-        """Return a worker's outcome, or INTERNAL in place of one that a worker may not say."""
-        if outcome.code == messages.OK:
-            if outcome.body is not None or body is not None:
-                return outcome, body
-            text = f"worker {worker.worker_id} sent a result without a body"
-        elif outcome.code in WORKER_CODES and outcome.fault is not None:
-            return outcome, body
-        else:
-            text = f"worker {worker.worker_id} answered with {outcome.code!r}, which is not a worker's to say"
-        return fault(outcome.call_id, "INTERNAL", text), None
 
     def part(
         self, worker: Worker, part: messages.Part, body: Body | None, now: float

@@ -21,6 +21,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mcp_broker import limits
+from mcp_broker.core import losses
 from mcp_broker.core.calls import Call, CallState, fault
 from mcp_broker.core.workers import WorkerState
 from mcp_broker.wire import codec, messages
@@ -217,7 +218,7 @@ class Reconciliation:
         if orphan.outcome is None:
             self._dispatcher.adopt(call, orphan.worker, orphan.seq)
             return
-        self._ledger.finish(call, *self._dispatcher.checked(orphan.worker, orphan.outcome, orphan.body))
+        self._ledger.finish(call, *losses.checked(orphan.worker, orphan.outcome, orphan.body))
         if orphan.receipt is not None:
             # its share is the session's from here on
             orphan.receipt.left -= 1

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from mcp_broker import limits
 from mcp_broker.core.bucket import Bucket, Rate
 from mcp_broker.core.fairness import Gate
 from mcp_broker.core.pool import APART
@@ -135,6 +136,8 @@ class Registry:
         self.tools: dict[str, Tool] = {}
         #: counts changes, so that whoever caches a look-up can tell
         self.version = 0
+        #: tools that there may be, the broker's own excepted
+        self.most = limits.TOOLS_MAX
         #: some tool has a rate
         self.is_metered = False
 
@@ -189,6 +192,7 @@ class Registry:
         apart = [tool.name for tool in self.tools.values() if _is_apart(tool, pool)]
         definitions = tuple(definition for definition in definitions if definition.name not in apart)
         known = self._examine(pool, definitions)
+        self._check_room(known)
         mine = {tool.name: tool.definition for tool in self.of(pool)}
         others = any(worker.is_registered for worker in pool.workers.values())
         if edition < pool.edition:
@@ -248,6 +252,15 @@ class Registry:
             # what nobody has brought this time, or a closed pool has, may have moved to another pool
             known[name] = None
         return known
+
+    def _check_room(self, known: dict[str, Tool | None]) -> None:
+        new = sum(tool is None and name not in self.tools for name, tool in known.items())
+        there = sum(tool.pool is not None for tool in self.tools.values())
+        if new and there + new > self.most:
+            raise InvalidArgument(
+                f"the broker serves {there} tools already, of at most {self.most}; raise tools in [limits]",
+                {"limit": "tools", "maximum": self.most},
+            )
 
     def forget(self, pool: Pool) -> None:
         """Forget the tools of a pool that is no more."""

@@ -123,6 +123,8 @@ class Routing:
     def _limit(self, configured: dict[str, int | float]) -> None:
         rate = Rate.of(configured.get("rate_per_s"), int(configured.get("burst", 0)))
         self.rates.principal = rate
+        self.registry.most = int(configured.get("tools", limits.TOOLS_MAX))
+        self.dispatcher.ceiling.limit = int(configured["executions"]) if "executions" in configured else None
 
     def deadline(self) -> float:
         """Return when :meth:`expire` has something to do at the latest."""

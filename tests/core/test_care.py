@@ -410,6 +410,26 @@ def test_an_exception_is_run_again_no_more_often_than_any_other_call() -> None:
     assert world.outcomes(session)[call_id] == "TOOL_FAILED"
 
 
+def test_while_workers_of_two_editions_serve_a_tool_it_is_updating() -> None:
+    world = serving()
+    running = world.call()
+    admitted = node.Admitted(thumbprint="key-echo-2", worker_id="echo-2", pool="echo", edition=1)
+    world.machine.from_node(node.Admit((admitted,)), world.now)
+    tools = (definition(NAME, version="2.0.0"), definition("echo.other"))
+    world.worker_says("echo-2", messages.Register(0, "MCPB", (1,), tools))
+    world.worker_says("echo-2", messages.Ready(EPOCH, 4))
+    world.later(0)
+    assert state(world) is State.UPDATING
+    call_id = world.call("c2")
+    assert world.dispatched("echo-2") == [call_id], "the new version serves at once"
+    world.answer("echo-1", running)
+    world.later(0)
+    world.died("echo-1")
+    world.later(0.1)
+    assert state(world) is State.ACTIVE
+    assert [change["event"] for change in steer(world, "history")["history"]] == ["ready", "update", "done"]
+
+
 # -- another broker ---------------------------------------------------------------------------------------
 
 
