@@ -78,7 +78,7 @@ class Pool:
         self.leaving: list[Slot] = []
         self._successions: list[Succession] = []
         self.tools: tuple[ToolDefinition, ...] = ()
-        self.edition = 0
+        self.edition = self.size = 0
         #: restarts of earlier editions
         self._restarted = 0
         self._take_table(table, policy, times)
@@ -102,7 +102,8 @@ class Pool:
         self._is_fixed = False
         bounds = Bounds(table.min, table.max or table.min, table.grow_wait_s, table.shrink_after_s)
         self._scaler = Scaler(bounds, time.monotonic())
-        self.size = table.min
+        # as many as there are, if that may be: a burst does not end because the configuration is read again
+        self.size = min(max(self.size, bounds.least), bounds.most)
         self._ground.changed()
 
     @property
@@ -124,6 +125,9 @@ class Pool:
 
     def start(self) -> None:
         """Want every worker up; slots that were given up start afresh."""
+        if not (self.size or self.closed or self.tools):
+            # nobody can ask for tools that no worker has told of
+            self.size = 1
         for slot in (*self.members, *self.spares):
             slot.tell(Wanted())
         self._fit()
