@@ -43,7 +43,7 @@ from mcp_broker.supervisor.records import Abandoned, Counters, Deaths, Definitio
 from mcp_broker.supervisor.recovery import Recovery, Wish
 from mcp_broker.supervisor.reloading import Reloading
 from mcp_broker.supervisor.runtime import Runtime
-from mcp_broker.supervisor.signals import Signals, has_terminal
+from mcp_broker.supervisor.signals import Signals, ends_with_terminal, has_terminal
 from mcp_broker.wire import node
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ class Supervisor:
             self._fleet, self._config, self._reread, self._broker.send, self._on_event
         )
         self._reloading.join(self._commands)
-        self._had_terminal = has_terminal()
+        self._ends_with_terminal = ends_with_terminal()
         signals = Signals(_SIGNALS, self.poller, self._signalled)
         try:
             self._loop()
@@ -252,7 +252,7 @@ class Supervisor:
 
     def _signalled(self, number: int) -> None:
         """SIGHUP is an operator's wish to reload, unless it says that the terminal is gone that we were started in."""
-        if number != signal.SIGHUP or (self._had_terminal and not has_terminal()):
+        if number != signal.SIGHUP or (self._ends_with_terminal and not has_terminal()):
             self._stop()
         elif not self.is_leaving:
             self._reloading.by_signal()

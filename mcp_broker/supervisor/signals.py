@@ -22,6 +22,11 @@ def has_terminal() -> bool:
     return True
 
 
+def ends_with_terminal() -> bool:
+    """Tell whether this process is to end when its terminal is closed: it has one, and was not started by nohup."""
+    return has_terminal() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+
+
 class Signals:
     """Takes over some signals until it is closed. Main thread only.
 

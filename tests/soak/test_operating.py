@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.soak, pytest.mark.process, pytest.mark.slow]
 
 
 def test_scale_and_reload_for_minutes_cost_no_call(soak: Soak, start: Start) -> None:
-    seconds = soak.count(sample=3, full=180)
+    seconds = soak.count(sample=1, full=180)
     config = POOL.format(name="t", module="fault_tools", folder="{folder}") + "#more\n"
     with start(tools=TOOLS, config=config) as running:
         operated = Operated(running, config.format(folder=running.folder))
