@@ -129,7 +129,6 @@ class Port:
     Args:
         reason: why it is closed, "" otherwise.
         owner: the worker that has it, "" when nobody has.
-        leased_at: when its owner got it, on the machine's clock.
         due: when something happens to it by itself: the lease ends, the drain is over, it is tried again.
     """
 
@@ -137,7 +136,6 @@ class Port:
     state: PortState = PortState.AVAILABLE
     reason: str = ""
     owner: str = ""
-    leased_at: float = 0.0
     due: float | None = None
 
     def step(self, event: PortEvent) -> None:
@@ -234,7 +232,7 @@ class Ports:
                 {"port": port.number, "state": port.state.value},
             )
         port.step(PortEvent.LEASE)
-        port.owner, port.leased_at = owner, now
+        port.owner = owner
         port.due = None if ttl_s is None else now + ttl_s
         return port.number
 

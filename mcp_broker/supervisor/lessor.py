@@ -23,6 +23,8 @@ from mcp_broker.wire.ports import PortReport
 from mcp_broker.wire.tether import Leased, LeasePort, LeaseRefused, ReturnPort
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mcp_broker.config import PortsTable
     from mcp_broker.supervisor.connections import Connection
     from mcp_broker.supervisor.life import Life
@@ -38,6 +40,7 @@ _KNOWN_MAX: Final = 4096
 class Traffic:
     """What was seen of a port's connections, since it was lent."""
 
+    since_wall: float = 0.0
     live: dict[bytes, Connection] = field(default_factory=dict)
     connections: int = 0
     #: of those that ended
@@ -57,9 +60,14 @@ class Traffic:
 
 
 class Lessor:
-    """The ports of one node."""
+    """The ports of one node.
 
-    def __init__(self, table: PortsTable) -> None:
+    Args:
+        on_change: told when a report would be different now.
+    """
+
+    def __init__(self, table: PortsTable, on_change: Callable[[], None] = lambda: None) -> None:
+        self._on_change = on_change
         self._host = table.host
         self._networks = tuple(ipaddress.ip_network(text) for text in table.allow)
         self._ports = Ports(table.min, table.max, table.reserved, per_worker=table.per_worker)
@@ -102,7 +110,8 @@ class Lessor:
                 continue
             self._ports.bound(number)
             self._sockets[number] = listener
-            self._traffic[number] = Traffic()
+            self._traffic[number] = Traffic(since_wall=time.time())
+            self._on_change()
             return number
 
     def _check_network(self, network: str) -> None:
@@ -157,6 +166,8 @@ class Lessor:
         self._sockets.clear()
 
     def _perform(self, effects: list[Effect]) -> None:
+        if effects:
+            self._on_change()
         for effect in effects:
             listener = self._sockets[effect.number]
             # closing our descriptor alone would leave a worker's copy listening
@@ -188,7 +199,6 @@ class Lessor:
 
     def report(self) -> tuple[PortReport, ...]:
         """Return every port that is not simply available."""
-        wall_now, now = time.time(), time.monotonic()
         return tuple(
             PortReport(
                 port=port.number,
@@ -196,7 +206,7 @@ class Lessor:
                 host=self._host,
                 owner=port.owner,
                 reason=port.reason,
-                since_wall=wall_now - (now - port.leased_at) if port.owner else 0.0,
+                since_wall=traffic.since_wall,
                 listening=port.state is PortState.ACTIVE,
                 connections=len(traffic.live),
                 connections_total=traffic.connections,

@@ -142,7 +142,7 @@ class Supervisor:
             self._serve_on(self._ports)
 
     def _serve_on(self, ports: Ports) -> None:
-        folders, lessor = (self._state_dir, self.run_dir), Lessor(self._config.ports)
+        folders, lessor = (self._state_dir, self.run_dir), Lessor(self._config.ports, self.changed)
         self.aftermath = Aftermath(folders, self.instance, lessor, self._alive, self._tell)
         self.known = self.aftermath.known
         self._authority.ensure_default([ports.client_endpoint])
