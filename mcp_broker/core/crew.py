@@ -14,6 +14,7 @@ from mcp_broker.core import uploads
 from mcp_broker.core.bucket import Rate
 from mcp_broker.core.calls import CallState
 from mcp_broker.core.clients import Verdict
+from mcp_broker.core.obituaries import keep
 from mcp_broker.core.registry import Registration
 from mcp_broker.core.workers import EVENT_OF_KIND, WORKER_TABLE, Worker, WorkerEvent, WorkerState
 from mcp_broker.errors import InvalidArgument, InvalidTransition
@@ -297,7 +298,7 @@ class Crew:
                 worker.send(messages.Drain(self._routing.epoch))
 
     def _died(self, certificate: node.Certificate, now: float) -> None:
-        self.deaths.appendleft(certificate)
+        keep(self.deaths, certificate)
         worker = self.by_id.get(certificate.worker_id)
         if worker is None:
             return

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from mcp_broker.core import condition
 from mcp_broker.core.dead_letters import described
 from mcp_broker.core.lifecycle import Treatment
+from mcp_broker.core.obituaries import is_wished
 from mcp_broker.core.workers import WorkerState
 from mcp_broker.errors import NotFound
 from mcp_broker.wire import codec, messages
@@ -147,7 +148,7 @@ def _pool(routing: Routing, pool: Pool) -> dict[str, Any]:
 
 def _deaths(routing: Routing) -> list[Any]:
     """Return the newest deaths that nobody had wished for; `why` knows the others too."""
-    unwished = [one for one in routing.crew.deaths if one.kind != "operator"]
+    unwished = [one for one in routing.crew.deaths if not is_wished(one)]
     return [codec.as_plain(certificate) for certificate in unwished[:_DEATHS_MAX]]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from mcp_broker import limits
+from mcp_broker.core.obituaries import keep
 from mcp_broker.errors import WireError
 from mcp_broker.wire import codec, node
 from mcp_broker.wire.framing import FrameReader, frame
@@ -145,7 +146,7 @@ class Deaths:
                 self._lines += 1
                 certificate = _certificate(line)
                 if certificate is not None:
-                    self._recent.appendleft(certificate)
+                    keep(self._recent, certificate)
             if data and not data.endswith(b"\n"):
                 # torn by a crash: the next line must not continue it
                 self._rewrite()
@@ -157,7 +158,7 @@ class Deaths:
 
     def add(self, certificate: node.Certificate, started_calls: tuple[bytes, ...] = ()) -> None:
         """Keep one more; the file is written anew when it holds twice what is kept."""
-        self._recent.appendleft(certificate)
+        keep(self._recent, certificate)
         if started_calls:
             self.started_calls[certificate.worker_id] = started_calls
             if len(self.started_calls) > _STARTED_MAX:
