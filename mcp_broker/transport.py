@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import os
 import secrets
+import struct
 from typing import Final
 
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from mcp_broker import ids, limits
 
@@ -54,6 +54,9 @@ def has_input(socket: zmq.Socket[bytes]) -> bool:
 
 #: the ZAP status of a key that will never be taken
 ZAP_REFUSED: Final = 400
+
+#: a monitor's first frame: event and value. zmq.utils.monitor, which reads the same, imports asyncio. See zmq_socket_monitor(3).
+_MONITORED: Final = struct.Struct("=HI")
 
 _FAILURES: Final = (
     zmq.EVENT_CLOSED
@@ -129,10 +132,10 @@ class Connection:
             The reason, and whether the broker refused the key; None while there is hope.
         """
         while self._monitor is not None and self._monitor.poll(0):
-            event = recv_monitor_message(self._monitor)
-            if event["event"] == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-                return "the broker refused this key", event["value"] >= ZAP_REFUSED
-            if event["event"] == zmq.EVENT_CLOSED:
+            event, value = _MONITORED.unpack(self._monitor.recv_multipart()[0])
+            if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                return "the broker refused this key", value >= ZAP_REFUSED
+            if event == zmq.EVENT_CLOSED:
                 return "connection refused", False
             return "the broker ended the handshake (another broker's key, or one that is starting)", False
         return None

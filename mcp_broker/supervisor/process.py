@@ -4,14 +4,17 @@ Traps, and what is done about them:
 
 - A pid may be reused once its process is reaped: groups are killed while the dead leader is still a zombie.
 - The death signal of the kernel (PR_SET_PDEATHSIG) fires when the *thread* that spawned ends: only the main thread
-  spawns. The child sets it itself, since code between fork and exec would cost vfork.
+  spawns. It is set between fork and exec, which costs vfork and half a millisecond: a program that imports for a
+  second before it asks for the signal itself would outlive us by that. A change of uid clears it, so workers ask again.
 - A full pipe blocks the child: :mod:`mcp_broker.supervisor.output` reads what it writes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import functools
 import logging
 import os
 import resource  # noqa: F401 (os.wait4 imports it when it is first called, which may find no descriptor left)
@@ -32,9 +35,9 @@ if TYPE_CHECKING:
 
     from mcp_broker.supervisor.poller import Poller
 
-#: exit code of a child that could not be started, as of a shell's
-EXIT_NEVER_STARTED: Final = 127
 
+_PR_SET_PDEATHSIG: Final = 1
+_libc: Final = ctypes.CDLL(None, use_errno=True)
 
 #: why a process could not be started that may pass by itself: the machine has nothing left just now
 SHORTAGES: Final = frozenset(
@@ -71,6 +74,16 @@ class Exit:
             return f"signal {self.signal}"
 
 
+def _tie(parent: int, prepare: Callable[[], None] | None) -> None:
+    """Run in a child before its program: it dies with us."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        # we ended before the kernel knew that it wanted to hear of it
+        os._exit(0)
+    if prepare is not None:
+        prepare()
+
+
 class Process:
     """A child: it runs, or is about to.
 
@@ -82,11 +95,12 @@ class Process:
         pass_fds: descriptors that it inherits, under the same numbers; all others are closed.
         poller: watches it.
         on_exit: called once, after the process and its group are dead and reaped.
-        prepare: what the child does before it becomes the program; without it no memory is copied for the child.
+        prepare: what else the child does before it becomes the program.
 
     Attributes:
         pid: 0 until it is born.
         is_doomed: it was killed before it was born, and is to be abandoned.
+        failure: why it was never born.
 
     Raises:
         SupervisionError: it could not be started (no such program, no memory, no more processes).
@@ -125,6 +139,7 @@ class Process:
         self.started_at = time.monotonic()
         self.started_wall = time.time()
         self.is_doomed = False
+        self.failure: SupervisionError | None = None
         self._poller = poller
         self._on_exit = on_exit
         self._on_birth: Callable[[], None] | None = None
@@ -185,7 +200,7 @@ class Process:
                 start_new_session=True,
                 umask=0o077,
                 # there is one thread, and it holds no lock that the child would need
-                preexec_fn=prepare,  # noqa: PLW1509
+                preexec_fn=functools.partial(_tie, os.getpid(), prepare),  # noqa: PLW1509
             )
         except OSError as error:
             raise no_start(argv[0], error) from error
@@ -215,6 +230,7 @@ class Process:
             self._pidfd = os.pidfd_open(pid)
         except OSError as error:
             # nobody would see its end
+            self.pid = 0
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             if self._popen is not None:
@@ -235,16 +251,15 @@ class Process:
         else:
             self._on_birth = callback
 
-    def abandon(self, reason: str) -> None:
-        """Say that an unborn child will never be; its owner hears of it as of an end."""
+    def abandon(self, failure: SupervisionError | None) -> None:
+        """Say that an unborn child will never be; its owner hears of it as of an end.
+
+        Args:
+            failure: why it could not be started; None: it was killed before.
+        """
         self.discard()
-        if not self.is_doomed:
-            self._stderr.tail = reason.encode()
-        self._finish(
-            Exit(code=None, signal=signal.SIGKILL, cpu_s=0.0, max_rss_kib=0)
-            if self.is_doomed
-            else Exit(code=EXIT_NEVER_STARTED, signal=None, cpu_s=0.0, max_rss_kib=0)
-        )
+        self.failure = failure
+        self._finish(Exit(code=None, signal=signal.SIGKILL, cpu_s=0.0, max_rss_kib=0))
 
     def discard(self) -> None:
         """Let go of an unborn child that nobody waits for."""

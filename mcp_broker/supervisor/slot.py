@@ -347,6 +347,9 @@ class Slot:
         life, child = self.life, self.child
         if life is None or life.process is None:
             return
+        if life.process.failure is not None:
+            self._never_lived(life, life.process.failure)
+            return
         is_operators = child.state is children.State.STOPPING and not child.is_wanted
         # whom the broker dismisses, since it drains or they retire, ends by itself, as it should
         is_retired = child.state is children.State.RETIRING

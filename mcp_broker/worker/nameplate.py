@@ -17,23 +17,29 @@ if TYPE_CHECKING:
 _ADDRESSES: Final = slice(45, 49)
 
 
-def show(arguments: Sequence[str], variable: str, value: str) -> None:
-    """Change the command line, and one variable of the environment, as far as there is room for them.
+class Nameplate:
+    """The places of a process's command line and of one variable of its environment; a forked process has the same.
 
     Args:
-        variable: of the environment that the process was started with; its value there must not be shorter than
-            ``value``. ``os.environ`` is another thing, and stays.
+        variable: of the environment that the process was started with. ``os.environ`` is another thing, and stays.
     """
-    stat = Path("/proc/self/stat").read_text(encoding="ascii", errors="replace")
-    arg_start, arg_end, env_start, env_end = map(int, stat[stat.rindex(")") + 2 :].split()[_ADDRESSES])
-    line = b"\0".join(argument.encode() for argument in arguments)
-    _write(arg_start, arg_end - arg_start, line)
-    name = f"{variable}=".encode()
-    at = env_start
-    for entry in ctypes.string_at(env_start, env_end - env_start).split(b"\0"):
-        if entry.startswith(name):
-            _write(at + len(name), len(entry) - len(name), value.encode())
-        at += len(entry) + 1
+
+    def __init__(self, variable: str) -> None:
+        stat = Path("/proc/self/stat").read_text(encoding="ascii", errors="replace")
+        arg_start, arg_end, env_start, env_end = map(int, stat[stat.rindex(")") + 2 :].split()[_ADDRESSES])
+        self._arguments = (arg_start, arg_end - arg_start)
+        self._value = (env_start, 0)
+        name = f"{variable}=".encode()
+        at = env_start
+        for entry in ctypes.string_at(env_start, env_end - env_start).split(b"\0"):
+            if entry.startswith(name):
+                self._value = (at + len(name), len(entry) - len(name))
+            at += len(entry) + 1
+
+    def show(self, arguments: Sequence[str], value: str) -> None:
+        """Change the command line and the variable's value, as far as there was room for them at the start."""
+        _write(*self._arguments, b"\0".join(argument.encode() for argument in arguments))
+        _write(*self._value, value.encode())
 
 
 def _write(address: int, room: int, text: bytes) -> None:

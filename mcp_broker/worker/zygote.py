@@ -15,6 +15,7 @@ import argparse
 import array
 import contextlib
 import fcntl
+import functools
 import gc
 import os
 import signal
@@ -26,7 +27,8 @@ from typing import TYPE_CHECKING, Final, NoReturn
 from mcp_broker import limits
 from mcp_broker.proctable import WORKER_VARIABLE
 from mcp_broker.wire import codec, zygote
-from mcp_broker.worker import nameplate, process
+from mcp_broker.worker import process
+from mcp_broker.worker.nameplate import Nameplate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 
     #: boot fd and tether fd -> never back
     BeWorker = Callable[[int, int], NoReturn]
+    #: an order and its descriptors -> never back
+    Become = Callable[[Order, list[int]], NoReturn]
 
 #: the gate, standard output and error, boot record, tether, and a few more
 _FDS_MAX: Final = 64
@@ -45,7 +49,8 @@ _FD_BYTES: Final = array.array("i").itemsize
 def main(orders_fd: int, be_worker: BeWorker = process.run, warm: Callable[[], None] = process.warm) -> int:
     """Be a zygote until the supervisor is gone; return the exit code."""
     process.die_with_parent()
-    nameplate.show(sys.orig_argv, WORKER_VARIABLE, os.environ.get(WORKER_VARIABLE, "").rstrip())
+    plate = Nameplate(WORKER_VARIABLE)
+    plate.show(sys.orig_argv, os.environ.get(WORKER_VARIABLE, "").rstrip())
     warm()
     threads = os.listdir("/proc/self/task")  # noqa: PTH208 (of this process)
     if len(threads) != 1:
@@ -60,8 +65,9 @@ def main(orders_fd: int, be_worker: BeWorker = process.run, warm: Callable[[], N
     # no collection writes to what workers share with us
     gc.freeze()
     orders.send(codec.encode(zygote.Ready()))
+    become = functools.partial(_become, be_worker, plate)
     while (received := _receive(orders)) is not None:
-        orders.send(codec.encode(_fork(orders, *received, be_worker)))
+        orders.send(codec.encode(_fork(orders, *received, become)))
     return 0
 
 
@@ -81,12 +87,12 @@ def _receive(orders: socket.socket) -> tuple[Order, list[int]] | None:
     return zygote.to_zygote.decode(packet), list(fds)
 
 
-def _fork(orders: socket.socket, order: Order, fds: list[int], be_worker: BeWorker) -> zygote.FromZygote:
+def _fork(orders: socket.socket, order: Order, fds: list[int], become: Become) -> zygote.FromZygote:
     read, write = os.pipe2(os.O_CLOEXEC)
     try:
         between = os.fork()
         if between == 0:
-            _fork_again(orders, order, fds, write, be_worker)
+            _fork_again(orders, order, fds, write, become)
         told = b""
         os.close(write)
         write = -1
@@ -104,9 +110,7 @@ def _fork(orders: socket.socket, order: Order, fds: list[int], be_worker: BeWork
     return zygote.Born(order.number, int(told))
 
 
-def _fork_again(
-    orders: socket.socket, order: Order, fds: list[int], write: int, be_worker: BeWorker
-) -> NoReturn:
+def _fork_again(orders: socket.socket, order: Order, fds: list[int], write: int, become: Become) -> NoReturn:
     try:
         try:
             pid = os.fork()
@@ -116,13 +120,13 @@ def _fork_again(
         if pid == 0:
             # closed by number below, and never by the object
             orders.detach()
-            _become(order, fds, be_worker)
+            become(order, fds)
         os.write(write, str(pid).encode())
     finally:
         os._exit(0)
 
 
-def _become(order: Order, fds: list[int], be_worker: BeWorker) -> NoReturn:
+def _become(be_worker: BeWorker, plate: Nameplate, order: Order, fds: list[int]) -> NoReturn:
     """Turn a copy of the zygote into what a program that was started for this order would be."""
     try:
         gate = _take(order, fds)
@@ -133,9 +137,7 @@ def _become(order: Order, fds: list[int], be_worker: BeWorker) -> NoReturn:
         os.environ.update(order.env)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         sys.argv = ["-m", order.worker_id]
-        nameplate.show(
-            (*sys.orig_argv[:2], "-m", "mcp_broker.worker", order.worker_id), WORKER_VARIABLE, order.worker_id
-        )
+        plate.show((*sys.orig_argv[:2], "-m", "mcp_broker.worker", order.worker_id), order.worker_id)
         is_known = os.read(gate, 1)
         os.close(gate)
         if not is_known or os.getppid() != order.parent:

@@ -155,9 +155,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         text = head
         for name, chosen in (pools or {"fake": options or {}}).items():
             rows = "".join(f"{key} = {json.dumps(value)}\n" for key, value in chosen.items())
-            text += (
-                f'\n[pools.{name}]\nmodule = "fake"\nstart = "{how}"\n{keys}\n[pools.{name}.options]\n{rows}'
-            )
+            text += f'\n[pools."{name}"]\nmodule = "fake"\nstart = "{how}"\n{keys}\n[pools."{name}".options]\n{rows}'
         config.write_text(text)
         node = Node(tmp_path / state, config, env or {})
         nodes.append(node)

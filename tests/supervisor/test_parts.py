@@ -274,9 +274,9 @@ def test_an_unborn_process_that_is_abandoned_ends_with_its_reason_and_leaves_no_
     ends: list[Exit] = []
     process = Process.unborn("p-1", poller=poller, on_exit=ends.append)
     assert (process.pid, process.is_alive) == (0, True)
-    process.abandon("nobody could start it")
-    assert (ends[0].code, ends[0].signal, process.is_alive) == (127, None, False)
-    assert process.stderr_tail == "nobody could start it"
+    process.abandon(SupervisionError("nobody could start it"))
+    assert (len(ends), process.is_alive) == (1, False)
+    assert str(process.failure) == "nobody could start it"
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
@@ -301,7 +301,7 @@ def test_a_process_that_is_no_child_of_ours_is_not_adopted(poller: Poller) -> No
     process = Process.unborn("p-1", poller=poller, on_exit=lambda _end: None)
     with pytest.raises(SupervisionError, match="process 1 is no child of ours"):
         process.adopt(1)
-    process.abandon("")
+    process.abandon(None)
 
 
 def test_processes_are_started_by_the_main_thread_only_since_their_starter_is_their_life(

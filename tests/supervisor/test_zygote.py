@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -40,10 +42,12 @@ def fds_of(pid: int) -> list[str]:
 
 def seen_by_a_worker(start: Start, tmp_path: Path, how: str) -> dict[str, Any]:
     path = tmp_path / f"seen-{how}"
-    node = start({"environment": str(path)}, state=how, how=how, keys='env = { FRUIT = "fig" }')
+    # a name that is longer than the zygote's own
+    pool = "a_pool_with_a_name.that_is_long"
+    node = start(pools={pool: {"environment": str(path)}}, state=how, how=how, keys='env = { FRUIT = "fig" }')
     node.event("PoolReady")
     seen: dict[str, Any] = json.loads(path.read_text())
-    worker = node.worker()
+    worker = node.worker(pool)
     assert (worker["pid"], worker["start"]) == (seen["pid"], how)
     assert seen.pop("sid") == seen["pid"]
     assert seen.pop("ppid") == node.pid
@@ -153,6 +157,27 @@ def test_without_a_zygote_that_can_start_workers_start_all_the_same(start: Start
     wait_for(lambda: "no room for a zygote here" in log.read_text(), "the reason")
 
 
+@pytest.mark.parametrize("left", [0, 6])
+def test_a_supervisor_with_few_descriptors_left_goes_on_when_it_has_more(start: Start, left: int) -> None:
+    node = start({"started_seq": 1}, how="zygote")
+    node.event("PoolReady")
+    worker = node.worker()
+    before = resource.prlimit(node.pid, resource.RLIMIT_NOFILE)
+    few = len(fds_of(node.pid)) + left
+    resource.prlimit(node.pid, resource.RLIMIT_NOFILE, (few, before[1]))
+    os.kill(worker["pid"], signal.SIGKILL)
+    node.event("WorkerDied")
+    is_whole = False
+    with contextlib.suppress(AssertionError):
+        node.event("PoolReady", timeout_s=0.3)
+        is_whole = True
+    resource.prlimit(node.pid, resource.RLIMIT_NOFILE, before)
+    if not is_whole:
+        node.event("PoolReady")
+    assert node.stop() == 0
+    assert of_instance(node.state_dir) == []
+
+
 @pytest.mark.parametrize("loss", ["lose the zygote", "lose the one in between"])
 def test_a_worker_that_was_forked_and_is_not_known_never_runs(
     start: Start, tmp_path: Path, loss: str
@@ -205,8 +230,10 @@ def test_the_next_start_removes_a_zygote_that_was_left(start: Start) -> None:
 def test_a_process_shows_the_name_that_it_took() -> None:
     code = (
         "import os, sys\n"
-        "from mcp_broker.worker import nameplate\n"
-        "nameplate.show(['one', 'two'], 'WHO', 'text-1')\n"
+        "from mcp_broker.worker.nameplate import Nameplate\n"
+        "plate = Nameplate('WHO')\n"
+        "plate.show(['first'], 'a')\n"
+        "plate.show(['one', 'two'], 'text-1')\n"
         "print(os.getpid(), flush=True)\n"
         "input()\n"
     )

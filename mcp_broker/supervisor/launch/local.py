@@ -51,7 +51,7 @@ class LocalLauncher(Launcher):
         process = Process.unborn(order.worker_id, poller=poller, on_exit=on_exit)
         try:
             self.execute(process, order)
-        except SupervisionError:
+        except (SupervisionError, OSError):
             process.discard()
             raise
         return process

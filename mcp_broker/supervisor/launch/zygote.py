@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("mcp_broker.supervisor")
 
-#: one that cannot be kept up is not worth the tries: workers start without it
-_POLICY: Final = Policy(intensity=5, period_s=60.0)
+#: workers start without it meanwhile, so it may be tried again for ever, ever more rarely
+_POLICY: Final = Policy(intensity=None, delay_s_max=60.0)
 
 
 @dataclass(eq=False)
@@ -116,7 +116,7 @@ class Zygote:
         """End it; whoever is unborn is abandoned."""
         for delivery in self._take_unborn():
             delivery.process.kill()
-            delivery.process.abandon("")
+            delivery.process.abandon(None)
         self._tell(children.Unwanted())
         if self.process is not None:
             self.process.kill()
@@ -145,11 +145,11 @@ class Zygote:
         """Do what is due."""
         for delivery in [one for one in self._waiting if one.process.is_doomed]:
             self._waiting.remove(delivery)
-            delivery.process.abandon("")
+            delivery.process.abandon(None)
         for number in [number for number, one in self._ordered.items() if one.process.is_doomed]:
             delivery = self._ordered.pop(number)
             delivery.close_gate()
-            delivery.process.abandon("")
+            delivery.process.abandon(None)
             self._ground.strayed()
         if self._ordered and now >= self._moved_at + limits.ZYGOTE_ANSWER_S:
             _log.warning("%s does not answer, and is replaced", self._name)
@@ -172,11 +172,8 @@ class Zygote:
                 # it has nothing to finish
                 if self.process is not None:
                     self.process.kill()
-            elif isinstance(effect, children.Announce):
-                if effect.state is children.State.FATAL:
-                    _log.warning("workers start without %s: %s", self._name, effect.reason)
-                if effect.state is not children.State.STARTING:
-                    self._flush(effect.state)
+            elif isinstance(effect, children.Announce) and effect.state is not children.State.STARTING:
+                self._flush(effect.state)
 
     def _flush(self, state: children.State) -> None:
         """Order what waited for it to come up, or start it in the ordinary way if it does not."""
@@ -344,9 +341,11 @@ class Zygote:
         delivery.close_gate()
         process = delivery.process
         if process.is_doomed:
-            process.abandon("")
+            process.abandon(None)
             return
         try:
             self._execute(process, delivery.order)
-        except (SupervisionError, OSError) as error:
-            process.abandon(str(error))
+        except SupervisionError as error:
+            process.abandon(error)
+        except OSError as error:
+            process.abandon(no_start(process.name, error))
