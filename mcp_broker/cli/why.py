@@ -96,8 +96,25 @@ def _recorded(path: Path, id_: str | None) -> Map | None:
         if isinstance(certificate, dict) and (
             id_ is None or id_ in {str(certificate.get("worker_id")), str(certificate.get("pid"))}
         ):
-            return {"found": True, "kind": "death", "certificate": certificate}
+            reclaim = _recorded_reclaim(path.with_name("reclaims.jsonl"), str(certificate.get("worker_id")))
+            return {"found": True, "kind": "death", "certificate": certificate, "reclaim": reclaim}
     return {"found": False} if id_ is not None else {"found": True, "kind": "none"}
+
+
+def _recorded_reclaim(path: Path, worker_id: str) -> Map | None:
+    """Return what was taken back after a worker's death, None when no record tells."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    for text in reversed(lines):
+        try:
+            record = json.loads(text)
+        except ValueError:
+            continue  # a line that a crash cut short
+        if isinstance(record, dict) and record.get("worker_id") == worker_id:
+            return record
+    return None
 
 
 def certificate_of(record: Map) -> Map | None:
@@ -120,7 +137,7 @@ def story(record: Map) -> list[str]:
     certificate = certificate_of(record)
     if certificate is not None:
         lines += _death(certificate)
-        if record.get("kind") == "death":
+        if "reclaim" in record:
             lines += _reclaimed(record.get("reclaim"))
     elif record.get("kind") == "worker":
         lines += [

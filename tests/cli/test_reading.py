@@ -230,3 +230,56 @@ def test_why_without_broker_and_records_is_not_reachable(run: Run, tmp_path: Pat
     done = run("why", "1", "--state-dir", str(tmp_path / "none"))
     assert done.code == 4
     assert "start" in done.err
+
+
+RECLAIM = {
+    "worker_id": "text-3",
+    "pool": "text",
+    "ms": 41.6,
+    "steps": [
+        {"step": "processes", "count": 6, "bytes": 0, "ms": 9.1, "left": []},
+        {"step": "ports", "count": 0, "bytes": 0, "ms": 0.1, "left": []},
+        {
+            "step": "scratch",
+            "count": 12,
+            "bytes": 5_242_880,
+            "ms": 31.0,
+            "left": ["hog: Operation not permitted"],
+        },
+    ],
+}
+
+
+def test_why_tells_what_was_taken_back_and_what_could_not_be(run: Run, tmp_path: Path) -> None:
+    story = "\n".join(why.story({"kind": "death", "certificate": CERTIFICATE, "reclaim": RECLAIM}))
+    assert "taken back within 42 ms" in story
+    assert "processes" in story
+    assert "ports" not in story, "nothing was there"
+    assert "could not: hog: Operation not permitted" in story
+    running = "\n".join(why.story({"kind": "death", "certificate": CERTIFICATE, "reclaim": None}))
+    assert "taken back: not known" in running
+    state = tmp_path / "kept"
+    state.mkdir()
+    (state / "deaths.jsonl").write_text(json.dumps(CERTIFICATE))
+    (state / "reclaims.jsonl").write_text(
+        json.dumps({**RECLAIM, "worker_id": "t-9"}) + "\n" + json.dumps(RECLAIM)
+    )
+    assert "taken back within 42 ms" in run("why", "text-3", "--state-dir", str(state)).out
+
+
+def test_ports_lists_owners_and_traffic_or_that_there_are_none(run: Run, client: FakeClient) -> None:
+    answering(client, status_report())
+    assert run("ports") == (0, "no port is leased\n", "")
+    port = {
+        "port": 18001,
+        "host": "127.0.0.1",
+        "state": "active",
+        "owner": "t-1",
+        "connections": 2,
+        "bytes_in": 2048,
+    }
+    answering(client, status_report(ports=[port]))
+    shown = run("ports").out
+    assert "127.0.0.1:18001" in shown
+    assert "t-1" in shown
+    assert json.loads(run("ports", "--json").out) == {"ports": [port]}

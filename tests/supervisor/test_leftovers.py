@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from mcp_broker import proctable
+from mcp_broker.supervisor.reclaim import memory
 from tests.supervisor.conftest import Start, is_running, of_instance, wait_for
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
@@ -109,6 +110,51 @@ def test_the_next_start_kills_a_recorded_process_of_this_boot(start: Start, tmp_
         (run_dir / "old-1.json").write_text(json.dumps(identity))
         start().event("PoolReady")
         assert left.wait(5) == -signal.SIGKILL
+
+
+def test_the_next_start_removes_shared_memory_of_a_killed_one_and_no_others(
+    start: Start, tmp_path: Path
+) -> None:
+    node = start()
+    node.event("PoolReady")
+    instance = json.loads((node.state_dir / "counters.json").read_text())["instance"]
+    node.popen.kill()
+    node.popen.wait()
+    ours = [
+        memory.FOLDER / f"mcpb-{instance}-fake-1-psm_x",
+        memory.FOLDER / f"sem.mcpb-{instance}-fake-1-mp-y",
+    ]
+    theirs = memory.FOLDER / f"mcpb-{'0' * 16}-{tmp_path.name[-8:]}"
+    try:
+        for path in (*ours, theirs):
+            path.touch()
+        start().event("PoolReady")
+        assert not any(path.exists() for path in ours)
+        assert theirs.exists()
+    finally:
+        for path in (*ours, theirs):
+            path.unlink(missing_ok=True)
+
+
+def test_the_next_start_ends_who_hides_its_environment_where_groups_can_be_killed(
+    start: Start, tmp_path: Path
+) -> None:
+    node = start({"daemon": str(tmp_path / "daemon"), "wipes": True})
+    node.event("PoolReady")
+    daemon = daemon_of(tmp_path / "daemon")
+    assert proctable.environment(daemon).get(b"MCPB_INSTANCE") is None
+    has_group = (
+        f"mcpb-{json.loads((node.state_dir / 'counters.json').read_text())['instance']}"
+        in Path(f"/proc/{daemon}/cgroup").read_text()
+    )
+    node.popen.kill()
+    node.popen.wait()
+    assert is_running(daemon)
+    start().event("PoolReady")
+    if not has_group:
+        os.kill(daemon, signal.SIGKILL)
+        pytest.skip("this machine or this user has no control groups that can kill")
+    assert not is_running(daemon)
 
 
 def test_a_worker_sees_none_of_our_environment_files_or_terminal(start: Start, tmp_path: Path) -> None:

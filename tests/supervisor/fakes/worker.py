@@ -84,7 +84,8 @@ def run(boot_fd: int, tether_fd: int) -> NoReturn:
     if options.get("deaf"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if "daemon" in options:
-        subprocess.run([sys.executable, "-c", DAEMON, options["daemon"]], check=True, env=os.environ)
+        env = {"PATH": os.environ["PATH"]} if options.get("wipes") else os.environ
+        subprocess.run([sys.executable, "-c", DAEMON, options["daemon"]], check=True, env=env)
     if "environment" in options:
         seen: dict[str, Any] = {
             "env": dict(os.environ),
