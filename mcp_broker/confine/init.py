@@ -61,6 +61,9 @@ def main(arguments: Sequence[str]) -> NoReturn:
     for number in (signal.SIGCHLD, signal.SIGTERM):
         # a handler, so that it interrupts; what is to be done stands in the pipe
         signal.signal(number, lambda _number, _frame: None)
+    if select.select([status], [], [], 0)[0]:
+        # nothing is ever said to us: it is the end of file
+        os._exit(0)
     worker = os.fork()
     if worker == 0:
         signal.set_wakeup_fd(-1)
@@ -74,7 +77,11 @@ def main(arguments: Sequence[str]) -> NoReturn:
     # the worker has the same uid, and must read nothing of ours in /proc nor trace us
     libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
     pidfd = os.pidfd_open(worker)
-    socket.send_fds(status, [BORN], [pidfd])
+    try:
+        socket.send_fds(status, [BORN], [pidfd])
+    except OSError:
+        # the supervisor ended meanwhile
+        os._exit(0)
     _keep((status.fileno(), wake_read, wake_write))
     _watch(worker, status, wake_read)
 
@@ -136,7 +143,6 @@ def _watch(worker: int, status: socket.socket, wake: int) -> NoReturn:
         _reap(worker, status)
         ready = [fd for fd, _ in poller.poll()]
         if status.fileno() in ready:
-            # nothing is ever said to us: it is the end of file
             os._exit(0)
         if signal.SIGTERM in os.read(wake, 64):
             os.kill(worker, signal.SIGTERM)

@@ -90,7 +90,7 @@ def visible(python: str | None = None, path: Sequence[str] = ()) -> Visible:
     """
     links = {name: str(Path(name).readlink()) for name in folders.SYSTEM if Path(name).is_symlink()}
     here = [name for name in folders.SYSTEM if name not in links]
-    wanted = (*here, *folders.SETTINGS, *folders.KERNEL[1:], *_runtime(python or sys.executable), *path)
+    wanted = (*here, *folders.SETTINGS, *folders.SHOWN, *_runtime(python or sys.executable), *path)
     # what lies below a link of the root is seen where that leads
     system = [
         name for name in folders.existing(wanted) if not any(folders.is_within(name, link) for link in links)
