@@ -80,12 +80,16 @@ ROWS: dict[str, tuple[str, Argument, tuple[str, str], tuple[str, str], tuple[str
     "read the broker's environment": (
         "read", lambda site: f"/proc/{site.broker}/environ", ("done", "done"), ("ENOENT", "EACCES"), ("ENOENT", "ENOENT")
     ),
+    "open the broker's memory": (
+        "read", lambda site: f"/proc/{site.broker}/mem", ("EIO", "EIO"), ("ENOENT", "EACCES"), ("ENOENT", "ENOENT")
+    ),
     "trace a child": ("trace", nothing, ("done", "done"), ("EPERM", "EPERM"), ("EPERM", "EPERM")),
     # the kernel
     "make a user namespace": ("make a user namespace", nothing, ("done", "done"), ("EPERM", "EPERM"), ("EPERM", "EPERM")),
     "make a network namespace": ("make a network namespace", nothing, ("done", "EPERM"), ("EPERM", "EPERM"), ("EPERM", "EPERM")),
     "mount": ("mount", nothing, ("done", "EPERM"), ("EPERM", "EPERM"), ("EPERM", "EPERM")),
     "set up io_uring": ("set up io_uring", nothing, ("done", "done"), ("EPERM", "EPERM"), ("EPERM", "EPERM")),
+    "handle page faults": ("handle page faults", nothing, ("done", "done"), ("EPERM", "EPERM"), ("EPERM", "EPERM")),
     "use keyrings": ("use keyrings", nothing, ("done", "done"), ("EPERM", "EPERM"), ("EPERM", "EPERM")),
     "become root again": ("become root again", nothing, ("done", "EPERM"), ("EPERM", "EPERM"), ("EPERM", "EINVAL")),
     # what tools need
