@@ -4,8 +4,8 @@ It is a second wall behind Landlock, uid and namespaces: it takes away the parts
 business with, most of them ways out of the first wall or with a history of faults. What it refuses fails with EPERM
 (sockets: EAFNOSUPPORT), so that programs fall back instead of dying; only a foreign system call interface kills.
 
-`clone3` cannot be looked into (its flags are in memory), so it does not exist here (ENOSYS): libraries fall
-back to `clone`, whose flags are checked.
+`clone3` and `openat2` cannot be looked into (their flags are in memory), so they do not exist here (ENOSYS): libraries
+fall back to `clone` and `openat`, whose flags are checked.
 """
 
 from __future__ import annotations
@@ -45,10 +45,25 @@ DENIED: Final[Mapping[str, tuple[int | None, int | None]]] = {
     "_sysctl": (156, None), "create_module": (174, None), "get_kernel_syms": (177, None), "query_module": (178, None),
 }  # fmt: skip
 #: looked into
-LOOKED_INTO: Final[Mapping[str, tuple[int, int]]] = {
+LOOKED_INTO: Final[Mapping[str, tuple[int | None, int | None]]] = {
     "socket": (41, 198), "socketpair": (53, 199), "sendto": (44, 206), "sendmsg": (46, 211), "sendmmsg": (307, 269),
+    "open": (2, None), "openat": (257, 56), "openat2": (437, 437), "creat": (85, None), "mkdir": (83, None),
+    "mkdirat": (258, 34), "mknod": (133, None), "mknodat": (259, 33), "chmod": (90, None), "fchmod": (91, 52),
+    "fchmodat": (268, 53), "fchmodat2": (452, 452),
     "clone": (56, 220), "clone3": (435, 435), "ioctl": (16, 29), "personality": (135, 92),
 }  # fmt: skip
+#: where a call that makes a file, or changes one, has its mode
+_MODES: Final = {
+    "creat": 1, "mkdir": 1, "mkdirat": 2, "mknod": 1, "mknodat": 2, "chmod": 1, "fchmod": 1, "fchmodat": 2,
+    "fchmodat2": 2,
+}  # fmt: skip
+#: where one that may make a file has its flags; its mode comes next
+_FLAGS: Final = {"open": 1, "openat": 2}
+#: O_CREAT and the bit of O_TMPFILE that is its own: without either the mode means nothing
+_MAKES: Final = 0o100 | 0o20000000
+#: set-user-id and set-group-id. What a worker makes in a folder of its operator belongs to the operator: a program with
+#: these bits would be a way for whoever runs it on the host to become him.
+_GIVES_RIGHTS: Final = 0o6000
 _COLUMNS: Final = ("x86_64", "aarch64")
 
 #: every CLONE_NEW* flag
@@ -131,12 +146,19 @@ def instructions(policy: Policy, machine: str | None = None) -> list[Instruction
         made += [Instruction(_JGE, 0, 1, _X32_BIT), _give(_KILL)]
     for name in DENIED:
         made += _on(number[name], [_refuse(errno.EPERM)])
-    made += _on(number["clone3"], [_refuse(errno.ENOSYS)])
+    for name in ("clone3", "openat2"):
+        made += _on(number[name], [_refuse(errno.ENOSYS)])
     made += _on(number["clone"], [_argument(0), *_refuse_bits(_NEW_NAMESPACES), _give(_ALLOW)])
     made += _on(number["socket"], _sockets(policy))
     made += _on(number["socketpair"], [_argument(0), *_pass(socket.AF_UNIX), _refuse(errno.EAFNOSUPPORT)])
     for name, at in (("sendto", 3), ("sendmsg", 2), ("sendmmsg", 3)):
         made += _on(number[name], [_argument(at), *_refuse_bits(_MSG_FASTOPEN), _give(_ALLOW)])
+    for name, at in _MODES.items():
+        made += _on(number[name], [_argument(at), *_refuse_bits(_GIVES_RIGHTS), _give(_ALLOW)])
+    for name, at in _FLAGS.items():
+        check = [_argument(at + 1), *_refuse_bits(_GIVES_RIGHTS)]
+        making = Instruction(_JSET, 0, len(check), _MAKES)
+        made += _on(number[name], [_argument(at), making, *check, _give(_ALLOW)])
     requests = [part for request in _TERMINAL_REQUESTS for part in _unless_equal(request, errno.EPERM)]
     made += _on(number["ioctl"], [_argument(1), *requests, _give(_ALLOW)])
     made += _on(

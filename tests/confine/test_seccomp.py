@@ -119,6 +119,20 @@ def test_sockets_are_of_the_families_that_are_open(
         ("ioctl", (0, 0x5401), ALLOW),
         ("ioctl", (0, 0x5412), EPERM),  # types into a terminal
         ("ioctl", (0, 0xFFFFFFFF_00005412), EPERM),  # the kernel looks at 32 bits only
+        ("openat2", (0,), NO_CALL),
+        ("openat", (0, 0, 0o102, 0o644), ALLOW),
+        ("openat", (0, 0, 0o102, 0o4755), EPERM),  # makes a program that gives its owner's rights
+        ("openat", (0, 0, 0o102, 0o2755), EPERM),
+        ("openat", (0, 0, 0o2, 0o4755), ALLOW),  # makes nothing: the mode is whatever was there
+        ("openat", (0, 0, 0o20200002, 0o4755), EPERM),  # O_TMPFILE
+        ("fchmod", (3, 0o755), ALLOW),
+        ("fchmod", (3, 0o4755), EPERM),
+        ("fchmodat", (0, 0, 0o1777), ALLOW),
+        ("fchmodat", (0, 0, 0o2755), EPERM),
+        ("fchmodat2", (0, 0, 0o4755, 0), EPERM),
+        ("mkdirat", (0, 0, 0o700), ALLOW),
+        ("mkdirat", (0, 0, 0o2700), EPERM),
+        ("mknodat", (0, 0, 0o104755), EPERM),
         ("personality", (0xFFFFFFFF,), ALLOW),
         ("personality", (0x0040000,), EPERM),
     ],
@@ -127,3 +141,22 @@ def test_flags_decide_where_a_call_is_needed_and_dangerous(
     name: str, arguments: tuple[int, ...], expected: int
 ) -> None:
     assert {verdict(name, *arguments, machine=machine) for machine in MACHINES} == {expected}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "expected"),
+    [
+        ("open", (0, 0o102, 0o4755), EPERM),
+        ("open", (0, 0o102, 0o755), ALLOW),
+        ("open", (0, 0, 0o4755), ALLOW),
+        ("creat", (0, 0o4755), EPERM),
+        ("chmod", (0, 0o4755), EPERM),
+        ("chmod", (0, 0o755), ALLOW),
+        ("mkdir", (0, 0o2755), EPERM),
+        ("mknod", (0, 0o104755), EPERM),
+    ],
+)
+def test_the_older_calls_of_x86_are_looked_into_likewise(
+    name: str, arguments: tuple[int, ...], expected: int
+) -> None:
+    assert verdict(name, *arguments) == expected

@@ -76,6 +76,16 @@ def write(path: str) -> None:
     file.unlink()
 
 
+def give_rights(path: str) -> None:
+    """Make a program that gives its owner's rights to whoever runs it."""
+    file = Path(path) / f"mcpb-suid-{os.getpid()}"
+    file.write_text("x")
+    try:
+        file.chmod(0o4755)
+    finally:
+        file.unlink()
+
+
 def mounting() -> None:
     if _libc.mount(b"none", b"/proc", b"tmpfs", 0, None) < 0:
         raise OSError(ctypes.get_errno(), "mount")
@@ -134,6 +144,7 @@ ATTEMPTS: dict[str, Callable[[Any], object]] = {
     "read": lambda path: Path(path).read_bytes(),
     "list": lambda path: list(Path(path).iterdir()),
     "write": write,
+    "make a set-user-id program": give_rights,
     "run a program": lambda _: program(),
     "connect by TCP": lambda address: connect(socket.AF_INET, address),
     "connect by UDP": lambda address: connect(socket.AF_INET, address, socket.SOCK_DGRAM),

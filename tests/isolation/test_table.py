@@ -49,6 +49,10 @@ ROWS: dict[str, tuple[str, Argument, tuple[str, str], tuple[str, str], tuple[str
         "write", lambda site: f"{site.folder}/in", ("done", "done"), ("EROFS", "EACCES"), ("EROFS", "EROFS")
     ),
     "write what it may write": ("write", lambda site: f"{site.folder}/out", ("done", "done"), ("done", "done"), ("done", "done")),
+    "make a set-user-id program": (
+        "make a set-user-id program", lambda site: f"{site.folder}/out", ("done", "done"), ("EPERM", "EPERM"),
+        ("EPERM", "EPERM"),
+    ),
     "write its own code": (
         "write", lambda site: f"{site.folder}/tools", ("done", "done"), ("EROFS", "EACCES"), ("EROFS", "EROFS")
     ),
