@@ -31,6 +31,7 @@ module = "mcp_broker_workers.echo"
 [pools.text]
 module = "mcp_broker_workers.text"
 isolation = "restricted"
+network = "{own_network}"
 
 [pools.sql]
 module = "mcp_broker_workers.sql"
@@ -92,7 +93,13 @@ class Site:
         (folder / "in" / "file").chmod(0o600)
         (folder / "in").chmod(0o700)
         prefix = (sys.executable, str(ORDINARY), str(folder)) if IS_ROOT and user == "ordinary" else ()
-        self.running = Running(folder, config=CONFIG.replace("{demo_data}", DEMO_DATA), prefix=prefix)
+        # an ordinary user has it at level sandboxed only
+        own_network = "loopback" if user == "root" else "none"
+        self.running = Running(
+            folder,
+            config=CONFIG.replace("{demo_data}", DEMO_DATA).replace("{own_network}", own_network),
+            prefix=prefix,
+        )
         status = self.running.status()
         self.supervisor, self.broker = status["supervisor"]["pid"], status["broker"]["pid"]
         self.pids = {pool["name"]: [worker["pid"] for worker in pool["workers"]] for pool in status["pools"]}

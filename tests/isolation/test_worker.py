@@ -83,3 +83,11 @@ def test_nothing_of_a_shipped_pool_breaks_at_restricted(site: Site) -> None:
     tables = site.client.call("sql.tables")
     assert {table["name"] for table in tables} >= {"penguins"}
     assert all(table["error"] is None for table in tables)
+
+
+def test_a_worker_with_a_network_of_its_own_reaches_its_broker_all_the_same(site: Site) -> None:
+    if site.user != "root":
+        pytest.skip("an ordinary user has a network of his own at level sandboxed only")
+    (pid,) = site.pids["text"]
+    assert Path(f"/proc/{pid}/ns/net").readlink() != Path("/proc/self/ns/net").readlink()
+    assert site.client.call("text.word_count", {"text": "a b a"}) == {"a": 2, "b": 1}
