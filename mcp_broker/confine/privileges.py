@@ -7,6 +7,7 @@ closes its own /proc files to its own children, so that is undone (nobody else h
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import struct
@@ -26,6 +27,7 @@ _PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
 #: far above the last one; the kernel says EINVAL at its own end
 _CAPABILITIES_MAX: Final = 64
 _CAPABILITY_VERSION: Final = 0x20080522
+_STANDARD: Final = (0, 1, 2)
 _FD_MAX: Final = 0x7FFF_FFFF
 
 
@@ -36,12 +38,27 @@ def gain_no_more() -> None:
 
 def close_others(keep: Iterable[int]) -> None:
     """Close every descriptor except standard input, output, error and these."""
-    first = 3
-    for fd in sorted({fd for fd in keep if fd >= first}):
-        if fd > first:
-            kernel.call("close_range", first, fd - 1, 0)
-        first = fd + 1
-    kernel.call("close_range", first, _FD_MAX, 0)
+    kept = sorted({fd for fd in keep if fd > _STANDARD[-1]})
+    first = _STANDARD[-1] + 1
+    try:
+        for fd in kept:
+            if fd > first:
+                kernel.call("close_range", first, fd - 1, 0)
+            first = fd + 1
+        kernel.call("close_range", first, _FD_MAX, 0)
+    except kernel.Refused as error:
+        if error.errno != errno.ENOSYS:
+            raise
+        _close_one_by_one({*_STANDARD, *kept})
+
+
+def _close_one_by_one(keep: set[int]) -> None:
+    """Close what /proc lists, on a kernel before 5.9; nobody else opens anything meanwhile."""
+    for fd in [int(entry.name) for entry in Path("/proc/self/fd").iterdir()]:
+        if fd not in keep:
+            # that of the listing itself is gone
+            with contextlib.suppress(OSError):
+                os.close(fd)
 
 
 def become(uid: int) -> None:

@@ -149,6 +149,11 @@ def test_a_machine_without_landlock_is_found_out(probed: Any, how: str) -> None:
     assert seen["seccomp"].works
 
 
+def test_descriptors_are_closed_one_by_one_on_a_kernel_that_cannot_close_a_range(probed: Any) -> None:
+    assert probed(close_range="ENOSYS")["descriptors"].works
+    assert "close_range: EPERM" in str(probed(close_range="EPERM")["descriptors"])
+
+
 def test_a_machine_without_filters_is_found_out(probed: Any) -> None:
     seen = probed(seccomp="EINVAL")
     assert not seen["seccomp"].works
