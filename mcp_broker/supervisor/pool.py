@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Final
 
 from mcp_broker.core.children import Refused, State, Unwanted, Wanted
 from mcp_broker.core.restart import Restarts
-from mcp_broker.core.scaling import Bounds, Load, Scaler
 from mcp_broker.supervisor import standing
+from mcp_broker.supervisor.sizing import Sizing
 from mcp_broker.supervisor.slot import Slot
 
 if TYPE_CHECKING:
@@ -63,7 +63,6 @@ class Pool:
         policy: how often they may be restarted, all together.
 
     Attributes:
-        size: how many workers are wanted.
         edition: which form of the table new workers have.
         tools: what its workers serve, by the broker's word.
         setback: why the last roll stopped, or "".
@@ -78,7 +77,8 @@ class Pool:
         self.leaving: list[Slot] = []
         self._successions: list[Succession] = []
         self.tools: tuple[ToolDefinition, ...] = ()
-        self.edition = self.size = 0
+        self.edition = 0
+        self._sizing = Sizing(table, time.monotonic())
         #: restarts of earlier editions
         self._restarted = 0
         self._take_table(table, policy, times)
@@ -99,12 +99,13 @@ class Pool:
         """Take what a table says of how many workers there are, and how fast they may be asked; no worker is replaced."""
         self.table = table
         self.closed = "" if max(table.min, table.max or 0) else "its configuration wants no workers (min = 0)"
-        self._is_fixed = False
-        bounds = Bounds(table.min, table.max or table.min, table.grow_wait_s, table.shrink_after_s)
-        self._scaler = Scaler(bounds, time.monotonic())
-        # as many as there are, if that may be: a burst does not end because the configuration is read again
-        self.size = min(max(self.size, bounds.least), bounds.most)
+        self._sizing.follow(table, time.monotonic())
         self._ground.changed()
+
+    @property
+    def size(self) -> int:
+        """How many workers are wanted."""
+        return self._sizing.size
 
     @property
     def slots(self) -> list[Slot]:
@@ -127,7 +128,7 @@ class Pool:
         """Want every worker up; slots that were given up start afresh."""
         if not (self.size or self.closed or self.tools):
             # nobody can ask for tools that no worker has told of
-            self.size = 1
+            self._sizing.size = 1
         for slot in (*self.members, *self.spares):
             slot.tell(Wanted())
         self._fit()
@@ -142,7 +143,7 @@ class Pool:
         self.resize(self.table)
         self.setback = ""
         if size is not None:
-            self.size, self._is_fixed = size, True
+            self._sizing.fix(size)
             self.closed = ""
         self.start()
 
@@ -153,8 +154,8 @@ class Pool:
 
     def vacate(self) -> None:
         """Take the broker's word that no call waits for it any more, nor will."""
-        if self.closed:
-            self.size = 0
+        if self.closed and self.size:
+            self._sizing.size = 0
             self._fit()
             self._ground.changed()
 
@@ -194,16 +195,11 @@ class Pool:
 
     def observe(self, demand: node.PoolDemand) -> None:
         """Take the broker's word on what is asked of it."""
-        load = Load(demand.waiting, demand.wait_s, demand.ready, demand.busy)
-        self._scaler.observe(load, time.monotonic())
+        self._sizing.observe(demand, time.monotonic())
 
     def adapt(self, now: float) -> None:
         """Grow or shrink as far as the demand says and the table lets it."""
-        if self._is_fixed or self.closed or self.table.max in {None, self.table.min}:
-            return
-        size = self._scaler.decide(self.size, now)
-        if size != self.size:
-            self.size = size
+        if not self.closed and self._sizing.adapt(now):
             self._fit()
             self._ground.changed()
 
@@ -304,6 +300,9 @@ class Pool:
                 self.setback = one.successor.child.reason
                 self._give_up(one)
                 self._ground.changed()
+        if self.closed and not any(slot.child.state is not State.FATAL for slot in self.members):
+            # nobody is left who could serve what waits
+            self.vacate()
         if not (self.setback or self.closed):
             self._roll()
         self._fit()

@@ -214,6 +214,15 @@ def test_a_pool_that_closes_keeps_its_workers_until_nothing_waits_and_its_spares
     assert (pool.state, len(pool.members), len(pool.spares)) == ("ready", 2, 1)
 
 
+def test_a_pool_that_failed_closes_at_once() -> None:
+    pool = made()
+    pool.members[0].die(hopeless=True)
+    assert pool.state == "failed"
+    pool.close("drained")
+    settle(pool)
+    assert (pool.state, pool.slots) == ("closed", [])
+
+
 def test_a_pool_grows_by_demand_but_not_against_an_operators_word() -> None:
     pool = made("max = 4")
     busy = demand(waiting=50, wait_s=9.0, busy=1)
