@@ -21,6 +21,7 @@ Deliberately absent: where samples come from, clocks, killing.
 
 from __future__ import annotations
 
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import Final
@@ -82,6 +83,18 @@ class Bounds:
     connections: float = limits.CONNECTIONS
     processes: float = limits.PROCESSES
     scratch_mb: float = limits.SCRATCH_MB
+
+
+def asked(wanted: Mapping[str, float], fixed: Container[str], asks: Mapping[str, float]) -> dict[str, float]:
+    """Return a worker's limits: the usual ones, or what its tools ask for if that is more.
+
+    Args:
+        wanted: by name, as configured or usual.
+        fixed: names of those that the operator has configured; no tool changes them.
+        asks: by name; the most of all its tools.
+    """
+    more = {limit: value for limit, value in asks.items() if limit not in fixed}
+    return {limit: max(value, more.get(limit, 0.0)) for limit, value in wanted.items()}
 
 
 LIMITS: Final = tuple(field.name for field in fields(Bounds))

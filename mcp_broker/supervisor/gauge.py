@@ -8,7 +8,7 @@ too low, comes near the limit.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -84,10 +84,11 @@ class Gauge:
         self._ready_kib = 0.0
         self._ready_pss_kib: float | None = None
         self._ready_shared_kib = 0.0
+        self._charged_kib = 0.0
 
     def ready(self) -> Sample:
         """Read what it holds before its first call; from then on its descriptors count above that."""
-        self.look(())
+        self.look()
         self._own_files = self.look_at_files()
         self.files = replace(self.files, most=0)
         shares = self._shares(self.pids)
@@ -96,15 +97,16 @@ class Gauge:
         self._ready_kib = self.cost.rss_kib + self.files.shared_kib
         return self.sample()
 
-    def look(self, adopted: Iterable[int]) -> list[int]:
+    def look(self, adopted: Callable[[], Iterable[int]] = tuple) -> list[int]:
         """Read memory and CPU of the tree; return its processes.
 
         Args:
-            adopted: processes that lost their parent and are known to be this worker's.
+            adopted: finds processes that lost their parent and say that they are this worker's; asked where no group
+                tells.
         """
         members = None if self.quota is None else self.quota.members()
         # whoever may write the groups may also leave them
-        pids = members if members and self._pid in members else tree(self._pid, adopted)
+        pids = members if members and self._pid in members else tree(self._pid, adopted())
         rss_kib = cpu_s = 0.0
         for pid in pids:
             cost = read(pid)
@@ -116,6 +118,11 @@ class Gauge:
         self.processes = len(pids) - 1
         self.pids = pids
         return pids
+
+    def look_at_shared(self) -> None:
+        """Ask the groups for files in memory that were charged since it was ready, whether they are open or not."""
+        if self.quota is not None:
+            self._charged_kib = self.quota.shared_kib
 
     def look_at_files(self) -> int:
         """Read the tree's descriptors; return how many the worker itself has."""
@@ -137,10 +144,7 @@ class Gauge:
                     _add(shared, path)
                 elif link.endswith(_DELETED) and link.startswith(self._folder):
                     _add(deleted, path)
-        shared_kib = sum(shared.values())
-        if self.quota is not None:
-            # charged since it was ready, whether anybody has it open or not
-            shared_kib = max(shared_kib, self._ready_shared_kib + self.quota.shared_kib)
+        shared_kib = max(sum(shared.values()), self._ready_shared_kib + self._charged_kib)
         self.files = Files(most, len(sockets), shared_kib, sum(deleted.values()))
         return own
 

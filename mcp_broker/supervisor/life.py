@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mcp_broker.supervisor.isolation.warden import Cell
     from mcp_broker.supervisor.metering import Metered
     from mcp_broker.supervisor.process import Process
+    from mcp_broker.wire.tether import Asks
 
 
 class Life:
@@ -65,6 +66,8 @@ class Life:
         self.exceeded: Exceeded | None = None
         self._was_asked = False
         self._lease: Lease | None = None
+        #: limits that its tools ask for
+        self.asks: dict[str, float] = {}
         #: what it uses, once it was ready
         self.metered: Metered | None = None
         self.rss_kib = 0
@@ -74,6 +77,11 @@ class Life:
         """Keep the tether to the process, which was born, and let go of what only it needs."""
         self.tether = tether
         self.their_end.close()
+
+    def asked(self, asks: Asks) -> None:
+        """Take the limits that its tools ask for; later than its being ready nobody listens."""
+        if self.metered is None:
+            self.asks = {limit: float(getattr(asks, limit)) for limit in asks.__struct_fields__}
 
     @property
     def admitted(self) -> node.Admitted:

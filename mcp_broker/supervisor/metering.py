@@ -11,6 +11,7 @@ Rules
 from __future__ import annotations
 
 import logging
+import math
 import os
 import random
 import time
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from mcp_broker import limits
 from mcp_broker.core.adaptive import Adaptive
-from mcp_broker.core.metering import LIMITS, Bounds, Level, Meter
+from mcp_broker.core.metering import LIMITS, Bounds, Level, Meter, asked
 from mcp_broker.core.recycling import Policy, Recycling
 from mcp_broker.supervisor import gauge
 from mcp_broker.supervisor.certificates import Exceeded
@@ -26,7 +27,7 @@ from mcp_broker.supervisor.gauge import Gauge
 from mcp_broker.supervisor.quota import Quotas
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from mcp_broker.config import PoolTable
     from mcp_broker.supervisor.fleet import Fleet
@@ -62,7 +63,7 @@ class Metered:
         self.recycling = Recycling(policy, random.random(), now)  # noqa: S311 (spreads replacements)
         self.was_resting = True
         self.next_at = now
-        self.files_at = now
+        self.files_at = self.shared_at = now
         #: set when it is to be killed: when to look whether it has said what it was doing, and when not to wait longer
         self.doomed_at: float | None = None
         self._doomed_by = 0.0
@@ -72,12 +73,15 @@ class Metered:
         """Tell whether to look at it now."""
         return not (is_resting and self.was_resting) or now >= self.next_at
 
-    def observe(self, life: Life, now: float, adopted: list[int], *, is_resting: bool) -> bool:
+    def observe(self, life: Life, now: float, adopted: Callable[[], list[int]], *, is_resting: bool) -> bool:
         """Look at it; return whether its level has changed."""
         instruments, meter = self.gauge, self.meter
         instruments.look(adopted)
         with_files = is_resting or now >= self.files_at
         if with_files:
+            if now >= self.shared_at:
+                instruments.look_at_shared()
+                self.shared_at = now + limits.METER_RESTING_S
             instruments.look_at_files()
             instruments.scratch.look()
             self.files_at = now + limits.METER_FILES_S
@@ -127,16 +131,16 @@ class Metered:
 
 
 class Allowance:
-    """What the workers of one pool may use: the configured limits, or ones that follow what is used."""
+    """What the workers of one pool may use: what is configured or its tools ask for, or what follows their use."""
 
-    def __init__(self, table: PoolTable) -> None:
+    def __init__(self, table: PoolTable, asks: Mapping[str, float]) -> None:
         self.table = table
-        wanted = table.limits
-        self.bounds = Bounds(**{limit: getattr(wanted, limit) for limit in LIMITS})
+        self.asks = asks
+        usual = {limit: float(getattr(table.limits, limit)) for limit in LIMITS}
+        wanted = asked(usual, table.limits.model_fields_set, asks)
+        self.bounds = Bounds(**wanted)
         self._adaptive = {
-            limit: Adaptive(getattr(wanted, limit), most)
-            for limit, most in _ADAPTED.items()
-            if wanted.adaptive
+            limit: Adaptive(wanted[limit], most) for limit, most in _ADAPTED.items() if table.limits.adaptive
         }
 
     def learn(self, pool: Pool, used: Mapping[str, float], now: float) -> None:
@@ -187,6 +191,10 @@ class Metering:
         self._allowances: dict[str, Allowance] = {}
         self._quotas = Quotas(owner.instance)
         self._next_at = 0.0
+        #: when the next of those that are over a limit may be ripe
+        self._doom_at = math.inf
+        #: worker -> processes that have lost their parent, as of this look; None: not looked for
+        self._adopted: dict[str, list[int]] | None = None
         self.spent_s = 0.0
 
     # -- who is measured -----------------------------------------------------------------------------
@@ -197,16 +205,18 @@ class Metering:
         pool = None if life is None else self._fleet.pools.get(life.pool)
         if life is None or life.process is None or pool is None or life.metered is not None:
             return
-        bounds = self._allowance(pool, slot.table).bounds
+        bounds = self._allowance(pool, slot).bounds
         metered = life.metered = Metered(life, life.process.main_pid, bounds, slot.table, now)
         metered.enter(self._quotas, life.worker_id)
         # the broker waits for it
         self._owner.changed()
 
-    def _allowance(self, pool: Pool, table: PoolTable) -> Allowance:
+    def _allowance(self, pool: Pool, slot: Slot) -> Allowance:
+        asks = {} if slot.life is None else slot.life.asks
         known = self._allowances.get(pool.name)
-        if known is None or known.table is not table:
-            known = self._allowances[pool.name] = Allowance(table)
+        # a worker that comes brings the same tools mostly
+        if known is None or known.table is not slot.table or known.asks != asks:
+            known = self._allowances[pool.name] = Allowance(slot.table, asks)
         return known
 
     def close(self) -> None:
@@ -217,14 +227,7 @@ class Metering:
 
     def deadline(self) -> float:
         """Return when there is something to do."""
-        doomed = [
-            life.metered.doomed_at
-            for slot in self._fleet.slots
-            if (life := slot.life) is not None
-            and life.metered is not None
-            and life.metered.doomed_at is not None
-        ]
-        return min([self._next_at, *doomed])
+        return min(self._next_at, self._doom_at)
 
     def expire(self, now: float) -> None:
         """Do what is due."""
@@ -232,7 +235,8 @@ class Metering:
             return
         began_s = time.thread_time()
         busy = False
-        adopted = self._adopted() if now >= self._next_at else {}
+        self._doom_at = math.inf
+        self._adopted = None
         for slot in self._fleet.slots:
             life = slot.life
             if life is None or life.metered is None:
@@ -240,41 +244,34 @@ class Metering:
             if life.metered.doomed_at is not None:
                 if now >= life.metered.doomed_at and life.metered.is_ripe(life, now):
                     self._kill(slot)
+                else:
+                    self._doom_at = min(self._doom_at, life.metered.doomed_at)
                 continue
             is_resting = life.marks.is_resting
             busy = busy or not is_resting
             if life.metered.is_due(now, is_resting=is_resting):
-                self._look(slot, life, life.metered, now, adopted, is_resting=is_resting)
+                self._look(slot, life, life.metered, now, is_resting=is_resting)
         spent_s = time.thread_time() - began_s
         self.spent_s += spent_s
         pause_s = limits.METER_S if busy else limits.METER_IDLE_S
         self._next_at = now + max(pause_s, spent_s / limits.METER_SHARE_MAX)
 
-    def _adopted(self) -> dict[str, list[int]]:
-        """Return what lost its parent and is ours now, by the worker that it says it belongs to."""
-        known = self._owner.known()
-        found: dict[str, list[int]] = {}
-        for pid in gauge.children(os.getpid()):
-            if pid not in known:
-                found.setdefault(gauge.of_worker(pid), []).append(pid)
-        return found
+    def _orphans(self, life: Life) -> list[int]:
+        """Return what lost its parent and says that it belongs to this life."""
+        if self._adopted is None:
+            # looked for once for all, and mostly not at all: a group tells better
+            known = self._owner.known()
+            self._adopted = {}
+            for pid in gauge.children(os.getpid()):
+                if pid not in known:
+                    self._adopted.setdefault(gauge.of_worker(pid), []).append(pid)
+        ours = self._adopted.get(life.worker_id, [])
+        return ours if life.process is None else [*ours, *life.process.orphans()]
 
     # -- what follows ----------------------------------------------------------------------------------
 
-    def _look(
-        self,
-        slot: Slot,
-        life: Life,
-        metered: Metered,
-        now: float,
-        adopted: Mapping[str, list[int]],
-        *,
-        is_resting: bool,
-    ) -> None:
-        orphans = adopted.get(life.worker_id, [])
-        if life.process is not None:
-            orphans = [*orphans, *life.process.orphans()]
-        has_changed = metered.observe(life, now, orphans, is_resting=is_resting)
+    def _look(self, slot: Slot, life: Life, metered: Metered, now: float, *, is_resting: bool) -> None:
+        has_changed = metered.observe(life, now, lambda: self._orphans(life), is_resting=is_resting)
         meter = metered.meter
         if has_changed:
             self._owner.changed()
@@ -282,11 +279,12 @@ class Metering:
         pool = self._fleet.pools.get(life.pool)
         if pool is None:
             return
-        self._allowance(pool, slot.table).learn(pool, meter.used, now)
+        self._allowance(pool, slot).learn(pool, meter.used, now)
         reading = meter.reading
         if reading.level is Level.EXCEEDED:
             slot.exceed(Exceeded(reading.limit, reading.value, reading.used))
             metered.doom(now)
+            self._doom_at = min(self._doom_at, now + limits.STACK_S)
             return
         reason = metered.recycling.reason(meter, life.rss_kib / 1024, now, is_resting=is_resting)
         if reason and pool.replace(slot, reason):

@@ -8,6 +8,7 @@ is just the growth that counts.
 from __future__ import annotations
 
 import logging
+import os
 from typing import TYPE_CHECKING, Final
 
 from mcp_broker import limits
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger("mcp_broker.supervisor")
 
 _MIB: Final = 1024 * 1024
+#: of a list of processes: thousands of them
+_PROCS_BYTES: Final = 65536
 #: file of the first generation, file of the second
 _MEMORY_MAX: Final = ("memory.limit_in_bytes", "memory.max")
 _MEMORY_PEAK: Final = ("memory.max_usage_in_bytes", "memory.peak")
@@ -72,6 +75,8 @@ class Quota:
     def __init__(self, memory: Group | None, pids: Group | None) -> None:
         self._memory = memory
         self._pids = pids
+        group = pids or memory
+        self._procs = None if group is None else str(group.path / "cgroup.procs")
         self._generation = 0 if memory is None else int((memory.path / _MEMORY_MAX[1]).exists())
 
     def hold_to(self, bounds: Bounds) -> None:
@@ -86,8 +91,18 @@ class Quota:
 
     def members(self) -> list[int] | None:
         """Return the processes of the worker, whoever their parent is; None where no group tells."""
-        group = self._pids or self._memory
-        return None if group is None else [int(pid) for pid in group.read("cgroup.procs").split()]
+        if self._procs is None:
+            return None
+        try:
+            fd = os.open(self._procs, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return []
+        try:
+            return [int(pid) for pid in os.read(fd, _PROCS_BYTES).split()]
+        except OSError:
+            return []
+        finally:
+            os.close(fd)
 
     @property
     def oom_kills(self) -> int:

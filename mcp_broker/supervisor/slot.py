@@ -22,7 +22,7 @@ from mcp_broker.supervisor.life import Life
 from mcp_broker.supervisor.process import SHORTAGES, no_start
 from mcp_broker.supervisor.tether import Tether
 from mcp_broker.wire import codec, node
-from mcp_broker.wire.tether import Go, Warm
+from mcp_broker.wire.tether import Asks, Go, Warm
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -268,6 +268,7 @@ class Slot:
             is_spare=life.is_spare,
             shared_prefix=reclaim.prefix(ground.instance, worker_id),
             limits=quota.told(self.table),
+            fixed_limits=tuple(sorted(self.table.limits.model_fields_set)),
             confinement=cell.confinement,
             secrets=cell.secrets,
         )
@@ -292,7 +293,7 @@ class Slot:
         life, ground = self.life, self._ground
         assert life is not None  # noqa: S101 (it ends after its process)
         assert life.process is not None  # noqa: S101 (which was born)
-        handlers: Handlers = {Warm: self._warmed, **ground.aftermath.lessor.handlers(life)}
+        handlers: Handlers = {Warm: self._warmed, Asks: life.asked, **ground.aftermath.lessor.handlers(life)}
         life.begun(Tether(life.our_end, ground.poller, handlers, self._violated))
         reclaim.record(ground.run_dir, life.process)
         ground.aftermath.spawned(life.worker_id, life.process.pid)

@@ -346,3 +346,5 @@ class WorkerBoot(Record, kw_only=True, frozen=True):
     shared_prefix: str = ""
     #: `[pools.NAME.limits]`, by name: what it tells of them, and the descriptors that it may open from READY on
     limits: dict[str, float] = {}
+    #: of these, the ones that the operator has configured: no tool asks for more
+    fixed_limits: tuple[str, ...] = ()

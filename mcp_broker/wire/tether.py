@@ -39,6 +39,15 @@ class Go(TetherMessage, tag="GO", frozen=True):
     """Supervisor, to a spare: connect to the broker and serve."""
 
 
+class Asks(TetherMessage, tag="ASKS", frozen=True):
+    """Worker, before it connects: limits that its tools ask for, of each the most; 0: none asks."""
+
+    memory_mb: Annotated[int, Meta(ge=0, le=limits.MEMORY_MB_MAX)] = 0
+    cpu_s: Annotated[float, Meta(ge=0, le=limits.CPU_S_MAX)] = 0.0
+    open_files: Annotated[int, Meta(ge=0, le=limits.OPEN_FILES_MAX)] = 0
+    connections: Annotated[int, Meta(ge=0, le=limits.CONNECTIONS_MAX)] = 0
+
+
 class LeasePort(Request, tag="LEASE", frozen=True):
     """Worker: lend me a port; LEASED or REFUSED answers."""
 
@@ -68,7 +77,7 @@ class ReturnPort(TetherMessage, tag="RETURN", frozen=True):
     port: int
 
 
-FromWorker = Warm | LeasePort | ReturnPort
+FromWorker = Warm | Asks | LeasePort | ReturnPort
 ToWorker = Go | Leased | LeaseRefused
 
 #: what each end takes

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 from typing import Final
 
 from mcp_broker import proctable
@@ -44,17 +45,22 @@ def kill_since(monotonic_ns: int) -> int:
 
 
 def _started(since: int) -> list[proctable.Entry]:
-    """Return the living processes below this one, or orphaned and named after it, with this start or a later one."""
+    """Return the living processes below this one, or orphaned and its all the same, with this start or a later one."""
     table = proctable.read_all()
     below: dict[int, list[proctable.Entry]] = {}
     for entry in table.values():
         below.setdefault(entry.ppid, []).append(entry)
-    name = os.environ.get(proctable.WORKER_VARIABLE, "").encode()
+    name, group = os.environ.get(proctable.WORKER_VARIABLE, "").encode(), _own_group(os.getpid())
     # whoever loses its parent becomes a child of the supervisor, which is ours
     adopted = [
         entry
         for entry in below.get(os.getppid(), ())
-        if name and entry.pid != os.getpid() and proctable.environment(entry.pid).get(_VARIABLE) == name
+        if entry.pid != os.getpid()
+        and (
+            (name and proctable.environment(entry.pid).get(_VARIABLE) == name)
+            # the supervisor, too, takes whoever is in it for ours
+            or (group and _own_group(entry.pid) == group)
+        )
     ]
     queue = below.get(os.getpid(), []) + adopted
     found = []
@@ -64,6 +70,15 @@ def _started(since: int) -> list[proctable.Entry]:
         if entry.starttime >= since and entry.state != "Z":
             found.append(entry)
     return found
+
+
+def _own_group(pid: int) -> bytes:
+    """Return the control group of a process, if it is one that a worker has for itself."""
+    try:
+        lines = Path(f"/proc/{pid}/cgroup").read_bytes().splitlines()
+    except OSError:
+        return b""
+    return next((line for line in lines if line.startswith(b"0::") and b"/mcpb-" in line), b"")
 
 
 _VARIABLE: Final = proctable.WORKER_VARIABLE.encode()

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from mcp_broker import confine
+from mcp_broker.core.metering import asked
 from mcp_broker.errors import ConfigError, WireError
 from mcp_broker.wire import codec
 from mcp_broker.wire.marks import MARKS_BYTES, Marks
-from mcp_broker.wire.tether import Go, Warm
+from mcp_broker.wire.tether import Asks, Go, Warm
 from mcp_broker.worker import catalogue, sharing
 from mcp_broker.worker.execution import Execution
 from mcp_broker.worker.interrupts import Interrupts
@@ -116,7 +117,12 @@ def serve(boot: WorkerBoot, tether: Tether) -> None:
     execution = Execution(
         tools, interrupts, boot.options, scratch, boot.secrets, is_alone=is_alone, hooks=hooks
     )
-    execution.bounds = boot.limits
+    asks = {
+        limit: max(getattr(tool.asks, limit) for tool in tools.values()) for limit in Asks.__struct_fields__
+    }
+    if any(asks.values()):
+        tether.say(Asks(**asks))
+    execution.bounds = asked(boot.limits, boot.fixed_limits, asks)
     execution.lend = Lender(tether).lease
     hooks.begin()
     link = Link(boot, wake_read)

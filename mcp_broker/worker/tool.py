@@ -15,7 +15,8 @@ from pydantic.errors import PydanticInvalidForJsonSchema, PydanticUserError
 
 from mcp_broker import limits
 from mcp_broker.errors import WireError
-from mcp_broker.wire import codec, messages
+from mcp_broker.wire import codec, messages, tether
+from mcp_broker.wire.tether import Asks
 from mcp_broker.worker.arguments import Arguments, hints_of, type_text
 
 P = ParamSpec("P")
@@ -63,6 +64,8 @@ class Tool(Generic[P, R]):
         capabilities = tuple(settings.pop("capabilities")) or (name.partition(".")[0],)
         timeout_s = settings.pop("timeout_s")
         self.recovers: bool = settings.pop("recover")
+        #: limits that its worker has to be allowed; 0: the usual one
+        self.asks = _checked_asks(name, {limit: settings.pop(limit) or 0 for limit in Asks.__struct_fields__})
         self.definition = _checked(
             messages.ToolDefinition(
                 name=name,
@@ -126,6 +129,10 @@ def tool(
     concurrency_max: int | None = None,
     rate_per_s: float | None = None,
     burst: int | None = None,
+    memory_mb: int | None = None,
+    cpu_s: float | None = None,
+    open_files: int | None = None,
+    connections: int | None = None,
     recover: bool = False,
 ) -> Callable[[Callable[P, R]], Tool[P, R]]: ...
 
@@ -145,6 +152,10 @@ def tool(  # noqa: PLR0913 (one keyword a field of the definition)
     concurrency_max: int | None = None,
     rate_per_s: float | None = None,
     burst: int | None = None,
+    memory_mb: int | None = None,
+    cpu_s: float | None = None,
+    open_files: int | None = None,
+    connections: int | None = None,
     recover: bool = False,
 ) -> Tool[P, R] | Callable[[Callable[P, R]], Tool[P, R]]:
     """Make a tool of a function: plain, ``async``, or a generator of either kind, which streams its parts.
@@ -162,6 +173,11 @@ def tool(  # noqa: PLR0913 (one keyword a field of the definition)
         concurrency_max: how many of its calls the pool's workers hold at a time, all together; others wait.
         rate_per_s: calls of it a second, all callers together; a caller beyond it gets RATE_LIMITED.
         burst: of these, calls at once after a pause; one second's calls if absent.
+        memory_mb: what its worker has to be allowed above what it held when it was ready, MiB, at most 500; the worker
+            has the most that one of its tools asks for, unless the operator's configuration says otherwise.
+        cpu_s: of one call, seconds, at most 120; so with it.
+        open_files: at most 200; so with them.
+        connections: at most 50; so with them.
         recover: an exception that it raises is a fault of its process: an idempotent call runs again, and the tool is
             recovered. Without it an exception is an answer like any other.
 
@@ -183,6 +199,10 @@ def tool(  # noqa: PLR0913 (one keyword a field of the definition)
             concurrency_max=concurrency_max,
             rate_per_s=rate_per_s,
             burst=burst,
+            memory_mb=memory_mb,
+            cpu_s=cpu_s,
+            open_files=open_files,
+            connections=connections,
             recover=recover,
         )
 
@@ -216,6 +236,17 @@ def _result_schema(adapter: TypeAdapter[Any], returned: Any, name: str) -> dict[
 
 def _shortened(text: str) -> str:
     return text if len(text) <= limits.TEXT_CHARS_MAX else text[: limits.TEXT_CHARS_MAX - 1] + "…"
+
+
+def _checked_asks(name: str, asks: dict[str, Any]) -> Asks:
+    """Read them as the supervisor will."""
+    made = Asks(**asks)
+    try:
+        tether.from_worker.decode(codec.encode(made))
+    except WireError as error:
+        why = str(error).removeprefix("not a message of this protocol: ")
+        raise TypeError(f"tool {name!r} asks for a limit that it cannot have: {why}") from error
+    return made
 
 
 def _checked(definition: messages.ToolDefinition) -> messages.ToolDefinition:

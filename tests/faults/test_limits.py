@@ -56,6 +56,11 @@ def bomb() -> None:
     while True:
         os.fork()
 
+@tool(name="{pool}.open_many", open_files=90)
+def open_many(count: int) -> int:
+    """Open files, and need to."""
+    return len([open(os.devnull) for _ in range(count)])
+
 @tool(name="{pool}.leak")
 def leak(mb: int) -> int:
     """Take memory and keep it."""
@@ -345,3 +350,32 @@ def test_a_worker_that_does_not_let_go_of_memory_gets_no_calls_and_is_replaced(r
         assert client.call("modest.leak", {"mb": 1}, timeout_s=10) == 1, "it waits for another one"
         assert time.monotonic() - begun > 0.5
         assert worker()["id"] != before["id"]
+
+
+def test_a_worker_is_replaced_after_its_calls_and_no_call_notices(tmp_path: Path) -> None:
+    config = text_of(tmp_path, young="process").replace(
+        "[pools.young.limits]", "[pools.young.limits]\nrecycle_calls = 5"
+    )
+    with Running(tmp_path, config=config) as running, running.client() as client:
+
+        def workers() -> set[str]:
+            pool = next(one for one in client.call("system.status", {})["pools"] if one["name"] == "young")
+            return {worker["id"] for worker in pool["workers"]}
+
+        seen: set[str] = set()
+
+        def are_three() -> bool:
+            assert client.call("young.echo", {"value": 1}, timeout_s=10) == 1
+            seen.update(workers())
+            return len(seen) >= 3
+
+        wait_for(are_three, within_s=20, what="the third worker")
+        assert client.call("system.status", {})["calls"]["failed"] == {}
+
+
+def test_a_tool_that_asks_for_more_files_gets_them(tmp_path: Path) -> None:
+    config = text_of(tmp_path, asks="process").replace("open_files = 20", "")
+    with Running(tmp_path, config=config) as running, running.client() as client:
+        assert client.call("asks.open_many", {"count": 85}, timeout_s=10) == 85
+        error = refusal(running, "asks.open_many", count=150)
+        assert (error.details["limit"], error.details["limit_value"]) == ("open_files", 90)

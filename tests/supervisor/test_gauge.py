@@ -53,7 +53,7 @@ class Holder:
 
     def grown(self, *, exactly: bool = False) -> float:
         """Return its memory above what it held at first, MiB."""
-        self.gauge.look(())
+        self.gauge.look()
         self.gauge.look_at_files()
         return self.gauge.sample(exactly=exactly).memory_mb - self.ready.memory_mb
 
@@ -101,7 +101,7 @@ def test_what_a_forked_child_shares_counts_once_and_what_it_writes_counts(holder
 def test_descriptors_and_sockets_count_above_what_it_had(holder: Holder) -> None:
     assert (holder.ready.open_files, holder.gauge.files.most) == (0, 0)
     holder.does("files = [open(os.devnull) for _ in range(5)]; pair = socket.socketpair()")
-    holder.gauge.look(())
+    holder.gauge.look()
     holder.gauge.look_at_files()
     sample = holder.gauge.sample()
     assert (sample.open_files, sample.connections) == (7, 2)
@@ -109,19 +109,19 @@ def test_descriptors_and_sockets_count_above_what_it_had(holder: Holder) -> None
 
 def test_processes_and_their_cpu_count_also_after_their_end(holder: Holder) -> None:
     holder.does("subprocess.run([sys.executable, '-c', 'sum(range(8_000_000))'])")
-    holder.gauge.look(())
+    holder.gauge.look()
     assert holder.gauge.processes == 0
     spent = holder.gauge.cost.cpu_s - holder.ready.cpu_s
     assert spent > 0.05
     holder.does("one = subprocess.Popen(['sleep', '60'])")
-    assert len(holder.gauge.look(())) == 2
+    assert len(holder.gauge.look()) == 2
     assert holder.gauge.cost.cpu_s - holder.ready.cpu_s >= spent
 
 
 def test_a_process_without_parent_is_counted_where_it_says_it_belongs(holder: Holder) -> None:
     other = subprocess.Popen(["sleep", "60"])
     try:
-        assert holder.gauge.look([other.pid]) == [holder.popen.pid, other.pid]
+        assert holder.gauge.look(lambda: [other.pid]) == [holder.popen.pid, other.pid]
         assert holder.gauge.processes == 1
     finally:
         other.kill()

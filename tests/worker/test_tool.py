@@ -285,3 +285,23 @@ def test_bound_that_would_let_nothing_through_is_its_authors_fault(bound: dict[s
         @tool(name="web.fetch", **bound)
         def fetch(url: str) -> str:
             return url
+
+
+def test_a_tool_asks_for_limits_up_to_the_most_that_there_are() -> None:
+    @tool(memory_mb=300, cpu_s=90.5)
+    def large() -> None:
+        """Take much."""
+
+    assert (large.asks.memory_mb, large.asks.cpu_s, large.asks.open_files) == (300, 90.5, 0)
+    for wrong in (
+        {"memory_mb": 501},
+        {"cpu_s": 121.0},
+        {"open_files": -1},
+        {"connections": 51},
+        {"cpu_s": "1"},
+    ):
+        with pytest.raises(TypeError, match="'greedy' asks for a limit that it cannot have"):
+
+            @tool(**wrong)
+            def greedy() -> None:
+                """Take more."""
