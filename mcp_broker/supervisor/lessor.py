@@ -101,6 +101,9 @@ class Lessor:
             number = self._ports.lease(worker_id, now, wanted=wish.port, ttl_s=ttl_s)
             try:
                 listener = self._bound(number)
+            except PortDenied as error:
+                self._ports.refused(number, error.message, now)
+                raise
             except OSError as error:
                 self._ports.refused(number, f"it cannot be bound: {error.strerror}", now)
                 if wish.port:
@@ -130,13 +133,23 @@ class Lessor:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if self._networks:
                 # before it listens: nobody slips in
-                sieve.attach(listener, self._networks)
+                self._guard(listener)
             listener.bind((self._host, number))
             listener.listen(limits.PORT_BACKLOG)
-        except OSError:
+        except (OSError, PortDenied):
             listener.close()
             raise
         return listener
+
+    def _guard(self, listener: socket.socket) -> None:
+        try:
+            sieve.attach(listener, self._networks)
+        except OSError as error:
+            # a kernel without, or without memory for what ordinary users load: rather no port than one for everybody
+            raise PortDenied(
+                f"[ports] allow cannot be enforced here, so no port is lent: {error.strerror}; remove it, or see"
+                " net.core.bpf_jit_limit"
+            ) from error
 
     # -- what else happens -----------------------------------------------------------------------------
 

@@ -72,7 +72,9 @@ WHOLE_S = 0.3
 
 def config_at(level: str) -> str:
     first = free_span(8)
-    config = CONFIG.replace("LEVEL", level).replace("NETWORK", "full" if level == "process" else "loopback")
+    config = CONFIG.replace("LEVEL", level).replace(
+        "NETWORK", "full" if level == "process" or os.geteuid() else "loopback"
+    )
     return config.replace("FIRST", str(first)).replace("LAST", str(first + 7))
 
 
