@@ -145,10 +145,10 @@ class Lessor:
         try:
             sieve.attach(listener, self._networks)
         except OSError as error:
-            # a kernel without, or without memory for what ordinary users load: rather no port than one for everybody
+            # a kernel without, or one that does not let ordinary users: rather no port than one for everybody
             raise PortDenied(
-                f"[ports] allow cannot be enforced here, so no port is lent: {error.strerror}; remove it, or see"
-                " net.core.bpf_jit_limit"
+                f"[ports] allow cannot be enforced here, so no port is lent: the kernel refuses a socket filter"
+                f" ({error.strerror}); remove allow, or start as root"
             ) from error
 
     # -- what else happens -----------------------------------------------------------------------------
