@@ -33,6 +33,8 @@ PROCESS: Final = "process"
 RESTRICTED: Final = "restricted"
 SANDBOXED: Final = "sandboxed"
 ALL: Final = frozenset({PROCESS, RESTRICTED, SANDBOXED})
+#: levels whose workers may share the IPC of the machine; a sandbox has its own, which ends with it
+OF_THE_HOST: Final = frozenset({PROCESS, RESTRICTED})
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,6 @@ class Remains:
         level: its isolation level.
         prefix: of the names of shared memory and semaphores that are its.
         scratch: its private folder.
-        folders: further folders that are its own, such as that of its socket.
         started_wall: when its process was started, seconds since 1970.
         lease: of its own uid, if no other process has it; released in the end.
     """
@@ -55,7 +56,6 @@ class Remains:
     level: str
     prefix: str
     scratch: Path
-    folders: tuple[Path, ...] = ()
     started_wall: float = 0.0
     lease: Lease | None = None
 
@@ -196,12 +196,6 @@ def _ports(remains: Remains, site: Site, tally: Tally) -> Iterator[float]:
     yield 0.0
 
 
-def _folders(remains: Remains, site: Site, tally: Tally) -> Iterator[float]:
-    del site
-    for path in remains.folders:
-        yield from _removed(path, tally)
-
-
 def _scratch(remains: Remains, site: Site, tally: Tally) -> Iterator[float]:
     del site
     yield from _removed(remains.scratch, tally)
@@ -248,9 +242,8 @@ def _record(remains: Remains, site: Site, tally: Tally) -> Iterator[float]:
 STEPS: Final = (
     Step("processes", "whatever the worker started, and what that started", 2.0, ALL, _processes),
     Step("ports", "leased ports", 1.0, ALL, _ports),
-    Step("shared memory", "POSIX shared memory and named semaphores", 10.0, ALL, _shared_memory),
-    Step("system v", "System V shared memory, semaphores, queues", 1.0, ALL, _sysv),
-    Step("folders", "folders of its own beside the scratch, as that of its socket", 5.0, ALL, _folders),
+    Step("shared memory", "POSIX shared memory and named semaphores", 10.0, OF_THE_HOST, _shared_memory),
+    Step("system v", "System V shared memory, semaphores, queues", 1.0, OF_THE_HOST, _sysv),
     Step("scratch", "the private folder, which is HOME and TMPDIR", 600.0, ALL, _scratch),
     Step("uid", "the uid that was lent to it", 1.0, ALL, _uid),
     Step("record", "the note for a next start", 1.0, ALL, _record),
