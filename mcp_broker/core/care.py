@@ -86,6 +86,11 @@ class Care:
             self._hear(condition, breaker.Event.ABANDONED, trial, principal, now)
         return condition.refusal(call_id, principal, now)
 
+    def ends(self, call: Call) -> bool:
+        """End a call that was taken and has never started, if its tool's state ends what waits; tell whether it did."""
+        condition = call.tool.condition
+        return condition is not None and condition.life.treatment is Treatment.END and self.shuts_out(call)
+
     def shuts_out(self, call: Call) -> bool:
         """End an accepted call that was sent again and runs nowhere, if its tool takes none; tell whether it did."""
         condition = call.tool.condition

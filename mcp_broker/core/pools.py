@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from mcp_broker.core.clients import ClientSession
     from mcp_broker.core.dead_letters import DeadLetters
+    from mcp_broker.core.keeper import Keeper
     from mcp_broker.core.outbox import Body
     from mcp_broker.core.registry import Tool
     from mcp_broker.core.workers import Worker
@@ -50,13 +51,8 @@ class Dispatcher:
         self.orphaned: Callable[[Worker, messages.Outcome, Body | None, Receipt], bool] = lambda *_: False
         #: ids of calls that have ended while a worker still holds them; nobody may use them meanwhile
         self.ghosts: set[bytes] = set()
-        #: tools whose results somebody counts, and who does; set by who looks after the tools
-        self.watched: dict[Tool, None] = {}
-        self.succeeded: Callable[[Call], None] = lambda _: None
-        #: asked whether a call whose outcome is an error runs again
-        self.runs_again: Callable[[Call, messages.Outcome], bool] = lambda *_: False
-        #: told which calls a worker took along when it died
-        self.mourn: Callable[[Certificate, list[Call]], None] = lambda *_: None
+        #: set by who looks after the tools, before the first call
+        self.keeper: Keeper
         self.arrears = Arrears()
 
     def pool(self, name: str) -> Pool:
@@ -196,7 +192,8 @@ class Dispatcher:
         """Take a worker's outcomes: end each one's call, or only free its place if it has ended."""
         worker.received += len(outcomes)
         receipt = Receipt(worker.received)
-        held, finish, gates, watched = worker.held, self._ledger.finish, worker.pool.gates, self.watched
+        held, finish, gates = worker.held, self._ledger.finish, worker.pool.gates
+        watched = self.keeper.watched
         # one question a call for both, since mostly there is neither
         is_attended = bool(gates or watched)
         session: ClientSession | None = None
@@ -213,7 +210,7 @@ class Dispatcher:
             if is_attended:
                 self._let_go(call, worker.pool)
                 if call.tool in watched and call.state is not _ENDED and outcome.code == messages.OK:
-                    self.succeeded(call)
+                    self.keeper.succeeded(call)
             if call.state is _ENDED:
                 self.ghosts.discard(call.call_id)
                 self.late += 1
@@ -231,7 +228,7 @@ class Dispatcher:
                 if body is not None and (instead := self.arrears.large(call, len(body))) is not None:
                     outcome, body = instead, None  # noqa: PLW2901
                 finish(call, outcome, body)
-            elif self.runs_again(call, outcome):
+            elif self.keeper.runs_again(call, outcome):
                 count -= 1
                 again.append(call)
             else:
@@ -344,6 +341,8 @@ class Dispatcher:
 
     def _requeue(self, calls: list[Call], pool: Pool, now: float) -> None:
         for call in reversed(calls):
+            if self.keeper.ends(call):
+                continue
             call.step(CallEvent.REQUEUED)
             pool.requeue(call)
         self.pump(pool, now)
@@ -354,7 +353,7 @@ class Dispatcher:
         worker.outbox.clear()
         again: list[Call] = []
         exceeding = losses.exceeding(held, certificate)
-        self.mourn(certificate, [call for call in held if call.seq <= certificate.started_seq])
+        self.keeper.mourn(certificate, [call for call in held if call.seq <= certificate.started_seq])
         for call in held:
             call.worker = None
             self._let_go(call, worker.pool)

@@ -64,10 +64,7 @@ class Routing:
         self.idempotency = Idempotency(self)
         self.detached = Detached(self)
         self.care = Care(self)
-        self.dispatcher.watched = self.care.watched
-        self.dispatcher.succeeded = self.care.succeeded
-        self.dispatcher.runs_again = self.care.runs_again
-        self.dispatcher.mourn = self.care.mourn
+        self.dispatcher.keeper = self.care
         self.ledger.failing = self.care.failing
         self.ledger.keyed = self.idempotency.finished
         self.commands = Commands(self)

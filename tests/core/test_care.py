@@ -174,6 +174,19 @@ def test_a_stopped_tool_refuses_and_ends_what_waits() -> None:
     world.check()
 
 
+def test_what_a_dead_worker_had_not_started_does_not_wait_for_a_tool_that_is_stopped() -> None:
+    world = serving()
+    session = world.machine.clientele.open[b"c2"]
+    world.calls("c2", (NAME, NAME))
+    steer(world, "stop")
+    world.heard_by(session)
+    world.died("echo-1", 1)
+    world.later(0.1)
+    assert sorted(world.outcomes(session).values()) == ["UNAVAILABLE", "WORKER_LOST"]
+    assert state(world) is State.STOPPED
+    world.check()
+
+
 def test_a_disabled_tool_takes_no_new_calls_and_finishes_those_it_had() -> None:
     world = serving(depth=1)
     session = world.machine.clientele.open[b"c2"]

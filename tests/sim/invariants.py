@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any, Final
 from mcp_broker import limits
 from mcp_broker.client.session import State
 from mcp_broker.core.clients import ClientState
+from mcp_broker.core.lifecycle import State as ToolState
+from mcp_broker.core.lifecycle import Treatment
+from mcp_broker.core.pool import APART
 from tests.core.support import World as Watch
 
 if TYPE_CHECKING:
@@ -35,6 +38,11 @@ CODES: Final = frozenset(
         "NOT_FOUND", "BROKER_LOST",
     }
 )  # fmt: skip
+
+#: states of a tool that end by themselves
+_PASSING: Final = frozenset(
+    {ToolState.PAUSING, ToolState.RESUMING, ToolState.STOPPING, ToolState.STARTING, ToolState.RECOVERING}
+)
 
 
 class Violation(AssertionError):  # noqa: N818 (what the code under test did, not this code)
@@ -179,6 +187,7 @@ class Invariants:
         self._check_budget(machine)
         self._check_ghosts(machine)
         self._check_workers(machine)
+        self._check_tools(machine)
         self._check_clients()
 
     def _check_budget(self, machine: Routing) -> None:
@@ -208,6 +217,31 @@ class Invariants:
         self.hold(
             machine.dispatcher.ghosts == over, "ended calls that a worker holds are not those remembered"
         )
+
+    def _check_tools(self, machine: Routing) -> None:
+        """A tool's state is done to its calls, and what is remembered of it is bounded."""
+        for tool in machine.registry.tools.values():
+            condition, pool = tool.condition, tool.pool
+            if condition is None or pool is None:
+                continue
+            life, waits = condition.life, any(call.tool is tool for call in pool.backlog.values())
+            is_held = life.treatment is Treatment.WAIT
+            self.hold(
+                not is_held or (tool.gate is not None and tool.gate.limit == 0),
+                f"{tool.name} is {life.state.name}, and its calls go on",
+            )
+            # the steps of this turn's failures are taken with the next
+            self.hold(
+                life.treatment is not Treatment.END or not waits,
+                f"{tool.name} is {life.state.name}, and calls wait for it",
+            )
+            self.hold(condition.isolated == (APART in pool.name), f"{tool.name} is served by {pool.name}")
+            is_passing = life.state in _PASSING
+            self.hold(
+                not is_passing or tool in machine.care.operations.running,
+                f"{tool.name} is {life.state.name}, and nothing leads on",
+            )
+            self.hold(len(life.history) <= limits.LIFECYCLE_KEPT, "a history grows")
 
     def _check_workers(self, machine: Routing) -> None:
         """What a worker has, its broker knows that it holds; what it does not know is on its way."""
@@ -252,6 +286,7 @@ class Invariants:
         self.hold(not machine.dispatcher.ghosts, f"ghosts are left: {len(machine.dispatcher.ghosts)}")
         self.hold(not machine.reconciliation.orphans, "calls that nobody asked for are left")
         self.hold(not machine.reconciliation.doubts, "calls in doubt are left")
+        self.hold(not machine.care.operations.running, "operations are left")
         letters = len(machine.dispatcher.dead_letters)
         self.hold(len(machine.timers) <= letters, f"{len(machine.timers)} timers are left")
         self.hold(not broker.wires.keys() ^ {c.wire.routing_id for c in world.peers() if c.wire is not None},

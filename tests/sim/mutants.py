@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from mcp_broker.core import clients, pools
+from mcp_broker.core import clients, pools, registry
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,8 +72,21 @@ def leak_credit(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(pools.Dispatcher, "outcomes", outcomes)
 
 
+def let_waiting_calls_go(patch: pytest.MonkeyPatch) -> None:
+    """Let calls of a tool start a little while it is paused."""
+    original = registry.Tool.fence
+
+    def fence(self: registry.Tool) -> None:
+        is_held, self.is_held = self.is_held, False
+        original(self)
+        self.is_held = is_held
+
+    patch.setattr(registry.Tool, "fence", fence)
+
+
 MUTANTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "a re-dispatch without the idempotent check": run_again_whatever_the_tool,
     "a dropped outcome": drop_an_outcome,
     "a credit leak": leak_credit,
+    "calls of a paused tool that go on": let_waiting_calls_go,
 }
