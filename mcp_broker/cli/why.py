@@ -29,6 +29,8 @@ KINDS: Final[dict[str, str]] = {
 
 #: of a stack, the last lines: the main thread
 _STACK_LINES: Final = 40
+#: ends of calls that say something of their tool
+_TOOLS_OWN: Final = frozenset({"WORKER_LOST", "POISONED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "INTERNAL"})
 
 
 @click.command(
@@ -189,6 +191,11 @@ def _call(record: Map) -> list[str]:
     return [
         head,
         *_rest({key: value for key, value in record.items() if key not in {"call_id", "tool", "code"}}),
+        *(
+            [f"  next           mcp-broker why {record.get('tool')}"]
+            if record.get("code") in _TOOLS_OWN
+            else []
+        ),
     ]
 
 

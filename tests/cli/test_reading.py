@@ -183,6 +183,7 @@ def test_why_of_a_call_and_of_a_living_worker() -> None:
     }
     told = "\n".join(why.story(call))
     assert "call ab12 of add: WORKER_LOST" in told
+    assert "mcp-broker why add" in told, "how its tool is"
     assert "killed by SIGKILL" in told
     living = {
         "found": True,
