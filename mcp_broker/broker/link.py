@@ -64,7 +64,9 @@ class NodeLink:
         return self._descriptors.popleft()
 
     def wait_for_boot(self, timeout_s: float) -> tuple[node.Boot, list[node.FromSupervisor]]:
-        """Block until BOOT is there; returns it and what came with it.
+        """Block until BOOT and all that is said with it is there, which a REPORT ends; returns both.
+
+        Whoever served before would take calls of tools that an operator had disabled under an earlier broker.
 
         Raises:
             SupervisorGone: nobody is there.
@@ -73,14 +75,18 @@ class NodeLink:
         self._socket.settimeout(timeout_s)
         try:
             messages: list[node.FromSupervisor] = []
-            while not messages:
-                messages = self.receive()
+            while not any(isinstance(message, node.Report) for message in messages):
+                messages += self.receive()
         finally:
             self._socket.setblocking(False)
         first, *rest = messages
         if not isinstance(first, node.Boot):
             raise MalformedFrame(f"the supervisor said {type(first).__name__} before BOOT")
         return first, rest
+
+    def close(self) -> None:
+        """Close our end; the supervisor takes it for our death."""
+        self._socket.close()
 
     def send(self, message: node.NodeMessage) -> None:
         """Queue a message and send what goes."""

@@ -109,7 +109,8 @@ class Lives:
                         by_operator=condition.by_operator,
                     )
                 )
-        told = tuple(standings)
+        # of tools that nobody has brought yet, the word of the broker before stands
+        told = (*standings, *self._left.values())
         if told != self._told:
             self._told = told
             self._routing.to_node.append(node.Standings(told))

@@ -111,6 +111,7 @@ class BrokerProcess:
                 self._allow, self._only,
             )
         )  # fmt: skip
+        self.tell(node.Report(()))
         self.expect(node.Serving)
 
     def tell(self, message: node.NodeMessage, descriptor: int | None = None) -> None:
