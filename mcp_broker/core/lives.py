@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 from mcp_broker.core import lifecycle
 from mcp_broker.core.condition import Condition
 from mcp_broker.core.lifecycle import Event, State, Treatment
+from mcp_broker.core.pool import APART
 from mcp_broker.wire import node
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ class Lives:
                 life = lifecycle.Lifecycle.at(State[left.state.upper()], left.reason, now)
             tool.condition = Condition(tool, life)
             tool.condition.by_operator = left is not None and left.by_operator
+            # an earlier broker may have left it so
+            tool.condition.isolated = tool.pool is not None and APART in tool.pool.name
             self._apply(tool.condition, now)
         return tool.condition
 

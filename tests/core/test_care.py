@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
 from mcp_broker import limits
 from mcp_broker.core.lifecycle import State
 from mcp_broker.wire import messages, node, payload
@@ -473,9 +471,14 @@ def test_a_broker_that_follows_finds_the_worker_of_an_isolated_tool() -> None:
     late.check()
 
 
-@pytest.mark.parametrize("client", ["c1"])
-def test_a_worker_of_its_own_that_has_lost_its_tool_is_refused(client: str) -> None:
-    del client
+def test_a_tool_that_is_recalled_in_a_pool_of_its_own_counts_as_isolated_before_its_worker_has_come() -> None:
+    world = World()
+    world.hello("c1")
+    world.machine.from_node(node.Tools("echo~echo.echo", (definition(NAME),)), world.now)
+    assert steer(world, "history")["isolated"]
+
+
+def test_a_worker_of_its_own_that_has_lost_its_tool_is_refused() -> None:
     world = World()
     world.admit("echo~echo.gone-1", "echo~echo.gone")
     tools = (definition("echo.other"),)
