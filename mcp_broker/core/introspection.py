@@ -120,6 +120,7 @@ def _pool(routing: Routing, pool: Pool) -> dict[str, Any]:
                 "served": worker.served if worker is not None else 0,
                 "rss_mb": round(seen.rss_kib / 1024, 1),
                 "cpu_s": round(seen.cpu_s, 2),
+                "start": seen.start,
                 "isolation": seen.isolation,
                 "isolation_note": seen.isolation_note,
                 "pressure": seen.pressure,

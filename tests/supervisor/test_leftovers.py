@@ -67,6 +67,14 @@ def test_the_tether_alone_ends_a_worker_without_death_signal(start: Start) -> No
     wait_for(lambda: not is_running(worker["pid"]), "the end of the worker", 1.0)
 
 
+def test_the_death_signal_alone_ends_a_worker_that_has_not_come_to_ask_for_it(start: Start) -> None:
+    node = start({"untethered": True})
+    node.event("PoolReady")
+    worker = node.worker()
+    node.popen.kill()
+    wait_for(lambda: not is_running(worker["pid"]), "the end of the worker", 1.0)
+
+
 def test_the_next_start_removes_what_a_killed_supervisor_left(start: Start, tmp_path: Path) -> None:
     node = start({"daemon": str(tmp_path / "daemon")})
     node.event("PoolReady")

@@ -58,10 +58,10 @@ def run(boot_fd: int, tether_fd: int) -> NoReturn:
     if not options.get("unconfined"):
         keep = (boot.marks_fd, tether_fd)
         confine.apply(boot.confinement, scratch=boot.scratch, endpoint=boot.endpoint, keep=keep)
-    if not options.get("deaf"):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     tether = socket.socket(fileno=tether_fd)
-    threading.Thread(target=watch, args=(tether,), daemon=True).start()
+    if not options.get("untethered"):
+        ctypes.CDLL(None).prctl(1, 0 if options.get("deaf") else signal.SIGKILL)
+        threading.Thread(target=watch, args=(tether,), daemon=True).start()
     for packet in options.get("says_on_tether", ()):
         tether.send(bytes.fromhex(packet))
     if "boot_exit" in options:
