@@ -44,10 +44,14 @@ def test_a_pool_may_be_replaced_though_nothing_is_different() -> None:
 def test_limits_count_at_once_and_addresses_at_the_next_start() -> None:
     found = changes(
         BASE + "[limits]\ndrain_s = 3\n[observe]\nlog_level = 'debug'\n[broker]\nclient_port = 1234\n"
+        "[ports]\nmax = 18050\n"
     )
     assert found.limits == ("limits.drain_s", "observe.log_level")
-    assert found.at_start == ("broker.client_port",)
-    assert str(found) == "changed limits.drain_s, observe.log_level; only after a restart broker.client_port"
+    assert found.at_start == ("broker.client_port", "ports.max")
+    assert (
+        str(found)
+        == "changed limits.drain_s, observe.log_level; only after a restart broker.client_port, ports.max"
+    )
 
 
 def test_the_same_configuration_asks_for_nothing() -> None:
