@@ -1,7 +1,8 @@
 """SQL over the files of one folder, read-only: DuckDB, with no way to any other file.
 
 Options of the pool: ``folder`` (its CSV, Parquet and JSON files are the tables; without it there are none),
-``memory_mb`` (512), ``threads`` (2), ``batch_rows`` (1000).
+``memory_mb`` (384: DuckDB's own bound, beyond which it says so or writes to its scratch folder; the worker's limit, which
+kills, is above it), ``threads`` (2), ``batch_rows`` (1000).
 
 A query is one SELECT, checked before it runs. Under it, DuckDB itself may open exactly the files that are tables, may
 not install or load anything, and its configuration is locked. A file whose real place is outside the folder (a
@@ -68,7 +69,7 @@ class Settings:
     """
 
     folder: Path | None
-    memory_mb: int = 512
+    memory_mb: int = 384
     threads: int = 2
     batch_rows: int = 1000
 
@@ -175,7 +176,15 @@ def _database(context: ToolContext) -> tuple[Settings, Database]:
     return made
 
 
-@tool(name="sql.query", idempotent=True, timeout_s=60, category="data", tags=("example", "stream"))
+@tool(
+    name="sql.query",
+    idempotent=True,
+    timeout_s=60,
+    category="data",
+    tags=("example", "stream"),
+    # what DuckDB may have by default, and what Python needs to carry rows on
+    memory_mb=500,
+)
 def query(
     sql: Annotated[str, Field(min_length=1, max_length=100_000)],
     context: ToolContext,
