@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 from typing import TYPE_CHECKING
 
 import pytest
@@ -38,6 +39,8 @@ def test_ledger_counts_what_did_not_recover() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_chaos_costs_no_call_its_outcome_and_all_recover(tmp_path: Path) -> None:
+    # it takes longer than what else would look like a hang
+    faulthandler.cancel_dump_traceback_later()
     ledger = run(tmp_path, SEED, SECONDS, lambda _text: None)
     console = Console(width=100)
     console.print(ledger.table())
