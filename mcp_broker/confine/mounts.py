@@ -190,15 +190,15 @@ def _copy(path: str, attributes: int) -> int:
 
 
 def _map_owner(fd: int, found: os.stat_result, uid: int, mapped: dict[tuple[int, int], int]) -> None:
-    """Let the worker's uid stand for the owner of a tree; a file system that cannot leaves it as it is.
+    """Let the worker's uid stand for the owner of a tree; a file system, or a machine, that cannot leaves it as it is.
 
     Args:
         mapped: (owner, group) -> a user namespace that maps them; one is added where it is missing.
     """
     owner = (found.st_uid, found.st_gid)
-    if owner not in mapped:
-        mapped[owner] = _user_namespace(*owner, uid)
     with contextlib.suppress(kernel.Refused):
+        if owner not in mapped:
+            mapped[owner] = _user_namespace(*owner, uid)
         _set(fd, b"", _AT_EMPTY_PATH, _ATTR_IDMAP, mapped[owner])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import socket
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from mcp_broker.supervisor.isolation import probe
+from mcp_broker.supervisor.isolation.sandbox import try_it
 from tests.support.ordinary import ROOT
 from tests.support.running import Running
 
@@ -59,7 +62,8 @@ env = {{ PREFIX = "restricted" }}
 secrets = {{ key = "{folder}/key" }}
 read = ["{folder}/in"]
 write = ["{folder}/out"]
-
+"""
+SANDBOXED = """
 [pools.sandboxed]
 module = "hostile"
 path = ["{folder}/tools"]
@@ -70,6 +74,18 @@ secrets = {{ key = "{folder}/key" }}
 read = ["{folder}/in"]
 write = ["{folder}/out"]
 """
+
+
+@functools.cache
+def sandbox() -> probe.Probe:
+    """Try whether this machine can make a sandbox at all."""
+    return probe.attempt("sandbox", try_it)
+
+
+def need_sandbox() -> None:
+    """Skip where there is none; the refusal is tested everywhere."""
+    if not sandbox().works:
+        pytest.skip(f"level sandboxed is refused on this machine: {sandbox()}")
 
 
 class Site:
@@ -95,14 +111,16 @@ class Site:
         prefix = (sys.executable, str(ORDINARY), str(folder)) if IS_ROOT and user == "ordinary" else ()
         # an ordinary user has it at level sandboxed only
         own_network = "loopback" if user == "root" else "none"
+        config = CONFIG + SANDBOXED * sandbox().works
         self.running = Running(
             folder,
-            config=CONFIG.replace("{demo_data}", DEMO_DATA).replace("{own_network}", own_network),
+            config=config.replace("{demo_data}", DEMO_DATA).replace("{own_network}", own_network),
             prefix=prefix,
         )
         status = self.running.status()
         self.supervisor, self.broker = status["supervisor"]["pid"], status["broker"]["pid"]
         self.pids = {pool["name"]: [worker["pid"] for worker in pool["workers"]] for pool in status["pools"]}
+        self.pids.setdefault("sandboxed", [])
         #: a worker that serves no hostile tool and stays out of the way
         names = {pool["name"]: pool["workers"][0]["id"] for pool in status["pools"]}
         self.scratch_of_a_sibling = str(self._runtime() / names["sibling"])
@@ -130,12 +148,18 @@ class Site:
 
     def attempt(self, level: str, what: str, argument: Any = None) -> str:
         """Have a hostile tool of this level try something."""
+        self._need(level)
         return str(self.client.call(f"{level}.attempt", {"what": what, "argument": argument}, timeout_s=10))
 
     def whoami(self, level: str) -> dict[str, Any]:
         """Ask a worker of this level what it sees of itself."""
+        self._need(level)
         seen: dict[str, Any] = self.client.call(f"{level}.self", timeout_s=10)
         return seen
+
+    def _need(self, level: str) -> None:
+        if level == "sandboxed":
+            need_sandbox()
 
     def close(self) -> None:
         """End it; nothing may be left."""

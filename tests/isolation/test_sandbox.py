@@ -24,7 +24,7 @@ from mcp_broker.supervisor.launch.sandbox import SandboxedProcess, SandboxLaunch
 from mcp_broker.supervisor.poller import Poller
 from mcp_broker.supervisor.tether import new_ends
 from mcp_broker.wire.confinement import Confinement
-from tests.isolation.conftest import IS_ROOT
+from tests.isolation.conftest import IS_ROOT, need_sandbox
 from tests.support.waiting import wait_for
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ Make = Callable[..., Sandbox]
 @pytest.fixture
 def make(tmp_path: Path) -> Iterator[Make]:
     """Start a program in a sandbox."""
+    need_sandbox()
     poller = Poller()
     started: list[Sandbox] = []
     tools = tmp_path / "tools"

@@ -12,7 +12,7 @@ import pytest
 
 from mcp_broker import proctable
 from mcp_broker.errors import CallError
-from tests.isolation.conftest import DEMO_DATA, IS_ROOT, ORDINARY
+from tests.isolation.conftest import DEMO_DATA, IS_ROOT, ORDINARY, need_sandbox
 from tests.support.running import Running
 from tests.support.waiting import wait_for
 
@@ -44,6 +44,7 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """One broker for all tests of a user, the last of which ends it."""
     if request.param == "root" and not IS_ROOT:
         pytest.skip("what root gets is tried by root only")
+    need_sandbox()
     is_other = IS_ROOT and request.param == "ordinary"
     folder = tmp_path_factory.mktemp(f"sandboxed-{request.param}")
     prefix = (sys.executable, str(ORDINARY), str(folder)) if is_other else ()
