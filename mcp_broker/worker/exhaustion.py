@@ -24,6 +24,8 @@ _STARTERS: Final = frozenset({"subprocess.py", "popen_fork.py", "popen_spawn_pos
 _DISK_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 #: a file system with less than this is full, bytes
 _FULL_BYTES: Final = 64 * 1024
+#: a write that does not fit whole leaves a file below its bound by less than this
+_NEARLY_BYTES: Final = 16 * 1024 * 1024
 
 
 def limit_of(error: BaseException, scratch: Path) -> str:
@@ -47,8 +49,11 @@ def limit_of(error: BaseException, scratch: Path) -> str:
         # the same number means "not yet" to whoever reads without waiting
         return "processes" if _is_forking(error.__traceback__) else ""
     if error.errno == errno.EFBIG:
-        bounded = resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY
-        return "scratch_mb" if bounded else ""
+        bound = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        if bound == resource.RLIM_INFINITY:
+            return ""
+        # the bound is for files in memory too, and the error does not say which file it is about
+        return "memory_mb" if _has_file_in_memory(bound) else "scratch_mb"
     return "scratch_mb" if error.errno in _DISK_FULL and _is_within(error, scratch) else ""
 
 
@@ -70,6 +75,19 @@ def bind_files(open_files: int) -> None:
         return
     with contextlib.suppress(kernel.Refused):
         rlimits.limit({"nofile": held + open_files + limits.OWN_FILES})
+
+
+def _has_file_in_memory(size: int) -> bool:
+    """Tell whether an open file that no folder has is so large, or nearly."""
+    with contextlib.suppress(OSError):
+        for entry in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if (
+                    str(entry.readlink()).startswith("/memfd:")
+                    and entry.stat().st_size >= size - _NEARLY_BYTES
+                ):
+                    return True
+    return False
 
 
 def _is_forking(trace: TracebackType | None) -> bool:

@@ -106,7 +106,13 @@ def files(count: int) -> int:
 @tool(name="{pool}.connect")
 def connect(count: int, seconds: float) -> int:
     """Open sockets and keep them for a while."""
-    own = [socket.socket(socket.AF_UNIX) for _ in range(count)]
+    family = socket.AF_UNIX
+    try:
+        socket.socket(family).close()
+    except OSError:
+        # a worker that reaches its broker by a port has this one kind instead
+        family = socket.AF_INET
+    own = [socket.socket(family) for _ in range(count)]
     time.sleep(seconds)
     return len(own)
 
