@@ -44,8 +44,9 @@ def rlimits(table: PoolTable, *, is_confined: bool, has_own_uid: bool) -> dict[s
     """
     values = {"core": 0}
     if is_confined and not table.write:
-        # of one file, also in memory; where it may write elsewhere, files may be as large as they like
-        values["fsize"] = max(table.limits.scratch_mb, 2 * table.limits.memory_mb) * _MIB
+        # of one file, also in memory, where measuring comes first; where it may write elsewhere, files may be as
+        # large as they like
+        values["fsize"] = max(table.limits.scratch_mb, 4 * table.limits.memory_mb) * _MIB
     if has_own_uid:
         values["nproc"] = tasks(table.limits.processes)
     return values

@@ -49,11 +49,7 @@ def limit_of(error: BaseException, scratch: Path) -> str:
         # the same number means "not yet" to whoever reads without waiting
         return "processes" if _is_forking(error.__traceback__) else ""
     if error.errno == errno.EFBIG:
-        bound = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-        if bound == resource.RLIM_INFINITY:
-            return ""
-        # the bound is for files in memory too, and the error does not say which file it is about
-        return "memory_mb" if _has_file_in_memory(bound) else "scratch_mb"
+        return _limit_of_files()
     return "scratch_mb" if error.errno in _DISK_FULL and _is_within(error, scratch) else ""
 
 
@@ -75,6 +71,14 @@ def bind_files(open_files: int) -> None:
         return
     with contextlib.suppress(kernel.Refused):
         rlimits.limit({"nofile": held + open_files + limits.OWN_FILES})
+
+
+def _limit_of_files() -> str:
+    bound = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if bound == resource.RLIM_INFINITY:
+        return ""
+    # the bound is for files in memory too, and the error does not say which file it is about
+    return "memory_mb" if _has_file_in_memory(bound) else "scratch_mb"
 
 
 def _has_file_in_memory(size: int) -> bool:
