@@ -26,7 +26,7 @@ ONCE: Final = "c.once"
 
 TOOLS: Final = '''
 """Tools under chaos: each run writes its number, in one write."""
-import os
+import os, time
 from mcp_broker.worker import tool, ToolContext
 
 def _ran(path: str, number: int) -> None:
@@ -54,6 +54,8 @@ def fill(context: ToolContext) -> int:
         for _ in range(512):
             file.write(block)
             file.flush()
+            # the folder is measured every now and then; a fast disk would be done before
+            time.sleep(0.002)
     return 0
 '''
 
