@@ -78,12 +78,20 @@ def _schema(text: str) -> Any:  # noqa: ANN401 (JSON)
 
 
 def _pool_state(routing: Routing, pool: Pool) -> str:
-    ready = sum(worker.state is WorkerState.READY for worker in pool.workers.values())
+    ready = _ready(pool)
     if pool.failure:
         return pool.report.state if pool.report is not None else "failed"
     if ready >= _least(pool):
         return "draining" if routing.draining else "ready"
     return "degraded" if ready else "starting"
+
+
+def _ready(pool: Pool) -> int:
+    """Count the workers that can take calls and can be shown: a new one may register before the supervisor has told its pid."""
+    ready = {worker.worker_id for worker in pool.workers.values() if worker.state is WorkerState.READY}
+    if pool.report is None:
+        return len(ready)
+    return sum(seen.id in ready for seen in pool.report.workers)
 
 
 def _least(pool: Pool) -> int:
@@ -136,7 +144,7 @@ def _pool(routing: Routing, pool: Pool) -> dict[str, Any]:
         "wanted": report.wanted if report is not None else 0,
         "max": (report.most or report.wanted) if report is not None else 0,
         "spares": report.spares if report is not None else 0,
-        "ready": sum(worker.state is WorkerState.READY for worker in pool.workers.values()),
+        "ready": _ready(pool),
         "queued": pool.waiting.calls,
         "queued_bytes": pool.waiting.bytes,
         "drain_per_s": round(pool.drain_per_s, 1),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 import mcp_broker.limits as bounds
+from mcp_broker.core import introspection
 from mcp_broker.core.clients import ClientState
 from mcp_broker.wire import codec, messages, node
 from tests.core.support import EPOCH, FakeGrant, World, definition
@@ -535,3 +536,17 @@ def test_two_calls_cannot_share_a_second_frame() -> None:
     calls = tuple(messages.Call(bytes([at]) * 16, "echo.echo", 1000, None) for at in (1, 2))
     world.client_says("c1", messages.Calls(EPOCH, 0, calls), b"\x80")
     assert world.outcomes(session) == {call.call_id: "INVALID_ARGUMENT" for call in calls}
+
+
+def test_pool_is_ready_when_its_workers_can_be_shown_too() -> None:
+    world = World()
+    world.ready()
+
+    def pool(*workers: node.WorkerReport) -> tuple[str, int]:
+        report = node.PoolReport(name="echo", state="ready", wanted=1, workers=workers)
+        world.machine.from_node(node.Report((report,)), world.now)
+        (told,) = introspection.status(world.machine)["pools"]
+        return told["state"], told["ready"]
+
+    assert pool() == ("starting", 0), "it has registered, and its supervisor has not told of it yet"
+    assert pool(node.WorkerReport(id="echo-1", pid=7, state="running", since_wall=0.0)) == ("ready", 1)
