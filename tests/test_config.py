@@ -81,6 +81,10 @@ def test_values_cannot_be_changed() -> None:
             "[broker]\nclient_prot = 1",
             "line 2: unknown key 'client_prot' in [broker]; did you mean 'client_port'?",
         ),
+        (
+            "[pools.mine]\nmodule = 'm'\nmemory_mb = 60",
+            "line 3: unknown key 'memory_mb' in [pools.mine]; it belongs in [pools.mine.limits]",
+        ),
         ("[brokr]\nhost = 'x'", "line 1: unknown key 'brokr' at the top; did you mean 'broker'?"),
         (
             "\n[pools.mine]\nmodule = 'mine'\noption = {}",

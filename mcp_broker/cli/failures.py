@@ -44,6 +44,7 @@ HINTS: Final[dict[str, tuple[str, str]]] = {
     "DEADLINE_EXCEEDED": ("call {tool} … --timeout SECONDS", "gives it more time"),
     "WORKER_LOST": ("why {call_id}", ""),
     "POISONED": ("why {call_id}", ""),
+    "RESOURCE_EXHAUSTED": ("why {call_id}", "then raise the limit, and reload"),
     "UNAVAILABLE": ("status", "which pool is down, and why"),
     "OVERLOADED": ("status", "what it is busy with"),
     "BROKER_LOST": ("status", "whether the broker is back; nobody knows whether the call ran"),

@@ -172,13 +172,17 @@ class Announcer:
 
     def _tell_next_steps(self) -> None:
         self._told_next_steps = True
-        word = f"{len(self._failed)} failed, the others are ready" if self._failed else "all pools are ready"
+        word = "all pools are ready"
+        if self._failed:
+            others = ", the others are ready" if self._tools else ", and no pool is ready"
+            word = f"{len(self._failed)} failed{others}"
         output.line(f"{word} after {self._elapsed()}. Next, in another shell:")
         output.line()
         example = next((text for name, text in _EXAMPLES.items() if name in self._tools), None)
         if example is None and self._tools:
             example = f"tools {min(self._tools)}"
-        for command in ("tools", example, "status", "why", "stop"):
+        mend = ("reload",) if self._failed else ()
+        for command in (*mend, "tools", example, "status", "why", "stop"):
             if command:
                 output.line(f"  {self._chosen.again(command)}")
         output.line()

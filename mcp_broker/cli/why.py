@@ -22,7 +22,7 @@ KINDS: Final[dict[str, str]] = {
     "deadline": "mcp-broker killed it, because its call was past its deadline",
     "cancel": "mcp-broker killed it, because its call was cancelled and did not end",
     "silence": "mcp-broker killed it, because it did not speak to a new broker and nobody waited for its call",
-    "limit": "mcp-broker killed it, because it exceeded a limit",
+    "limit": "it exceeded a limit, and was killed for that",
     "unknown": "unknown; nothing that could be observed tells more",
 }
 
@@ -77,11 +77,12 @@ def _asked(client: connection.ClientLike, id_: str | None) -> Map:
         answer: Map = client.call("system.why", {"id": id_})
         return answer
     deaths = client.call("system.status", {}).get("deaths") or []
-    return (
-        {"found": True, "kind": "none"}
-        if not deaths
-        else {"found": True, "kind": "death", "certificate": deaths[0]}
-    )
+    if not deaths:
+        return {"found": True, "kind": "none"}
+    latest: Map = client.call("system.why", {"id": deaths[0]["worker_id"]})
+    # it may have been forgotten between the two questions
+    told = isinstance(latest.get("certificate"), dict)
+    return latest if told else {"found": True, "kind": "death", "certificate": deaths[0]}
 
 
 def _recorded(path: Path, id_: str | None) -> Map | None:
@@ -139,6 +140,8 @@ def story(record: Map) -> list[str]:
     certificate = certificate_of(record)
     if certificate is not None:
         lines += _death(certificate)
+        for call in record.get("calls") or ():
+            lines.append(f"  ran        {call.get('tool')}, call {call.get('call_id')}: {call.get('code')}")
         if "reclaim" in record:
             lines += _reclaimed(record.get("reclaim"))
     elif record.get("kind") == "worker":

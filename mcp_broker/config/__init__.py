@@ -223,6 +223,8 @@ def _check_key(
     known = sorted(model.model_fields)
     near = difflib.get_close_matches(key, known, n=1)
     mend = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}"
+    if model is PoolTable and key in PoolLimits.model_fields:
+        mend = f"it belongs in [{'.'.join(path)}.limits]"
     raise ConfigError(f"{at}: unknown key {key!r} {place}; {mend}", {"key": ".".join((*path, key))})
 
 

@@ -78,7 +78,7 @@ def _restrict(confinement: Confinement, scratch: str, endpoint: str, path: tuple
         *folders.runtime(),
     )
     # the folders of its tools may be as closed as any other of the operator's
-    read, write = (*_named(confinement.read), *path), _named(confinement.write)
+    read, write = (*_named("read", confinement.read), *path), _named("write", confinement.write)
     # bubblewrap has made a sandbox's mounts, and its first process has changed the uid
     is_made = confinement.level == "sandboxed"
     if confinement.own_mounts and not is_made:
@@ -108,10 +108,13 @@ def _restrict(confinement: Confinement, scratch: str, endpoint: str, path: tuple
     seccomp.install(seccomp.program(_policy(confinement, endpoint)))
 
 
-def _named(paths: Iterable[str]) -> tuple[str, ...]:
+def _named(key: str, paths: Iterable[str]) -> tuple[str, ...]:
     """Return folders of the configuration, which must be there, under their name and where links lead."""
     for path in paths:
-        Path(path).stat()
+        try:
+            Path(path).stat()
+        except OSError as error:
+            raise kernel.Refused(error.errno or 0, f"the pool's {key} names {path}") from error
     return folders.existing(paths)
 
 

@@ -213,6 +213,7 @@ def why(routing: Routing, _call: Call, arguments: dict[str, Any]) -> dict[str, A
                 "kind": "death",
                 "certificate": codec.as_plain(certificate),
                 "reclaim": _reclaim(routing, certificate.worker_id),
+                "calls": _ended_by(routing, certificate.worker_id),
             }
     worker = routing.crew.by_id.get(wanted)
     if worker is not None:
@@ -289,5 +290,16 @@ def _reclaim(routing: Routing, worker_id: str) -> dict[str, Any] | None:
 
 #: what one status lists of deaths
 _DEATHS_MAX: Final = 20
+
+
+def _ended_by(routing: Routing, worker_id: str) -> list[dict[str, str]]:
+    """Return the calls that ended with a worker's death, as far as they are remembered."""
+    return [
+        {"call_id": ended.call_id.hex(), "tool": ended.tool, "code": ended.code}
+        for ended in routing.ledger.ended
+        if isinstance(ended.certificate, dict) and ended.certificate.get("worker_id") == worker_id
+    ]
+
+
 #: shorter prefixes of call ids would match by accident
 _PREFIX_CHARS: Final = 6

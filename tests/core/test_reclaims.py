@@ -30,6 +30,17 @@ def test_a_reclaim_record_comes_some_time_after_the_death_and_is_told_with_it() 
     assert told["steps"] == [{"step": "scratch", "count": 3, "bytes": 0, "ms": 0.0, "left": []}]
 
 
+def test_a_death_is_told_with_the_calls_that_ended_by_it() -> None:
+    world = World()
+    world.hello()
+    world.ready()
+    call_id = world.call()
+    world.died("echo-1", started_seq=1)
+    world.later(1)
+    told = why(world, "echo-1")["calls"]
+    assert told == [{"call_id": call_id.hex(), "tool": "echo.echo", "code": "WORKER_LOST"}]
+
+
 def test_a_new_broker_knows_the_records_of_before() -> None:
     world = World()
     world.machine.from_node(node.Deaths((certificate("echo-1", 0),), {}, (RECORD,)), world.now)

@@ -292,6 +292,7 @@ def test_why_tells_the_limit_and_what_the_worker_was_doing(running: Running) -> 
     error = refusal(running, "greedy.match")
     said = running.command("why", error.details["certificate"]["worker_id"]).stdout
     assert "limit      cpu_s = 0.4, used 0." in said
+    assert "ran        greedy.match, call " in said
     assert "in match" in said
 
 
