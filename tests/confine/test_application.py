@@ -194,7 +194,8 @@ def test_tools_may_stand_beside_the_state_directory_which_stays_closed(cage: Cag
 def test_a_folder_that_is_not_there_is_named(cage: Cage) -> None:
     gone = str(cage.folder / "gone")
     said = cage.run(lambda: 1, read=(gone,))
-    assert said == f"ConfigError: cannot be confined at level restricted: {gone}: No such file or directory"
+    assert said is not None
+    assert f"cannot be confined at level restricted: the pool's read names {gone}: ENOENT" in said
 
 
 def test_a_link_may_be_read_by_its_name_and_by_where_it_leads(cage: Cage) -> None:
