@@ -15,7 +15,8 @@ ENVELOPE_BYTES_MAX: Final = 256 * 1024
 #: A payload up to this size rides inside the envelope; a larger one takes the second frame.
 #: pyzmq copies cheaper than it shares below about this size.
 INLINE_BYTES_MAX: Final = 64 * 1024
-#: The second frame: one payload of 1 MiB (the seed's message bound) and its msgpack head.
+#: The second frame: one payload of 1 MiB and its msgpack head. What is larger goes in parts or chunks, so that no message
+#: holds up the loop, or a small call behind it, for longer than it takes to copy a MiB.
 BODY_BYTES_MAX: Final = 1024 * 1024 + 4096
 #: What libzmq lets a peer announce before it has proved anything (ZMQ_MAXMSGSIZE is a frame's bound):
 #: the body and CURVE's box around it.
@@ -58,7 +59,7 @@ SILENCE_S: Final = 1.0
 RESUME_GRACE_S: Final = 0.5
 #: Outcomes of a dying worker may still be in its socket's buffer when its death is reported.
 DEATH_SETTLE_S: Final = 0.02
-#: After the cooperative cancel (at once): SIGTERM, then SIGKILL (design: outcome first, kill behind).
+#: After the cooperative cancel (at once): SIGTERM, then SIGKILL. The outcome has been sent by then; the kill goes on behind it.
 CANCEL_TERM_S: Final = 0.1
 CANCEL_KILL_S: Final = 0.25
 #: CURVE handshake: a silent connection is closed after it.
@@ -172,8 +173,8 @@ LISTEN_BACKLOG: Final = 1024
 
 # -- what a worker may use ----------------------------------------------------------------------
 
-#: Rows R2 and R7 of the specification: the usual limits, and the most that a configuration or a tool may ask for.
-#: Memory is growth above what the worker held when it was ready.
+#: The usual limits fit a tool that works on text or on a table; the most is what a configuration or a tool may ask for:
+#: twenty workers fill 10 GB at the worst. Memory is growth above what the worker held when it was ready.
 MEMORY_MB: Final = 100
 MEMORY_MB_MAX: Final = 500
 #: Of one call, with the processes that it starts.
@@ -196,12 +197,13 @@ TASKS_A_PROCESS: Final = 16
 #: Twenty workers fill 10 GB at the worst.
 SCRATCH_MB: Final = 512
 SCRATCH_MB_MAX: Final = 65_536
-#: Row R5: shares of a limit at which a worker is warned of, gets no new calls, and is killed.
+#: Shares of a limit at which a worker is warned of, gets no new calls, and is killed.
 WARNING_SHARE: Final = 0.8
 THROTTLE_SHARE: Final = 0.95
 #: A level is left this share below where it was entered, so that what sways about it does not flap.
 RELIEF_SHARE: Final = 0.05
-#: A worker that runs something is looked at this often (design section 7), one that rests so often, seconds.
+#: A worker that runs something is looked at this often, one that rests so often: what grows by a gigabyte a second
+#: passes a limit by some 50 MB before it is seen.
 METER_S: Final = 0.05
 METER_RESTING_S: Final = 1.0
 #: With no worker at work, the supervisor looks this often whether one is.
@@ -228,7 +230,7 @@ MEMORY_SLACK_MB_MIN: Final = 64
 THROTTLED_REST_S: Final = 2.0
 #: Share by which a worker may be recycled before its configured calls, memory or age.
 RECYCLE_JITTER: Final = 0.2
-#: Row R8: adaptive limits look back and ahead so far, add so much, change so often; use is kept in such steps.
+#: Adaptive limits look back and ahead so far, add so much, change so often; use is kept in such steps.
 ADAPT_WINDOW_S: Final = 3600.0
 ADAPT_AHEAD_S: Final = 300.0
 ADAPT_HEADROOM_SHARE: Final = 0.2

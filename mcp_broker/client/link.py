@@ -58,7 +58,7 @@ class Link:
 
     @classmethod
     def of(cls, profile: str | os.PathLike[str] | Profile | None) -> Link:
-        """Make a link from a profile, its path, or nothing (design: MCP_BROKER_PROFILE, then the default).
+        """Make a link from a profile, its path, or from nothing: MCP_BROKER_PROFILE, then the default one.
 
         Raises:
             NotReachable: there is no profile.

@@ -1,7 +1,7 @@
 """Configuration: one TOML file and the environment, read once into frozen, validated values.
 
-An unknown key is an error that names it, the nearest known key, the file and the line. A key of a later version
-of this design is refused by name: a limit that nobody enforces must not look as if it were in force.
+An unknown key is an error that names it, the nearest known key, the file and the line. The key of a table that
+no version reads yet is refused by name: a limit that nobody enforces must not look as if it were in force.
 
 The environment overrides single keys of the tables without sub-tables: ``MCP_BROKER_BROKER__CLIENT_PORT=7000`` is
 ``client_port`` in ``[broker]``. Values are read as TOML, and as plain text when they are none.
@@ -54,7 +54,7 @@ __all__ = [
 
 _ENVIRONMENT_PREFIX: Final = "MCP_BROKER_"
 
-#: keys that this design knows and this version does not serve: refused by name, never silently accepted
+#: tables whose names are taken for a later version: refused by name, never silently accepted
 _NOT_YET: Final = frozenset({"audit"})
 _POOL_NAME: Final = re.compile(r"^[a-z][a-z0-9_.]{0,63}\Z")
 _TABLES: Final[Mapping[str, type[Table]]] = {

@@ -1,4 +1,4 @@
-"""Limits that follow measured use (row R8 of the specification): a line through the last hour says what comes.
+"""Limits that follow measured use: a line through the last hour says what comes.
 
 Rules
     1. Use is kept as the highest of each ten seconds, over the last hour.

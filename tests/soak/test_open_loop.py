@@ -1,4 +1,4 @@
-"""The seed's figures: fixed arrivals, and nothing lost."""
+"""Calls that arrive at a fixed rate, whoever is late: each ends well, and the broker's memory has a bound."""
 
 from __future__ import annotations
 
