@@ -325,18 +325,18 @@ class Crew:
 
     # -- what the broker does ---------------------------------------------------------------------------
 
-    def stop_call(self, worker: Worker, call_id: bytes, seq: int, why: str, now: float) -> None:
+    def stop_call(self, worker: Worker, call_id: bytes, seq: int, why: node.Why, now: float) -> None:
         """Have a worker drop a call that has ended: by message if it waits there, by signal if it runs."""
         worker.send(messages.Cancel(self._routing.epoch, (call_id,)))
         self._interrupt(worker, seq, "raise", why)
         self._stop_later(worker, call_id, seq, why, now)
 
-    def _stop_later(self, worker: Worker, call_id: bytes, seq: int, why: str, now: float) -> None:
+    def _stop_later(self, worker: Worker, call_id: bytes, seq: int, why: node.Why, now: float) -> None:
         timers = self._routing.timers
         timers.add(now + limits.CANCEL_TERM_S, self._escalate, (worker, call_id, seq, "term", why))
         timers.add(now + limits.CANCEL_KILL_S, self._escalate, (worker, call_id, seq, "kill", why))
 
-    def _escalate(self, subject: tuple[Worker, bytes, int, str, str], now: float) -> None:
+    def _escalate(self, subject: tuple[Worker, bytes, int, node.Stage, node.Why], now: float) -> None:
         worker, call_id, seq, stage, why = subject
         call = worker.held.get(call_id)
         is_held = call.seq == seq if call is not None else self._is_orphan(worker, call_id, seq)
@@ -355,7 +355,7 @@ class Crew:
     def _is_orphan(self, worker: Worker, call_id: bytes, seq: int) -> bool:
         return self._routing.reconciliation.is_running(worker, call_id, seq)
 
-    def _interrupt(self, worker: Worker, seq: int, stage: str, why: str) -> None:
+    def _interrupt(self, worker: Worker, seq: int, stage: node.Stage, why: node.Why) -> None:
         self._routing.to_node.append(node.Interrupt(worker.worker_id, seq, stage, why))
 
     def beat(self, beat: messages.Heartbeat, *, everyone: bool) -> None:

@@ -83,7 +83,7 @@ class Routing:
         self._heartbeat_at = now + limits.HEARTBEAT_S
         self._beats = 0
 
-    def end(self, call: Call, outcome: messages.Outcome, why: str, now: float) -> None:
+    def end(self, call: Call, outcome: messages.Outcome, why: node.Why, now: float) -> None:
         """End a call from outside: its outcome now, the kill behind it."""
         worker, seq = call.worker, call.seq
         self.dispatcher.release(call)

@@ -12,6 +12,7 @@ from mcp_broker.wire.node import Certificate
 
 if TYPE_CHECKING:
     from mcp_broker.supervisor.process import Exit, Process
+    from mcp_broker.wire.node import DeathKind, Stage, Why
 
 #: a worker's exit code for "the module of the tools cannot be imported": another start would end the same way
 IMPORT_FAILED: Final = 3
@@ -30,7 +31,7 @@ _USED: Final = {
     "processes": ("processes", 0),
     "scratch_mb": ("MB in its scratch folder", 0),
 }
-_WHY: Final = {
+_WHY: Final[dict[Why, str]] = {
     "deadline": "its call was past its deadline",
     "cancel": "its call was cancelled",
     "silence": "it had not spoken to the broker that replaced another, and nobody waited for its call",
@@ -43,11 +44,11 @@ _STUCK: Final = frozenset({*_WHY, "limit"})
 
 @dataclass(frozen=True, slots=True)
 class Interrupted:
-    """The broker's last word about a call of this worker. ``stage`` is "raise", "term" or "kill"."""
+    """The broker's last word about a call of this worker."""
 
     seq: int
-    stage: str
-    why: str
+    stage: Stage
+    why: Why
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +123,7 @@ def certify(process: Process, pool: str, module: str, end: Exit, known: Circumst
     )
 
 
-def _cause(end: Exit, known: Circumstances, stderr: str, module: str) -> tuple[str, str]:
+def _cause(end: Exit, known: Circumstances, stderr: str, module: str) -> tuple[DeathKind, str]:
     how = _how(end)
     ours = _our_doing(end, known, how)
     if ours is not None:
@@ -134,7 +135,7 @@ def _cause(end: Exit, known: Circumstances, stderr: str, module: str) -> tuple[s
     return ("exit" if end.signal is None else "signal"), how
 
 
-def _our_doing(end: Exit, known: Circumstances, how: str) -> tuple[str, str] | None:
+def _our_doing(end: Exit, known: Circumstances, how: str) -> tuple[DeathKind, str] | None:
     """Return kind and cause of a death that we wanted, the strongest reason first."""
     if known.violation:
         return "violation", f"stopped because {known.violation} ({how})"
@@ -149,7 +150,7 @@ def _our_doing(end: Exit, known: Circumstances, how: str) -> tuple[str, str] | N
         return "limit", f"{known.exceeded.sentence} ({by})"
     stopped = known.interrupted
     if stopped is not None and (stopped.stage != "raise" or end.signal == signal.SIGUSR1):
-        return stopped.why, f"stopped because {_WHY.get(stopped.why, stopped.why)} ({how})"
+        return stopped.why, f"stopped because {_WHY[stopped.why]} ({how})"
     return None
 
 

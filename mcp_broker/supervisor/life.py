@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from mcp_broker import proctable
 from mcp_broker.auth.keys import CurvePair
+from mcp_broker.core.metering import Level
 from mcp_broker.supervisor import reclaim
 from mcp_broker.supervisor.page import Page
 from mcp_broker.supervisor.tether import Tether, new_ends
@@ -24,6 +25,14 @@ if TYPE_CHECKING:
     from mcp_broker.supervisor.metering import Metered
     from mcp_broker.supervisor.process import Process
     from mcp_broker.wire.tether import Asks
+
+#: how the broker is told how close a worker is to a limit
+_PRESSURES: Final[dict[Level, node.Pressure]] = {
+    Level.NORMAL: "normal",
+    Level.WARNING: "warning",
+    Level.THROTTLE: "throttle",
+    Level.EXCEEDED: "exceeded",
+}
 
 
 class Life:
@@ -120,7 +129,7 @@ class Life:
             since_wall=0.0 if self.process is None else self.process.started_wall,
             rss_kib=self.rss_kib,
             cpu_s=self.cpu_s,
-            pressure="unmeasured" if reading is None else reading.level.name.lower(),
+            pressure="unmeasured" if reading is None else _PRESSURES[reading.level],
             limit="" if reading is None else reading.limit,
             share=0.0 if reading is None else round(reading.share, 3),
             start="" if self.process is None else self.process.start,

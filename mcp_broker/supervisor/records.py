@@ -9,7 +9,7 @@ import os
 import secrets
 from collections import deque
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, get_args
 
 from mcp_broker import limits
 from mcp_broker.core.obituaries import keep
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from mcp_broker.wire.messages import ToolDefinition
 
 _log = logging.getLogger("mcp_broker.supervisor")
+
+_KINDS: Final = get_args(node.DeathKind)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -191,10 +193,13 @@ def _line(certificate: node.Certificate) -> bytes:
 
 
 def _certificate(line: bytes) -> node.Certificate | None:
-    """Read one line; None when it is torn, or of a version that we do not read."""
+    """Read one line; None when it is torn, or of a release that we do not read."""
     known = set(node.Certificate.__struct_fields__)
     try:
         fields = json.loads(line)
+        if fields.get("kind") not in _KINDS:
+            # of another release: a broker of this one takes none but its own
+            fields["kind"] = "unknown"
         return node.Certificate(**{key: value for key, value in fields.items() if key in known})
     except (ValueError, TypeError, AttributeError):
         return None

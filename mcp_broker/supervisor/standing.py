@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from mcp_broker.supervisor.slot import Slot
 
 
-def state(pool: Pool) -> str:
-    """Return one of ready, starting, degraded, failed, stopped, closing, closed."""
+def state(pool: Pool) -> node.PoolState:
+    """Return the state of all its members together."""
     if pool.closed:
         return "closing" if pool.members else "closed"
     states = [slot.child.state for slot in pool.members]

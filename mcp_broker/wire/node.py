@@ -15,7 +15,18 @@ from mcp_broker.wire.confinement import Confinement
 from mcp_broker.wire.items import Record, ToolDefinition
 from mcp_broker.wire.ports import PortReport
 from mcp_broker.wire.reclaims import Reclaim
-from mcp_broker.wire.reports import Admitted, Certificate, PoolDemand, PoolReport, WorkerReport
+from mcp_broker.wire.reports import (
+    Admitted,
+    Certificate,
+    DeathKind,
+    PoolDemand,
+    PoolReport,
+    PoolState,
+    Pressure,
+    Stage,
+    Why,
+    WorkerReport,
+)
 
 __all__ = [
     "WHATEVER",
@@ -26,6 +37,7 @@ __all__ = [
     "Certificate",
     "Command",
     "Commanded",
+    "DeathKind",
     "Deaths",
     "Demand",
     "Died",
@@ -38,6 +50,8 @@ __all__ = [
     "NodeMessage",
     "PoolDemand",
     "PoolReport",
+    "PoolState",
+    "Pressure",
     "Progressed",
     "Reclaimed",
     "Replace",
@@ -45,12 +59,14 @@ __all__ = [
     "Retire",
     "Serving",
     "Shutdown",
+    "Stage",
     "Standing",
     "Standings",
     "Superseded",
     "ToSupervisor",
     "Tools",
     "Vacant",
+    "Why",
     "WorkerBoot",
     "WorkerRefused",
     "WorkerReport",
@@ -258,14 +274,13 @@ WHATEVER: Final = 0
 class Interrupt(NodeMessage, tag="INTERRUPT", frozen=True):
     """Broker: end the worker's call ``seq``, or :data:`WHATEVER` it runs.
 
-    ``stage`` is "raise" (a signal that raises in the tool, if that call still runs), "term" or "kill".
-    ``why`` is "deadline", "cancel" or "silence", for the certificate.
+    The stage "raise" is a signal that raises in the tool, if that call still runs. ``why`` is for the certificate.
     """
 
     worker_id: str
     seq: int
-    stage: str
-    why: str
+    stage: Stage
+    why: Why
 
 
 class Replace(NodeMessage, tag="REPLACE", frozen=True):

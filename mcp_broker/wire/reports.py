@@ -5,7 +5,29 @@ They are read through :mod:`mcp_broker.wire.node`. Source: docs/protocol.md, "No
 
 from __future__ import annotations
 
+from typing import Literal
+
 from mcp_broker.wire.items import Record
+
+#: How a process ended. Both ends of these records are of one release, so a kind that is not here does not decode; in the
+#: records of another release it is read as "unknown".
+DeathKind = Literal[
+    "exit",
+    "signal",
+    "boot_failure",
+    "operator",
+    "deadline",
+    "cancel",
+    "silence",
+    "limit",
+    "violation",
+    "unknown",
+]
+#: how far an interrupt goes, and why it does: each of these is a kind of death, too
+Stage = Literal["raise", "term", "kill"]
+Why = Literal["deadline", "cancel", "silence"]
+PoolState = Literal["ready", "starting", "degraded", "failed", "stopped", "closing", "closed"]
+Pressure = Literal["unmeasured", "normal", "warning", "throttle", "exceeded"]
 
 
 class Certificate(Record, kw_only=True, frozen=True):
@@ -16,8 +38,7 @@ class Certificate(Record, kw_only=True, frozen=True):
     pid: int
     #: one sentence for people, "unknown" rather than a guess
     cause: str
-    #: closed set: exit, signal, boot_failure, operator, deadline, cancel, limit, violation, unknown
-    kind: str
+    kind: DeathKind
     exit_code: int | None = None
     signal: str | None = None
     #: last call that it had started (a dispatch's seq); 0: none
@@ -48,7 +69,7 @@ class WorkerReport(Record, kw_only=True, frozen=True):
     rss_kib: int = 0
     cpu_s: float = 0.0
     #: how close it is to a limit: normal, warning, throttle (it gets no calls) or exceeded; unmeasured before it is ready
-    pressure: str = "normal"
+    pressure: Pressure = "normal"
     #: the limit of which it uses most, and the share of it
     limit: str = ""
     share: float = 0.0
@@ -63,8 +84,8 @@ class PoolReport(Record, kw_only=True, frozen=True):
     """One pool as its supervisor sees it."""
 
     name: str
-    #: ready, starting, degraded, failed, stopped; closing: what waits is served, and no more is taken; closed
-    state: str
+    #: closing: what waits is served, and no more is taken
+    state: PoolState
     wanted: int
     workers: tuple[WorkerReport, ...] = ()
     reason: str = ""

@@ -21,7 +21,7 @@ def serve(world: World, worker_id: str, edition: int, *tools: messages.ToolDefin
     world.worker_says(worker_id, messages.Ready(EPOCH, 4))
 
 
-def report(world: World, state: str = "ready", reason: str = "", *names: str) -> None:
+def report(world: World, state: node.PoolState = "ready", reason: str = "", *names: str) -> None:
     pools = tuple(
         node.PoolReport(name=name, state=state, wanted=1, reason=reason) for name in names or ("echo",)
     )

@@ -8,7 +8,7 @@ from mcp_broker.core.obituaries import keep
 from mcp_broker.wire import node
 
 
-def death(number: int, kind: str) -> node.Certificate:
+def death(number: int, kind: node.DeathKind) -> node.Certificate:
     return node.Certificate(worker_id=f"t-{number}", pool="t", pid=number, cause="", kind=kind)
 
 

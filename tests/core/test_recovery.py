@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
@@ -199,24 +200,28 @@ def test_while_failures_come_no_step_is_weaker_than_the_one_before_and_nothing_g
         assert 0 <= ladder.penalty_s(0.5) <= limits.PENALTY_S_MAX
 
 
-@pytest.mark.parametrize(
-    ("facts", "cause"),
-    [
-        ({"kind": "limit", "limit": "memory_mb", "signal": "SIGKILL"}, Cause.LIMIT),
-        ({"kind": "signal", "signal": "SIGKILL", "is_oom": True}, Cause.LIMIT),
-        ({"kind": "violation", "signal": "SIGKILL"}, Cause.SECURITY),
-        ({"kind": "signal", "signal": "SIGSYS"}, Cause.SECURITY),
-        ({"kind": "deadline", "signal": "SIGKILL"}, Cause.TIMEOUT),
-        ({"kind": "signal", "signal": "SIGKILL"}, Cause.KILLED),
-        ({"kind": "signal", "signal": "SIGSEGV"}, Cause.CRASH),
-        ({"kind": "exit", "exit_code": 0}, Cause.CRASH),
-        ({"kind": "unknown"}, Cause.CRASH),
-        ({"kind": "cancel", "signal": "SIGKILL"}, None),
-        ({"kind": "silence"}, None),
-        ({"kind": "operator"}, None),
-        ({"kind": "boot_failure"}, None),
-    ],
+CAUSES: tuple[tuple[dict[str, Any], Cause | None], ...] = (
+    ({"kind": "limit", "limit": "memory_mb", "signal": "SIGKILL"}, Cause.LIMIT),
+    ({"kind": "signal", "signal": "SIGKILL", "is_oom": True}, Cause.LIMIT),
+    ({"kind": "violation", "signal": "SIGKILL"}, Cause.SECURITY),
+    ({"kind": "signal", "signal": "SIGSYS"}, Cause.SECURITY),
+    ({"kind": "deadline", "signal": "SIGKILL"}, Cause.TIMEOUT),
+    ({"kind": "signal", "signal": "SIGKILL"}, Cause.KILLED),
+    ({"kind": "signal", "signal": "SIGSEGV"}, Cause.CRASH),
+    ({"kind": "exit", "exit_code": 0}, Cause.CRASH),
+    ({"kind": "unknown"}, Cause.CRASH),
+    ({"kind": "cancel", "signal": "SIGKILL"}, None),
+    ({"kind": "silence"}, None),
+    ({"kind": "operator"}, None),
+    ({"kind": "boot_failure"}, None),
 )
-def test_a_certificate_tells_the_cause(facts: dict[str, object], cause: Cause | None) -> None:
-    known: dict[str, object] = {"worker_id": "t-1", "pool": "t", "pid": 1, "cause": "so", **facts}
-    assert cause_of(node.Certificate(**known)) is cause  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("facts", "cause"), CAUSES)
+def test_a_certificate_tells_the_cause(facts: dict[str, Any], cause: Cause | None) -> None:
+    certificate = node.Certificate(worker_id="t-1", pool="t", pid=1, cause="so", **facts)
+    assert cause_of(certificate) is cause
+
+
+def test_no_kind_of_death_is_without_a_cause_or_a_reason_for_none() -> None:
+    assert {facts["kind"] for facts, _ in CAUSES} == set(get_args(node.DeathKind))

@@ -6,7 +6,7 @@ from mcp_broker.wire import messages, node
 from tests.core.support import EPOCH, World
 
 
-def report(world: World, **levels: str) -> None:
+def report(world: World, **levels: node.Pressure) -> None:
     workers = tuple(
         node.WorkerReport(id=f"echo-{number}", pid=1, state="running", since_wall=0.0, pressure=level)
         for number, level in levels.items()
@@ -15,7 +15,7 @@ def report(world: World, **levels: str) -> None:
     world.machine.from_node(node.Report((pool,)), world.now)
 
 
-def levels(*each: str) -> dict[str, str]:
+def levels(*each: node.Pressure) -> dict[str, node.Pressure]:
     return {str(number): level for number, level in enumerate(each, start=1)}
 
 

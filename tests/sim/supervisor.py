@@ -186,7 +186,7 @@ class PoolSlots:
         )
 
     @property
-    def state(self) -> str:
+    def state(self) -> node.PoolState:
         """One of ready, degraded, failed, starting."""
         states = [slot.child.state for slot in self.slots]
         if all(state is children.State.RUNNING for state in states):

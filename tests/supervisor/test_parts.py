@@ -10,13 +10,15 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from mcp_broker import limits
 from mcp_broker.config import BrokerTable
+from mcp_broker.core.metering import Level
 from mcp_broker.errors import ConfigError, SupervisionError
-from mcp_broker.supervisor import certificates, reclaim
+from mcp_broker.supervisor import certificates, life, reclaim
 from mcp_broker.supervisor.certificates import Circumstances, Exceeded, Interrupted
 from mcp_broker.supervisor.link import Link
 from mcp_broker.supervisor.lock import Lock, holder
@@ -180,6 +182,20 @@ def test_a_torn_line_costs_that_line_only(tmp_path: Path) -> None:
         file.write(b'{"worker_id": "p-2", "po')
     Deaths(tmp_path).add(certificate("p-3"))
     assert [one.worker_id for one in Deaths(tmp_path).recent] == ["p-3", "p-1"]
+
+
+def test_a_record_of_another_release_is_told_to_the_broker_in_words_that_it_takes(tmp_path: Path) -> None:
+    Deaths(tmp_path).add(certificate("p-1"))
+    records = tmp_path / "deaths.jsonl"
+    records.write_text(records.read_text().replace('"kind": "exit"', '"kind": "boredom", "humidity": 3'))
+    (kept,) = Deaths(tmp_path).recent
+    assert (kept.kind, kept.cause) == ("unknown", "exited with code 1")
+    assert codec.from_supervisor.decode(codec.encode(node.Deaths((kept,)))) == node.Deaths((kept,))
+
+
+def test_every_level_of_use_is_a_pressure_that_the_broker_takes() -> None:
+    assert set(life._PRESSURES) == set(Level)
+    assert set(life._PRESSURES.values()) == set(get_args(node.Pressure)) - {"unmeasured"}
 
 
 # -- folders ---------------------------------------------------------------------------------------------
