@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from mcp_broker import limits
+from mcp_broker.cli.checkup import KERNEL_MIN
+
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("mcp_broker", "workers", "tests", "bench", "examples", "configs", "docs")
 SUFFIXES = frozenset({".py", ".md", ".toml", ".cfg", ".mjs"})
@@ -105,3 +108,36 @@ def test_a_link_that_leads_nowhere_is_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("# One heading\n[a](none.md) [b](#one-heading) [c](#another) [d](page.md#one-heading)")
     assert broken_links(page) == ["none.md", "#another"]
+
+
+MIB = 1024 * 1024
+LINUX = f"Linux {'.'.join(map(str, KERNEL_MIN))}"
+#: what the README's rows of hard limits must say
+HARD = {
+    "arguments of a call": f"{limits.BODY_BYTES_MAX // MIB} MiB",
+    "a result, a part of a stream": f"{limits.BODY_BYTES_MAX // MIB} MiB",
+    "memory of a worker": f"{limits.MEMORY_MB} MiB {limits.MEMORY_MB_MAX} MiB",
+    "CPU of a call": f"{limits.CPU_S:g} s {limits.CPU_S_MAX:g} s",
+    "time of a call": f"{limits.CALL_TIMEOUT_S:g} s {limits.CALL_TIMEOUT_S_MAX / 3600:g} h",
+    "unfinished calls of a client": f"{limits.CLIENT_WINDOW_MAX:,}",
+    "calls that wait": f"{limits.QUEUE_CALLS_MAX:,} {limits.PRINCIPAL_QUEUE_CALLS_MAX:,} {limits.BROKER_QUEUE_CALLS_MAX:,}",
+    "sessions, workers, tools": f"{limits.SESSIONS_MAX:,} {limits.WORKERS_MAX:,} {limits.TOOLS_MAX:,}",
+}
+
+
+@pytest.mark.parametrize("what", HARD)
+def test_hard_limits_of_the_readme_are_those_of_the_code(what: str) -> None:
+    row = re.search(
+        rf"^\| {re.escape(what)} \| (.*?) \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert row, f"the README has no hard limit of {what}"
+    said = re.findall(r"\d{1,3}(?:,\d{3})*(?: (?:MiB|s|h)\b)?", row[1])
+    assert " ".join(said) == HARD[what]
+
+
+def test_the_readme_says_near_its_top_which_protocol_is_spoken_and_which_is_not() -> None:
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split()).replace("*", "")
+    top = text[: text.index("$ make demo")]
+    assert "Machine Context Protocol" in top
+    assert "It is not the Model Context Protocol" in top
+    assert text.count(LINUX) == text.count(f"{LINUX} or newer") == 2, "what is needed, and the hard limit"
