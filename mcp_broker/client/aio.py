@@ -18,15 +18,14 @@ from mcp_broker.client import connection, progress
 from mcp_broker.client.awaitables import AsyncCallFuture, AsyncPartStream
 from mcp_broker.client.feeder import feed_later
 from mcp_broker.client.link import Link
-from mcp_broker.client.options import CallOptions, wished
 from mcp_broker.client.session import State, Wishes, shrunk
-from mcp_broker.client.sources import pack_rest
-from mcp_broker.client.sync import ATTACH, MAP_AHEAD, asked, pack, seconds
+from mcp_broker.client.sync import ATTACH, MAP_AHEAD, NO_ARGUMENTS, asked, prepared, seconds
 from mcp_broker.client.targets import OVER, window_full
 from mcp_broker.wire.messages import Priority
 
 if TYPE_CHECKING:
     from mcp_broker.auth.profile import Profile
+    from mcp_broker.client.options import CallOptions
     from mcp_broker.client.session import PendingCall, Upload
     from mcp_broker.transport import Connection
 
@@ -124,9 +123,12 @@ class AsyncClient:
 
         Raises:
             CallError: it ended without a result.
-            TypeError, ValueError: the arguments hold something that cannot be sent.
+            TypeError, ValueError: there is no such option, or the arguments hold something that cannot be sent.
         """
-        return await (await self.submit(tool, arguments, timeout_s=timeout_s, **options))
+        future = AsyncCallFuture(self, self._loop)
+        packed, wishes = prepared("call", arguments, options)
+        await self._submit(tool, seconds(timeout_s), packed, future, wishes=wishes)
+        return await future
 
     async def submit(
         self,
@@ -140,11 +142,11 @@ class AsyncClient:
 
         Raises:
             Overloaded: the window stayed full for ``timeout_s``.
+            TypeError, ValueError: as :meth:`call`.
         """
         future = AsyncCallFuture(self, self._loop)
-        await self._submit(
-            tool, arguments, seconds(timeout_s), future, streamed=False, wishes=wished(options)
-        )
+        packed, wishes = prepared("submit", arguments, options)
+        await self._submit(tool, seconds(timeout_s), packed, future, wishes=wishes)
         return future
 
     async def map(
@@ -184,7 +186,8 @@ class AsyncClient:
     ) -> AsyncGenerator[Any, None]:
         """Yield the parts of a streaming tool's result as they come; leaving the loop early cancels the call."""
         stream = AsyncPartStream(self)
-        await self._submit(tool, arguments, seconds(timeout_s), stream, streamed=True, wishes=wished(options))
+        packed, wishes = prepared("stream", arguments, options)
+        await self._submit(tool, seconds(timeout_s), packed, stream, streamed=True, wishes=wishes)
         try:
             async for part in stream:
                 yield part
@@ -203,7 +206,7 @@ class AsyncClient:
         """Take up a detached call; as :meth:`mcp_broker.Client.attach`."""
         future = AsyncCallFuture(self, self._loop)
         wishes = Wishes(attach_to=call_id)
-        await self._submit(ATTACH, None, seconds(timeout_s), future, streamed=False, wishes=wishes)
+        await self._submit(ATTACH, seconds(timeout_s), NO_ARGUMENTS, future, wishes=wishes)
         return future
 
     def cancel(self, call: AsyncCallFuture | bytes) -> bool:
@@ -236,19 +239,15 @@ class AsyncClient:
     async def _submit(
         self,
         tool: str,
-        arguments: Mapping[str, Any] | None,
         timeout_s: float,
+        packed: bytes,
         waiter: AsyncCallFuture | AsyncPartStream,
         *,
-        streamed: bool,
-        wishes: Wishes | None,
+        streamed: bool = False,
+        wishes: Wishes | None = None,
     ) -> None:
         if self._generation != connection.generation:
             raise errors.BrokerError("this client belongs to the process that connected it; connect one here")
-        try:
-            packed = pack(arguments)
-        except TypeError as error:
-            packed, wishes = pack_rest(arguments, wishes, error)
         session = self._session
         if len(packed) >= limits.COMPRESS_BYTES_MIN and session.compresses:
             packed, wishes = shrunk(packed, wishes)

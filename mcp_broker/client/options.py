@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypedDict
+import difflib
+from typing import TYPE_CHECKING, Final, TypedDict
 
 from mcp_broker.client.session import Wishes
 
@@ -27,10 +28,28 @@ class CallOptions(TypedDict, total=False):
     priority: int
 
 
-def wished(options: CallOptions) -> Wishes | None:
+#: a session's wishes hold more than these: what the client adds itself, and nobody else may
+_NAMES: Final = frozenset(CallOptions.__annotations__)
+
+
+def wished(method: str, options: CallOptions) -> Wishes | None:
     """Return the options as the session takes them.
+
+    Args:
+        method: the one that was given them, for people.
 
     Raises:
         TypeError: there is no such option (the caller's fault).
     """
-    return Wishes(**options) if options else None
+    if not options:
+        return None
+    for name in options:
+        if name not in _NAMES:
+            raise TypeError(f"{method}() has no option {name!r}; {_instead(name)}")
+    return Wishes(**options)
+
+
+def _instead(name: str) -> str:
+    known = sorted({*_NAMES, "timeout_s"})
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"

@@ -97,10 +97,10 @@ class Client:
 
         Raises:
             CallError: it ended without a result; the class and ``code`` say how.
-            TypeError, ValueError: the arguments hold something that cannot be sent.
+            TypeError, ValueError: there is no such option, or the arguments hold something that cannot be sent.
         """
         future = CallFuture(self._threads)
-        packed, wishes = prepared(arguments, options)
+        packed, wishes = prepared("call", arguments, options)
         self._threads.submit(tool, seconds(timeout_s), packed, future, waits=True, wishes=wishes)
         return future.result()
 
@@ -120,10 +120,10 @@ class Client:
         Raises:
             Overloaded: the window stayed full for ``timeout_s``. A full queue at the broker is an Overloaded of the
                 future; nothing tries again by itself: see ``details["retry_after_s"]``.
-            TypeError, ValueError: the arguments hold something that cannot be sent.
+            TypeError, ValueError: there is no such option, or the arguments hold something that cannot be sent.
         """
         future = CallFuture(self._threads)
-        packed, wishes = prepared(arguments, options)
+        packed, wishes = prepared("submit", arguments, options)
         self._threads.submit(tool, seconds(timeout_s), packed, future, wishes=wishes)
         return future
 
@@ -167,7 +167,7 @@ class Client:
         call if it has not ended; so does dropping it.
         """
         stream = PartStream(self._threads)
-        packed, wishes = prepared(arguments, options)
+        packed, wishes = prepared("stream", arguments, options)
         self._threads.submit(tool, seconds(timeout_s), packed, stream.inbox, streamed=True, wishes=wishes)
         return stream
 
@@ -230,16 +230,23 @@ def pack(arguments: Mapping[str, Any] | None) -> bytes:
     return payload.pack(dict(arguments))
 
 
-def prepared(arguments: Mapping[str, Any] | None, options: CallOptions) -> tuple[bytes, Wishes | None]:
+def prepared(
+    method: str, arguments: Mapping[str, Any] | None, options: CallOptions
+) -> tuple[bytes, Wishes | None]:
     """Pack a call's arguments, but for one that is a file or an iterator, which becomes a wish.
 
+    Args:
+        method: the one that was given them, for people.
+
     Raises:
-        TypeError, ValueError: they hold something that cannot be sent, or are no map (the caller's fault).
+        TypeError, ValueError: there is no such option; or the arguments hold something that cannot be sent, or are no
+            map (the caller's fault).
     """
+    wishes = wished(method, options)
     try:
-        return pack(arguments), wished(options)
+        return pack(arguments), wishes
     except TypeError as error:
-        return pack_rest(arguments, wished(options), error)
+        return pack_rest(arguments, wishes, error)
 
 
 def seconds(timeout_s: float | None) -> float:

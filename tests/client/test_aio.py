@@ -89,6 +89,18 @@ def test_failed_call_raises_its_typed_error(broker: ScriptedBroker) -> None:
     run(broker, body)
 
 
+def test_an_option_that_there_is_not_is_named_with_its_method(broker: ScriptedBroker) -> None:
+    async def body(client: AsyncClient) -> None:
+        wrong = {"detached": True}
+        with pytest.raises(TypeError, match=r"call\(\) has no option 'detached'; did you mean 'detach'\?"):
+            await client.call("echo", **wrong)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"submit\(\) has no option 'detached'"):
+            await client.submit("echo", **wrong)  # type: ignore[arg-type]
+        assert broker.of_kind(messages.Calls) == []
+
+    run(broker, body)
+
+
 def test_calls_of_one_turn_go_out_in_one_batch(broker: ScriptedBroker) -> None:
     async def body(client: AsyncClient) -> None:
         results = await asyncio.gather(*(client.call("echo", {"i": at}) for at in range(200)))

@@ -36,19 +36,19 @@ def test_files_and_iterators_are_sources(value: object, expected: bool) -> None:
 
 def test_call_with_a_source_is_packed_without_it() -> None:
     source = iter([b"a"])
-    packed, wishes = prepared({"data": source, "name": "x"}, {"idle_timeout_s": 2.0})
+    packed, wishes = prepared("call", {"data": source, "name": "x"}, {"idle_timeout_s": 2.0})
     assert payload.unpack(packed) == {"name": "x"}
     assert wishes is not None
     assert wishes.upload is not None
     assert (wishes.upload_name, wishes.upload.source, wishes.idle_timeout_s) == ("data", source, 2.0)
-    assert prepared({"name": "x"}, {}) == (payload.pack({"name": "x"}), None)
+    assert prepared("call", {"name": "x"}, {}) == (payload.pack({"name": "x"}), None)
 
 
 def test_two_sources_or_something_else_cannot_be_sent() -> None:
     with pytest.raises(TypeError, match="not one and two"):
-        prepared({"one": iter([b""]), "two": io.BytesIO()}, {})
+        prepared("call", {"one": iter([b""]), "two": io.BytesIO()}, {})
     with pytest.raises(TypeError, match="serialize"):
-        prepared({"one": object()}, {})
+        prepared("call", {"one": object()}, {})
     with pytest.raises(TypeError, match="mine"):
         pack_rest(None, None, TypeError("mine"))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures as standard
 import gc
 import os
+import re
 import threading
 import time
 import weakref
@@ -19,6 +20,8 @@ from mcp_broker import Client, errors
 from mcp_broker.auth.keys import CurvePair
 from mcp_broker.auth.profile import save_profile
 from mcp_broker.client.future import CallFuture
+from mcp_broker.client.options import CallOptions
+from mcp_broker.client.session import Wishes
 from mcp_broker.wire import messages, payload
 from tests.client.support.broker import USAGE, ScriptedBroker, ok, until
 
@@ -277,6 +280,30 @@ def test_arguments_that_cannot_be_sent_are_the_callers_fault(client: Client, arg
     with pytest.raises((TypeError, ValueError, OverflowError)):
         client.call("echo", arguments)
     assert client.call("echo", {"a": 1}) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("option", "instead"),
+    [
+        ("idle_timeout", "did you mean 'idle_timeout_s'?"),
+        ("timeout", "did you mean 'timeout_s'?"),
+        ("x", "there are detach, idempotency_key, idle_timeout_s, on_progress, priority, timeout_s"),
+    ],
+)
+@pytest.mark.parametrize("method", ["call", "submit", "stream"])
+def test_an_option_that_there_is_not_is_named_with_the_method_and_the_nearest_one(
+    client: Client, broker: ScriptedBroker, method: str, option: str, instead: str
+) -> None:
+    with pytest.raises(TypeError, match=rf"^{method}\(\) has no option '{option}'; {re.escape(instead)}$"):
+        getattr(client, method)("echo", {}, **{option: 1})
+    assert broker.of_kind(messages.Calls) == []
+
+
+@pytest.mark.parametrize("inner", ["attach_to", "encoding", "upload", "upload_name"])
+def test_what_the_client_says_itself_of_a_call_is_no_option(client: Client, inner: str) -> None:
+    with pytest.raises(TypeError, match=rf"call\(\) has no option '{inner}'"):
+        client.call("echo", {}, **{inner: "zstd"})  # type: ignore[arg-type]
+    assert {*CallOptions.__annotations__, inner} < set(Wishes.__annotations__)
 
 
 def test_many_threads_share_one_client(client: Client) -> None:

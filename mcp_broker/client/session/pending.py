@@ -71,16 +71,16 @@ class PendingCall(Slim):
 
 
 class Wishes(Slim):
-    """What only some calls ask for.
+    """What only some calls ask for: first what callers may, then what only the client itself does.
 
     Attributes:
         idle_timeout_s: how long the worker may say nothing of the call; None: as long as it likes.
         on_progress: as in :class:`PendingCall`.
         idempotency_key: calls with the same key are one execution.
         detach: the call goes on without its client.
+        priority: how soon it is served while it waits.
         attach_to: no new call: the detached one with this id.
         encoding: how the arguments are encoded; None: as they are.
-        priority: how soon it is served while it waits.
         upload, upload_name: the argument that is sent in chunks.
     """
 
@@ -88,9 +88,9 @@ class Wishes(Slim):
     on_progress: Any = None
     idempotency_key: str | None = None
     detach: bool = False
+    priority: int = Priority.NORMAL
     attach_to: bytes | None = None
     encoding: str | None = None
-    priority: int = Priority.NORMAL
     upload: Upload | None = None
     upload_name: str | None = None
 
