@@ -47,6 +47,12 @@ class Condition(Slim):
             self.ladder is not None and (self.ladder.is_open or self.ladder.in_a_row > 0)
         )
 
+    @property
+    def standing(self) -> str:
+        """Say in a few words where it is in its life, why, and what tells more."""
+        reason = f", {self.life.reason}" if self.life.reason else ""
+        return f"{self.life.state.name.lower()}{reason}; `mcp-broker why {self.tool.name}` tells more"
+
     def refusal(self, call_id: bytes, principal: str, now: float) -> messages.Outcome | None:
         """Return how a call ends that may not come in now, or None; one that may be let through as a trial is it from now on."""
         if self.life.treatment in {Treatment.REFUSE, Treatment.END}:

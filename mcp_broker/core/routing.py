@@ -139,9 +139,14 @@ class Routing:
         for call in self.ledger.due(now):
             if call.state is not CallState.ENDED:
                 text = f"{call.tool.name} had no outcome within its time"
-                state = "waiting for a worker" if call.state is CallState.QUEUED else "running"
                 if call.tool.pool is None:
                     state = "being carried out by the supervisor, which goes on with it"
+                elif call.state is not CallState.QUEUED:
+                    state = "running"
+                elif call.tool.is_held and call.tool.condition is not None:
+                    state = f"waiting: its tool is {call.tool.condition.standing}"
+                else:
+                    state = "waiting for a worker"
                 self.end(
                     call,
                     fault(

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("mcp_broker.supervisor")
 
-#: Without a broker nothing works, so it is tried again for ever, soon at first.
-_POLICY: Final = Policy(intensity=None, base_s=0.1, delay_s_max=5.0)
+#: Without a broker nothing works, so it is tried again for ever and never waited for long: a start costs some tenths of a
+#: second of CPU, and a broker that dies again and again gives each call that waits little time as it is.
+RESTART_POLICY: Final = Policy(intensity=None, base_s=0.1, delay_s_max=1.0)
 _START_S: Final = 15.0
 
 
@@ -71,7 +72,7 @@ class BrokerChild:
 
     def __init__(self, owner: Owner) -> None:
         self._owner = owner
-        self.child = children.Child(Restarts(_POLICY), start_s=_START_S)
+        self.child = children.Child(Restarts(RESTART_POLICY), start_s=_START_S)
         self.process: Process | None = None
         self.epoch = 0
         #: it served at least once: from then on a failed start may be bad luck

@@ -98,14 +98,16 @@ def test_a_paused_tools_calls_wait_and_hold_up_no_other_tool() -> None:
     world.check()
 
 
-def test_a_paused_call_still_ends_at_its_deadline() -> None:
+def test_a_paused_call_still_ends_at_its_deadline_and_is_told_what_it_waited_for() -> None:
     world = serving()
-    steer(world, "pause")
+    steer(world, "pause", reason="a new model")
     session = world.machine.clientele.open[b"c2"]
     world.heard_by(session)
     call_id = world.call("c2", timeout_s=1.0)
     world.later(1.1)
-    assert world.outcomes(session) == {call_id: "DEADLINE_EXCEEDED"}
+    ended = world.faults(session)[call_id]
+    assert ended["code"] == "DEADLINE_EXCEEDED"
+    assert ended["was"] == f"waiting: its tool is paused, a new model (ann); `mcp-broker why {NAME}` tells more"
     world.check()
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from mcp_broker.core import children
 from mcp_broker.core.restart import Policy, Restarts
+from mcp_broker.supervisor.broker import RESTART_POLICY
 from mcp_broker.supervisor.records import Abandoned
 from mcp_broker.wire import codec, node
 from mcp_broker.wire.reclaims import Reclaim
@@ -38,8 +39,6 @@ _BOOT_S: Final = 0.1
 _RECLAIM_S: Final = 0.01
 #: a death is seen after at most this long
 _REAP_S: Final = 0.005
-#: an exit code for "cannot be imported" does not occur; a broker is tried again for ever
-_BROKER_POLICY: Final = Policy(intensity=None, base_s=0.1, delay_s_max=5.0)
 
 
 class Slot:
@@ -217,7 +216,7 @@ class Supervisor:
         self.pools: list[PoolSlots] = []
         self.epoch = 0
         self.broker: Broker | None = None
-        self.broker_child = children.Child(Restarts(_BROKER_POLICY))
+        self.broker_child = children.Child(Restarts(RESTART_POLICY))
         self._broker_alarm = Alarm(world.agenda, self._expire_broker)
         self.lives = 0
         self._deaths: deque[node.Certificate] = deque(maxlen=8)

@@ -119,18 +119,22 @@ def test_call_whose_time_is_over_is_gone_with_all_that_it_started(
     # nobody else sleeps for this long
     mark = f"999.{os.getpid()}{list(CASES).index(tool)}"
     answers, frees = [], []
-    for _ in range(soak.count(sample=1, full=20)):
+    while len(answers) < soak.count(sample=1, full=20):
         client.call("t.pid", timeout_s=10)
         began = time.monotonic()
         future = client.submit(tool, {"mark": mark}, timeout_s=TIMEOUT_S)
         if CASES[tool]:
             started = wait_for(
-                lambda: len(marked(mark)) >= CASES[tool], within_s=TIMEOUT_S, what="its processes"
+                lambda: future.done() or len(marked(mark)) >= CASES[tool], what="its processes"
             )
             assert started
-        with pytest.raises(DeadlineExceeded):
+        with pytest.raises(DeadlineExceeded) as ended:
             future.result(10)
         answered = time.monotonic()
+        if "recovering" in ended.value.details["was"]:
+            # a tool that fails again and again is held back between its calls (docs/recovery.md): it did not run
+            continue
+        assert ended.value.details["was"] == "running"
         client.call("t.pid", timeout_s=10)
         freed = time.monotonic()
         wait_for(
