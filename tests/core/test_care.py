@@ -107,7 +107,9 @@ def test_a_paused_call_still_ends_at_its_deadline_and_is_told_what_it_waited_for
     world.later(1.1)
     ended = world.faults(session)[call_id]
     assert ended["code"] == "DEADLINE_EXCEEDED"
-    assert ended["was"] == f"waiting: its tool is paused, a new model (ann); `mcp-broker why {NAME}` tells more"
+    assert (
+        ended["was"] == f"waiting: its tool is paused, a new model (ann); `mcp-broker why {NAME}` tells more"
+    )
     world.check()
 
 

@@ -14,6 +14,8 @@ from tests.support.waiting import wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from concurrent.futures import Future
+    from typing import Any
 
     from mcp_broker import Client
     from tests.soak.conftest import Start
@@ -124,10 +126,11 @@ def test_call_whose_time_is_over_is_gone_with_all_that_it_started(
         began = time.monotonic()
         future = client.submit(tool, {"mark": mark}, timeout_s=TIMEOUT_S)
         if CASES[tool]:
-            started = wait_for(
-                lambda: future.done() or len(marked(mark)) >= CASES[tool], what="its processes"
-            )
-            assert started
+
+            def has_started(future: Future[Any] = future) -> bool:
+                return future.done() or len(marked(mark)) >= CASES[tool]
+
+            wait_for(has_started, what="its processes")
         with pytest.raises(DeadlineExceeded) as ended:
             future.result(10)
         answered = time.monotonic()
