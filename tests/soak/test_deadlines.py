@@ -120,7 +120,8 @@ def test_call_whose_time_is_over_is_gone_with_all_that_it_started(
 ) -> None:
     # nobody else sleeps for this long
     mark = f"999.{os.getpid()}{list(CASES).index(tool)}"
-    answers, frees = [], []
+    answers: list[float] = []
+    frees: list[float] = []
     while len(answers) < soak.count(sample=1, full=20):
         client.call("t.pid", timeout_s=10)
         began = time.monotonic()
