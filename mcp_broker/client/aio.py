@@ -7,15 +7,17 @@ of the loop goes out as one batch; a call that is alone goes out at once.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import os
 from collections import deque
-from collections.abc import AsyncGenerator, Generator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, Self, Unpack
 
 from mcp_broker import errors, limits
 from mcp_broker.client import connection, progress
-from mcp_broker.client.awaitables import AsyncCallFuture, AsyncPartStream
+from mcp_broker.client.awaitables import AsyncCallFuture, AsyncPartStream, Connecting
 from mcp_broker.client.feeder import feed_later
 from mcp_broker.client.link import Link
 from mcp_broker.client.session import State, Wishes, shrunk
@@ -27,30 +29,11 @@ if TYPE_CHECKING:
     from mcp_broker.auth.profile import Profile
     from mcp_broker.client.options import CallOptions
     from mcp_broker.client.session import PendingCall, Upload
+    from mcp_broker.client.stream import Inbox
     from mcp_broker.transport import Connection
 
 #: messages of which one turn of the loop takes the outcomes, before others have their turn
 TURN_MAX: Final = 64
-
-
-class _Connecting:
-    """What AsyncClient.connect returns: await it, or enter it with ``async with``."""
-
-    def __init__(self, profile: str | os.PathLike[str] | Profile | None, timeout_s: float) -> None:
-        self._profile = profile
-        self._timeout_s = timeout_s
-        self._client: AsyncClient | None = None
-
-    def __await__(self) -> Generator[Any, None, AsyncClient]:
-        return AsyncClient.open(self._profile, self._timeout_s).__await__()
-
-    async def __aenter__(self) -> AsyncClient:
-        self._client = await self
-        return self._client
-
-    async def __aexit__(self, *_: object) -> None:
-        if self._client is not None:
-            await self._client.close()
 
 
 class AsyncClient:
@@ -73,9 +56,9 @@ class AsyncClient:
     @classmethod
     def connect(
         cls, profile: str | os.PathLike[str] | Profile | None = None, *, timeout_s: float = limits.CONNECT_S
-    ) -> _Connecting:
+    ) -> Connecting:
         """Connect; as :meth:`mcp_broker.Client.connect`, awaited or entered."""
-        return _Connecting(profile, timeout_s)
+        return Connecting(functools.partial(cls.open, profile, timeout_s))
 
     @classmethod
     async def open(cls, profile: str | os.PathLike[str] | Profile | None, timeout_s: float) -> AsyncClient:
@@ -176,23 +159,28 @@ class AsyncClient:
                 if not future.cancel() and not future.cancelled():
                     future.exception()  # taken, so that asyncio does not call it forgotten
 
-    async def stream(
+    def stream(
         self,
         tool: str,
         arguments: Mapping[str, Any] | None = None,
         *,
         timeout_s: float | None = None,
         **options: Unpack[CallOptions],
-    ) -> AsyncGenerator[Any, None]:
-        """Yield the parts of a streaming tool's result as they come; leaving the loop early cancels the call."""
-        stream = AsyncPartStream(self)
+    ) -> AsyncPartStream:
+        """Call a streaming tool and iterate over the parts of its result as they come.
+
+        ``async for part in client.stream(...)``, or ``async with client.stream(...) as parts`` for one who wants to know
+        the call's id, to cancel it from elsewhere, or to be sure when it ends. Leaving either early cancels the call.
+
+        Raises:
+            TypeError, ValueError: as :meth:`call`. What else goes wrong is raised where the call is made: on entering, or
+                with the first part.
+        """
         packed, wishes = prepared("stream", arguments, options)
-        await self._submit(tool, seconds(timeout_s), packed, stream, streamed=True, wishes=wishes)
-        try:
-            async for part in stream:
-                yield part
-        finally:
-            stream.cancel()
+        begin = functools.partial(
+            self._submit, tool, seconds(timeout_s), packed, streamed=True, wishes=wishes
+        )
+        return AsyncPartStream(self, begin)
 
     async def tools(
         self, name: str | None = None, capability: str | None = None, tag: str | None = None
@@ -209,8 +197,8 @@ class AsyncClient:
         await self._submit(ATTACH, seconds(timeout_s), NO_ARGUMENTS, future, wishes=wishes)
         return future
 
-    def cancel(self, call: AsyncCallFuture | bytes) -> bool:
-        """Cancel a call, by its future or id; False if it has ended."""
+    def cancel(self, call: AsyncCallFuture | AsyncPartStream | bytes) -> bool:
+        """Cancel a call, by its future, stream or id; False if it has ended."""
         if not isinstance(call, bytes):
             return call.cancel()
         pending = self._session.book.calls.get(call)
@@ -241,7 +229,7 @@ class AsyncClient:
         tool: str,
         timeout_s: float,
         packed: bytes,
-        waiter: AsyncCallFuture | AsyncPartStream,
+        waiter: AsyncCallFuture | Inbox,
         *,
         streamed: bool = False,
         wishes: Wishes | None = None,
@@ -308,6 +296,11 @@ class AsyncClient:
         if done:
             self._turn()
         return done
+
+    def orphan(self, pending: PendingCall) -> None:
+        """Nobody can take this call's parts any more. Safe in a destructor, which may run in any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and with it all this
+            self._loop.call_soon_threadsafe(self.cancel_pending, pending)
 
     def took(self, pending: PendingCall) -> None:
         """A part of a stream was taken."""

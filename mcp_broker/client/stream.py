@@ -1,4 +1,4 @@
-"""The parts of one streamed result, for a blocking client."""
+"""The parts of one streamed result: where they come in, and how a blocking client takes them."""
 
 from __future__ import annotations
 
@@ -26,6 +26,11 @@ class Inbox:
         self.usage: Usage | None = None
         #: threads that wait for the next part
         self.seats: list[threading.Event] | None = None
+
+    @property
+    def is_made(self) -> bool:
+        """Tell whether the session has the call."""
+        return hasattr(self, "pending")
 
     @property
     def ready(self) -> bool:
@@ -114,5 +119,5 @@ class PartStream:
 
     def __del__(self) -> None:
         inbox = self.inbox
-        if not inbox.ended and hasattr(inbox, "pending"):
+        if inbox.is_made and not inbox.ended:
             self._owner.orphan(inbox.pending)

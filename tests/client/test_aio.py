@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -13,6 +15,9 @@ from mcp_broker import AsyncClient, errors
 from mcp_broker.wire import messages
 from tests.client.support.broker import USAGE, ScriptedBroker, ok
 from tests.support.proxy import TcpProxy
+
+if TYPE_CHECKING:
+    from mcp_broker.client.awaitables import AsyncPartStream
 
 
 def telling(broker: ScriptedBroker, session_id: bytes, call: messages.Call, _packed: bytes) -> None:
@@ -141,6 +146,99 @@ def test_stream_left_early_is_cancelled(broker: ScriptedBroker) -> None:
         await until(lambda: not broker.streams)
 
     run(broker, body)
+
+
+def test_loop_over_a_stream_that_is_left_early_cancels_the_call_without_more_ado(
+    broker: ScriptedBroker,
+) -> None:
+    async def body(client: AsyncClient) -> None:
+        async for part in client.stream("count", {"n": 1000}):
+            if part == 3:
+                break
+        await until(lambda: not broker.streams)
+        assert len(broker.of_kind(messages.Cancel)) == 1
+
+    run(broker, body)
+
+
+def test_stream_that_was_entered_has_an_id_and_usage_and_can_be_cancelled(broker: ScriptedBroker) -> None:
+    async def body(client: AsyncClient) -> None:
+        async with client.stream("count", {"n": 3}) as parts:
+            await until(lambda: parts.call_id in broker.runs)
+            assert [part async for part in parts] == [0, 1, 2]
+            assert parts.usage == USAGE
+            assert not client.cancel(parts)
+        async with client.stream("count", {"n": 1000}) as parts:
+            assert await anext(parts) == 0
+            assert client.cancel(parts)
+            with pytest.raises(errors.Cancelled):
+                [part async for part in parts]
+        async with client.stream("count", {"n": 1000}) as parts:
+            assert await anext(parts) == 0
+        await until(lambda: not broker.streams)
+        assert len(broker.of_kind(messages.Cancel)) == 2
+        assert [part async for part in parts] == [], "what came is dropped with the block"
+
+    run(broker, body)
+
+
+def test_stream_makes_its_call_when_it_is_entered_or_read_and_not_before(broker: ScriptedBroker) -> None:
+    async def body(client: AsyncClient) -> None:
+        with pytest.raises(
+            TypeError, match=r"stream\(\) has no option 'prioriti'; did you mean 'priority'\?"
+        ):
+            client.stream("count", prioriti=1)  # type: ignore[call-arg]
+        with pytest.raises(TypeError, match="a map of names to values"):
+            client.stream("count", [1])  # type: ignore[arg-type]
+        untouched = client.stream("count", {"n": 3})
+        with pytest.raises(RuntimeError, match="before it is made"):
+            _ = untouched.call_id
+        cancelled = client.stream("count", {"n": 3})
+        assert cancelled.cancel()
+        assert not cancelled.cancel()
+        with pytest.raises(errors.Cancelled):
+            await anext(cancelled)
+        del untouched
+        assert await client.call("echo") == {}
+        assert [call.tool for sent in broker.of_kind(messages.Calls) for call in sent.calls] == ["echo"]
+
+    run(broker, body)
+
+
+def test_stream_waits_for_room_in_the_window_unless_it_is_cancelled_meanwhile() -> None:
+    async def body(client: AsyncClient) -> None:
+        held = [await client.submit("hold") for _ in range(4)]
+        late = client.stream("count", {"n": 3}, timeout_s=0.05)
+        with pytest.raises(errors.Overloaded):
+            await anext(late)
+        assert [part async for part in late] == []
+        parts, unwanted = (client.stream("count", {"n": 3}) for _ in range(2))
+        reading = [asyncio.create_task(anext(stream)) for stream in (parts, unwanted)]
+        await until(lambda: sum(not one.done() for one in client._waiting) == 2)
+        assert unwanted.cancel()
+        await asyncio.to_thread(broker.release)
+        assert await reading[0] == 0
+        with pytest.raises(errors.Cancelled):
+            await reading[1]
+        assert [part async for part in parts] == [1, 2]
+        assert await asyncio.gather(*held) == ["released"] * 4
+
+    with ScriptedBroker(window=4) as broker:
+        run(broker, body)
+
+
+def test_stream_dropped_after_its_loop_is_of_no_consequence(broker: ScriptedBroker) -> None:
+    async def main() -> tuple[AsyncClient, AsyncPartStream]:
+        client = await AsyncClient.connect(broker.profile())
+        stream = client.stream("count", {"n": 1000})
+        assert await anext(stream) == 0
+        return client, stream
+
+    client, stream = asyncio.run(main())
+    assert broker.streams
+    del stream
+    gc.collect()
+    client._link.close()
 
 
 def test_submit_waits_for_room_in_the_window() -> None:
