@@ -1,8 +1,9 @@
-"""What a user gets: the wheel, in an environment that holds nothing else, away from the checkout."""
+"""What a user gets: the source distribution, the wheel that is built from it, and that one in an environment of its own."""
 
 from __future__ import annotations
 
 import configparser
+import fnmatch
 import json
 import os
 import re
@@ -10,9 +11,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -44,25 +47,66 @@ def _run(
     return done.stdout
 
 
+def _git(*arguments: str) -> list[str]:
+    if shutil.which("git") is None:
+        return []
+    done = subprocess.run(
+        ["git", "ls-files", "-z", *arguments],
+        cwd=ROOT,
+        timeout=30,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return [name for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def _unpacked() -> list[str]:
+    """Return the files of a source distribution that somebody has unpacked, which no git knows."""
+    made = [".git"] + [
+        line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines() if line and line[0] != "#"
+    ]
+    return [
+        str(path.relative_to(ROOT))
+        for path in ROOT.rglob("*")
+        if path.is_file()
+        and not any(fnmatch.fnmatch(part, one) for part in path.relative_to(ROOT).parts for one in made)
+    ]
+
+
+#: the files of the project; and those besides that stand where the project's do and are not committed yet
+TRACKED = frozenset(_git("--cached") or _unpacked())
+SOURCES = TRACKED | frozenset(_git("--others", "--exclude-standard"))
+
+
+@dataclass(frozen=True)
+class Built:
+    """What `python -m build` makes: the wheel from the source distribution, not from the checkout."""
+
+    sdist: Path
+    wheel: Path
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     """Built from a copy, so that no stale build/ leaks in and none is left behind."""
-    folder = tmp_path_factory.mktemp("wheel")
+    folder = tmp_path_factory.mktemp("built")
     copy = folder / "source"
-    copy.mkdir()
-    for name in ("setup.cfg", "pyproject.toml", "LICENSE", "README.md"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, copy)
-    for name in ("mcp_broker", "workers"):
-        if (ROOT / name).exists():
-            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in SOURCES:
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, copy / name)
     _run(
-        *(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, copy),
+        *(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, copy),
         cwd=folder,
         timeout_s=120,
     )
-    (built,) = folder.glob("*.whl")
-    return built
+    (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
+    return Built(sdist, wheel)
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Built) -> Path:
+    return built.wheel
 
 
 @pytest.fixture(scope="module")
@@ -141,17 +185,38 @@ def state_dir(scripts: Path, away: Path, env: dict[str, str], tmp_path: Path) ->
             process.wait()
 
 
+def _installed(names: Iterable[str]) -> set[str]:
+    """Return what files of the packages are called where they are installed."""
+    return {name for name in names if name.startswith("mcp_broker/")} | {
+        f"mcp_broker_{name}" for name in names if name.startswith("workers/")
+    }
+
+
 def test_wheel_holds_the_packages_their_data_and_nothing_else(wheel: Path) -> None:
     entries = zipfile.ZipFile(wheel).namelist()
     tops = {entry.split("/")[0] for entry in entries if ".dist-info/" not in entry}
     assert tops == {"mcp_broker", "mcp_broker_workers"}
     assert "mcp_broker/py.typed" in entries
-    data = [path for path in (ROOT / "workers").rglob("*") if path.suffix in {".csv", ".fasta", ".md"}]
-    wanted = {f"mcp_broker_workers/{path.relative_to(ROOT / 'workers')}" for path in data}
-    wanted |= {
-        str(path.relative_to(ROOT)) for path in (ROOT / "mcp_broker/demo_data").glob("*") if path.is_file()
-    }
-    assert wanted <= set(entries)
+    held = {entry for entry in entries if ".dist-info/" not in entry}
+    wanted = _installed(TRACKED)
+    assert {"mcp_broker/demo_data/penguins.csv", "mcp_broker_workers/py.typed"} <= wanted
+    assert sorted(wanted - held) == [], "what is no Python goes into package_data in setup.cfg"
+    assert sorted(held - _installed(SOURCES)) == []
+
+
+def test_source_distribution_is_the_checkout(built: Built) -> None:
+    with tarfile.open(built.sdist) as archive:
+        entries = {entry.name.partition("/")[2] for entry in archive if entry.isfile()}
+    assert {
+        "SECURITY.md",
+        "Makefile",
+        "docs/protocol.md",
+        "tests/conftest.py",
+        "configs/default.toml",
+    } <= TRACKED
+    assert sorted(TRACKED - entries) == [], "what is missing goes into MANIFEST.in"
+    made = {"PKG-INFO"} | {entry for entry in entries if entry.startswith("mcp_broker.egg-info/")}
+    assert sorted(entries - SOURCES - made) == []
 
 
 def test_command_runs_away_from_the_checkout(scripts: Path, away: Path, env: dict[str, str]) -> None:
