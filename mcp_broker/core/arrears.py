@@ -3,7 +3,8 @@
 A window counts calls, and the results of one window may be a gigabyte. Small results are bounded by their number; a tool
 that returned a large one (one with a second frame) is expected to do so again. Its calls are given to workers only while
 what their client has yet to read, and what its workers are expected to make, stays within a bound. The others are set
-aside here, still QUEUED, and go back to the front of their pool's queue, in their order, as the client acknowledges.
+aside here, still QUEUED, and go back to their pool's queue, in their order, as the client acknowledges: behind what their
+principal has there, since what waits for its own client comes before nobody else's.
 
 A tool that was never seen to return so much may surprise us, at most with what workers hold at a time; past a hard bound
 such a result is dropped, and its caller is told.
@@ -14,7 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mcp_broker import limits
-from mcp_broker.core.calls import Call, CallState, fault
+from mcp_broker.core.calls import Call, fault
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -31,8 +32,6 @@ class Arrears:
         self._seen = False
         #: session -> its calls by id, in the order of their turn; none is empty
         self._aside: dict[ClientSession, dict[bytes, Call]] = {}
-        #: the last call that each of them was given back
-        self._last: dict[ClientSession, Call] = {}
 
     def __bool__(self) -> bool:
         return self._seen
@@ -104,15 +103,12 @@ class Arrears:
         """Return the calls that need wait no more, in the order of their turn; none before half the bound is free."""
         aside = self._aside.get(session, {})
         ready: list[Call] = []
-        last = self._last.get(session)
-        if session.due_bytes >= limits.CLIENT_BEHIND_BYTES // 2 or (last and last.state is CallState.QUEUED):
-            # more would go before those that still wait for a worker
+        if session.due_bytes >= limits.CLIENT_BEHIND_BYTES // 2:
             return ready
         for call in list(aside.values()):
             if session.due_bytes and session.due_bytes + call.tool.result_bytes > limits.CLIENT_BEHIND_BYTES:
                 break
             self._expect(call)
-            self._last[session] = call
             self.release(call)
             ready.append(call)
         return ready
@@ -142,7 +138,6 @@ class Arrears:
             call.tool.pool.count_out(call)
         if not aside:
             del self._aside[call.session]
-            self._last.pop(call.session, None)
             call.session.is_behind = False
         return True
 

@@ -101,6 +101,12 @@ class Pool:
         self.backlog.requeue(call.call_id, call, call.tool.gate)
         self.count_in(call)
 
+    def queue_again(self, calls: list[Call], now: float) -> None:
+        """Let calls wait in their principal's turn that have waited before, here or elsewhere."""
+        for call in reversed(self.queue(calls, now)):
+            # there was more than may wait, by calls that had been given to workers before
+            self.requeue(call)
+
     def unqueue(self, call: Call) -> None:
         """Take a call out of the queue, before its arguments are let go."""
         if self.backlog.remove(call.call_id) is not None:
@@ -150,9 +156,7 @@ class Pool:
         calls = list(self.backlog.values())
         for call in calls:
             self.unqueue(call)
-        for call in reversed(self.queue(calls, now)):
-            # there was more than may wait, by calls that had been given to workers before
-            self.requeue(call)
+        self.queue_again(calls, now)
 
     # -- who serves it -----------------------------------------------------------------------------------
 

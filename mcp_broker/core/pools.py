@@ -306,11 +306,11 @@ class Dispatcher:
                 self.arrears.release(call)
 
     def relieve(self, session: ClientSession, now: float) -> None:
-        """Give a session that was behind its turn again, as far as it has read meanwhile."""
+        """Let calls of a session that was behind wait in their principal's turn, as far as it has read meanwhile."""
         pools: dict[Pool, None] = {}
-        for call in reversed(self.arrears.caught_up(session)):
+        for call in self.arrears.caught_up(session):
             if call.tool.pool is not None:
-                call.tool.pool.requeue(call)
+                call.tool.pool.queue_again([call], now)
                 pools[call.tool.pool] = None
         for pool in pools:
             self.pump(pool, now)

@@ -97,8 +97,7 @@ class Residence:
             target.count_in(call)
         for pool in (source, target):
             pool.regate(self._routing.registry.of(pool), now)
-        for call in reversed(target.queue(waiting, now)):
-            target.requeue(call)
+        target.queue_again(waiting, now)
         self._routing.registry.changed()
         if not condition.isolated:
             base, _, name = source.name.partition(APART)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
+import pytest
+
 import mcp_broker.limits as bounds
 from mcp_broker.wire import messages, node, payload
-from tests.core.support import EPOCH, World
+from tests.core.support import EPOCH, FakeGrant, World
 
 BODY = bytes(1024 * 1024)
 #: results after which a client is behind
@@ -210,3 +214,38 @@ def test_detached_calls_that_wait_for_a_client_that_goes_away_go_on_without_it()
     assert run == [call.call_id for call in calls]
     assert session.expected_bytes == 0
     assert len(world.machine.dispatcher.arrears) == 0
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_client_with_large_results_has_its_share_of_the_places_and_no_more(large: bool) -> None:
+    world = World()
+    world.ready(depth=1)
+    sessions = {
+        name: world.hello(name, FakeGrant(principal=name, weight=weight, priority=priority))
+        for name, weight, priority in (("large", 1, 0), ("even", 1, 0), ("heavy", 3, 0), ("low", 100, 2))
+    }
+    body = BODY[:200_000] if large else None
+    world.call("large")
+    served: list[str] = []
+    for _ in range(600):
+        (call_id,) = world.dispatched("echo-1")
+        name = next(name for name, session in sessions.items() if call_id in session.live)
+        served.append(name)
+        if name == "large" and body is not None:
+            answer_large(world, "echo-1", call_id, body)
+        else:
+            world.answer("echo-1", call_id)
+        for each, session in sessions.items():
+            world.heard_by(session)
+            world.client_says(each, messages.Ack(EPOCH, session.sent))
+            # all ask for more than is done, and "large" for more than its client may be expected to read at a time
+            missing = (300 if each == "large" else 20) - len(session.live)
+            world.calls(each, ["echo.echo"] * missing)
+        world.later(0.001)
+    world.check()
+    assert bool(world.machine.dispatcher.arrears) is large
+    shares = Counter(served[100:])
+    assert shares["low"] == 0, "a lower class waits"
+    assert abs(shares["large"] - 100) <= 10
+    assert abs(shares["even"] - 100) <= 10
+    assert abs(shares["heavy"] - 300) <= 10
