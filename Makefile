@@ -13,7 +13,7 @@ SOURCES = $(foreach folder,mcp_broker workers tests bench examples,\
 TYPED = $(patsubst workers,.venv/src/mcp_broker_workers,$(SOURCES))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test check fmt lint type fast process cov sim soak chaos bench node lock clean
+.PHONY: help demo test check fmt lint type fast process cov sim soak chaos documents bench node lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z.]+):.*## */  \1\t/' | expand -t 12
@@ -57,6 +57,9 @@ soak: $(STAMP) ## load and soak tests with their full counts: about half an hour
 
 chaos: $(STAMP) ## kills, stops and shortages under load for ten minutes; SEED=n replays one, DURATION=n says for how long
 	$(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) $(if $(DURATION),--seconds $(DURATION))
+
+documents: $(STAMP) ## write the tables of docs/configuration.md anew, from the code
+	$(BIN)/python -m tests.configuration_page
 
 bench: $(STAMP) ## measure against zmq.proxy in the same run
 	$(BIN)/python -m bench

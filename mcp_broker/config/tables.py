@@ -1,4 +1,7 @@
-"""The tables of the configuration file, as frozen and validated values."""
+"""The tables of the configuration file, as frozen and validated values.
+
+docs/configuration.md is made of them: of each field's type, default and bounds, and of the text before it (``#:``).
+"""
 
 from __future__ import annotations
 
@@ -50,10 +53,11 @@ class Table(BaseModel):
 class BrokerTable(Table):
     """``[broker]``: where it listens."""
 
-    #: an address, not a name: nothing is looked up
+    #: an address, not a name: nothing is looked up. `0.0.0.0` serves other machines
     host: str = "127.0.0.1"
-    #: 0: any free port, then the same one at every start
+    #: where clients connect; 0: any free port, then the same one at every start
     client_port: Port = 0
+    #: where workers connect that have no address of their own; 0 as with clients
     worker_port: Port = 0
     #: networks from which clients and workers may connect, as CIDR; without any everybody who can reach the address
     allow: Networks = ()
@@ -64,8 +68,9 @@ class BrokerTable(Table):
 class PortsTable(Table):
     """``[ports]``: what workers may lease for servers of their own; see docs/reclaim.md."""
 
-    #: the range, both included
+    #: the first port of the range
     min: Annotated[int, Field(ge=1024, le=65535)] = limits.PORT_MIN
+    #: the last port of the range
     max: Annotated[int, Field(ge=1024, le=65535)] = limits.PORT_MAX
     #: ports of the range that are never lent
     reserved: Annotated[tuple[int, ...], Field(strict=False)] = ()
@@ -73,7 +78,7 @@ class PortsTable(Table):
     host: Address = "127.0.0.1"
     #: networks that may connect, as CIDR; without any everybody who can reach the address
     allow: Networks = ()
-    #: that one worker may have at a time
+    #: ports that one worker may have at a time
     per_worker: Annotated[int, Field(ge=0, le=1024)] = limits.PORTS_PER_WORKER
 
     @model_validator(mode="after")
@@ -95,16 +100,19 @@ class AuthTable(Table):
 class LimitsTable(Table):
     """``[limits]``: bounds of the whole, see :mod:`mcp_broker.limits` for the rest."""
 
-    #: how long running calls may take to end when the supervisor is told to stop
+    #: how long running calls may take to end when the supervisor is told to stop, seconds
     drain_s: Annotated[float, Field(ge=0, le=3600, strict=False)] = limits.DRAIN_S
-    #: from the start of a worker process to its being ready
+    #: how long a worker process may take from its start to its being ready, seconds
     start_s: Annotated[float, Field(gt=0, le=3600, strict=False)] = 30.0
-    #: how long a worker that is replaced, or of a pool that shrinks, may take to finish its calls
+    #: how long a worker that is replaced, or of a pool that shrinks, may take to finish its calls, seconds
     retire_s: Annotated[float, Field(ge=0, le=86_400, strict=False)] = limits.RETIRE_S
-    #: deaths of a pool's processes (before they are ready, or idle) within the period that are answered by a restart
+    #: deaths of a pool's processes (before they are ready, or idle) within the period that are answered by a restart;
+    #: one more ends the pool
     restarts: Annotated[int, Field(ge=0, le=1000)] = 5
+    #: the period in which `restarts` counts deaths, seconds
     restart_period_s: Annotated[float, Field(gt=0, le=86_400, strict=False)] = 60.0
-    #: calls a second that a principal may make, over all its sessions and tools; without it as many as it likes
+    #: calls a second that a principal may make, over all its sessions and tools; more get `RATE_LIMITED`. Without it as
+    #: many as it likes
     rate_per_s: RatePerS | None = None
     #: of these, calls at once after a pause; one second's calls if absent
     burst: Burst | None = None
@@ -128,13 +136,14 @@ class StateTable(Table):
 class ObserveTable(Table):
     """``[observe]``: what is logged."""
 
-    log_level: Annotated[str, Field(pattern="^(debug|info|warning|error)$")] = "info"
+    #: the least important that the supervisor's log tells
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 
 class PoolLimits(Table):
     """``[pools.NAME.limits]``: what one worker may use; docs/limits.md tells how each is measured."""
 
-    #: growth above the worker's resident memory when it was ready
+    #: MiB of growth above the worker's resident memory when it was ready
     memory_mb: Annotated[int, Field(ge=1, le=limits.MEMORY_MB_MAX)] = limits.MEMORY_MB
     #: CPU seconds of a call, with the processes that it starts
     cpu_s: Annotated[float, Field(gt=0, le=limits.CPU_S_MAX, strict=False)] = limits.CPU_S
@@ -144,44 +153,48 @@ class PoolLimits(Table):
     connections: Annotated[int, Field(ge=0, le=limits.CONNECTIONS_MAX)] = limits.CONNECTIONS
     #: processes below it
     processes: Annotated[int, Field(ge=0, le=limits.PROCESSES_MAX)] = limits.PROCESSES
-    #: files in its private folder
+    #: MiB of files in its private folder
     scratch_mb: Annotated[int, Field(ge=1, le=limits.SCRATCH_MB_MAX)] = limits.SCRATCH_MB
     #: memory, CPU, files and connections follow what is used, up to the most that may be configured
     adaptive: bool = False
-    #: after so many calls, so much resident memory, so long a life another worker takes its place, at the latest
+    #: calls after which another worker takes its place, at the latest
     recycle_calls: Annotated[int, Field(ge=1)] | None = None
+    #: MiB of resident memory at which another worker takes its place
     recycle_rss_mb: Annotated[int, Field(ge=1)] | None = None
+    #: seconds of life after which another worker takes its place, at the latest
     recycle_age_s: Annotated[float, Field(ge=1, strict=False)] | None = None
 
 
 class PoolTable(Table):
     """``[pools.NAME]``: workers of one kind."""
 
-    #: the module that defines the tools
+    #: the module that defines the tools, as it is imported: `my_tools`, `package.tools`
     module: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")]
     #: folders to import it from, ahead of what is installed; relative to the file
     path: tuple[str, ...] = ()
-    #: another interpreter, which has this package installed
+    #: another interpreter, which has this package installed; relative to the file. The supervisor's own if absent
     python: str | None = None
     #: processes that are kept ready
     min: Workers = 1
     #: to so many it grows by itself; as many as `min` if absent
     max: Workers | None = None
-    #: a wait for a worker that makes it grow, and how long none may have been needed for it to shrink
+    #: a wait for a worker that makes it grow, seconds
     grow_wait_s: Annotated[float, Field(ge=0, le=3600, strict=False)] = limits.GROW_WAIT_S
+    #: how long a worker fewer must have done for it to shrink by one, seconds
     shrink_after_s: Annotated[float, Field(gt=0, le=86_400, strict=False)] = limits.SHRINK_AFTER_S
-    #: processes beside these whose tools are imported, and that take over at once when one dies
+    #: processes besides these whose tools are imported, and that take over at once when one dies
     spare: Workers = 0
-    #: calls that one process runs at a time
+    #: calls that one process runs at a time, where its tools are `async def`
     concurrency: Concurrency = 1
     #: a floor: what it cannot have here, it does not start with; `auto` takes the best that works, and says which
     isolation: Literal["process", "restricted", "sandboxed", "auto"] = "process"
-    #: folders and files that it may read, and those that it may also write, besides its scratch; relative to the file
+    #: folders and files that it may read, besides Python and its own code; relative to the file
     read: tuple[str, ...] = ()
+    #: folders and files that it may read and write, besides its scratch folder; relative to the file
     write: tuple[str, ...] = ()
-    #: without it, `none` at the levels that can, and `full` at `process`
+    #: what it reaches besides the broker; without it, `none` at the levels that can, and `full` at `process`
     network: Literal["none", "loopback", "full"] | None = None
-    #: name -> file that only its owner can read; relative to the file
+    #: name = file that only its owner can read; relative to the file. Tools find them in `context.secrets`
     secrets: dict[SecretName, str] = {}
     #: how a process is started: forked from one that has imported what every worker imports, or executed anew
     start: Literal["zygote", "exec"] = "zygote"
@@ -189,11 +202,12 @@ class PoolTable(Table):
     rate_per_s: RatePerS | None = None
     #: of these, calls at once after a pause; one second's calls if absent
     burst: Burst | None = None
-    #: handed to the tools unchanged
+    #: handed to the tools unchanged, as `context.options`
     options: dict[str, Any] = {}
-    #: what one of its workers may use
+    #: what one of its workers may use: the table below
     limits: PoolLimits = PoolLimits()
-    #: added to the worker's environment
+    #: added to the worker's environment, which has of yours only `PATH`, `LD_LIBRARY_PATH`, `PYTHONPATH`, the language and
+    #: the time zone; no name that begins with `MCPB_`
     env: dict[str, str] = {}
 
     @model_validator(mode="after")
