@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, Unpack
 
 from mcp_broker import errors, limits
 from mcp_broker.client import connection, progress
-from mcp_broker.client.awaitables import AsyncCallFuture, AsyncPartStream, Connecting
+from mcp_broker.client.awaitables import AsyncCallFuture, AsyncInbox, AsyncPartStream, Connecting
 from mcp_broker.client.feeder import feed_later
 from mcp_broker.client.link import Link
 from mcp_broker.client.session import State, Wishes, shrunk
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from mcp_broker.auth.profile import Profile
     from mcp_broker.client.options import CallOptions
     from mcp_broker.client.session import PendingCall, Upload
-    from mcp_broker.client.stream import Inbox
     from mcp_broker.transport import Connection
 
 #: messages of which one turn of the loop takes the outcomes, before others have their turn
@@ -229,7 +228,7 @@ class AsyncClient:
         tool: str,
         timeout_s: float,
         packed: bytes,
-        waiter: AsyncCallFuture | Inbox,
+        waiter: AsyncCallFuture | AsyncInbox,
         *,
         streamed: bool = False,
         wishes: Wishes | None = None,
@@ -241,6 +240,9 @@ class AsyncClient:
             packed, wishes = shrunk(packed, wishes)
         if not session.has_room and session.state not in OVER:
             await self._room(timeout_s)
+            if waiter.done():
+                # cancelled meanwhile
+                return
         waiter.pending = session.submit(
             tool, timeout_s, packed, monotonic(), waiter, streamed=streamed, wishes=wishes
         )

@@ -71,14 +71,15 @@ class AsyncCallFuture(asyncio.Future[Any]):
         return cancelled
 
 
-class _Inbox(Inbox):
+class AsyncInbox(Inbox):
     """Where the client puts parts and end, for one task that waits for them."""
 
     #: done when there is something
     news: asyncio.Future[None] | None = None
 
-    def settle(self, value: Any, error: errors.CallError | None, usage: Usage | None) -> bool:  # noqa: ANN401
-        return self.ended or super().settle(value, error, usage)
+    def done(self) -> bool:
+        """Tell whether the end is there; as a future does."""
+        return self.ended
 
     def _wake(self) -> None:
         if self.news is not None and not self.news.done():
@@ -94,12 +95,12 @@ class AsyncPartStream:
     early, cancels the call if it has not ended.
     """
 
-    def __init__(self, client: AsyncClient, begin: Callable[[Inbox], Awaitable[None]]) -> None:
+    def __init__(self, client: AsyncClient, begin: Callable[[AsyncInbox], Awaitable[None]]) -> None:
         self._client = client
         #: makes the call; None: that was done, or will never be
-        self._begin: Callable[[Inbox], Awaitable[None]] | None = begin
+        self._begin: Callable[[AsyncInbox], Awaitable[None]] | None = begin
         # apart from the iterator, so that dropping that one is noticed
-        self._inbox = _Inbox()
+        self._inbox = AsyncInbox()
 
     @property
     def call_id(self) -> bytes:
@@ -146,15 +147,11 @@ class AsyncPartStream:
         begin, self._begin = self._begin, None
         if begin is None:
             return
-        inbox = self._inbox
         try:
-            await begin(inbox)
+            await begin(self._inbox)
         except BaseException:
-            inbox.ended = True
+            self._inbox.ended = True
             raise
-        if inbox.ended:
-            # cancelled while it waited for a place in the window
-            self._client.cancel_pending(inbox.pending)
 
     def cancel(self) -> bool:
         """Cancel the call; the parts that came before can still be taken. False if it had ended."""

@@ -221,6 +221,8 @@ def test_stream_waits_for_room_in_the_window_unless_it_is_cancelled_meanwhile() 
         with pytest.raises(errors.Cancelled):
             await reading[1]
         assert [part async for part in parts] == [1, 2]
+        tools = [call.tool for sent in broker.of_kind(messages.Calls) for call in sent.calls]
+        assert tools == ["hold"] * 4 + ["count"], "what was cancelled is never sent"
         assert await asyncio.gather(*held) == ["released"] * 4
 
     with ScriptedBroker(window=4) as broker:
