@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         BrokerLost,
         CallError,
         Cancelled,
+        ClientClosed,
         ConfigError,
         CredentialError,
         DeadlineExceeded,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
         Unavailable,
         UnsupportedVersion,
         WorkerLost,
+        WrongProcess,
     )
     from mcp_broker.wire.messages import Priority
 
@@ -46,6 +48,7 @@ __all__ = [
     "CallError",
     "Cancelled",
     "Client",
+    "ClientClosed",
     "ConfigError",
     "CredentialError",
     "DeadlineExceeded",
@@ -66,6 +69,7 @@ __all__ = [
     "Unavailable",
     "UnsupportedVersion",
     "WorkerLost",
+    "WrongProcess",
     "__version__",
 ]
 

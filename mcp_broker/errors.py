@@ -9,6 +9,8 @@
     |  +- UnknownKind               well-formed, but a kind that this socket does not take
     +- CredentialError              a key, token or profile file cannot be used (exit code 3)
     +- NotReachable                 no broker answers, or there is no profile (exit code 4)
+    +- ClientClosed                 a client was used after its end (the caller's fault)
+    +- WrongProcess                 a client was used in a process that was forked from its own (the caller's fault)
     +- SupervisionError             a process could not be started or stopped
     +- PortError                a port cannot be leased
     |  +- PortUnavailable, PortsExhausted, PortInvalid, PortDenied
@@ -89,6 +91,18 @@ class NotReachable(BrokerError):  # noqa: N818
 
     code = "NOT_REACHABLE"
     retryable_by_default = True
+
+
+class ClientClosed(BrokerError):  # noqa: N818
+    """The client was closed and takes no calls; make a new one."""
+
+    code = "CLIENT_CLOSED"
+
+
+class WrongProcess(BrokerError):  # noqa: N818
+    """The client belongs to the process that connected it, and this one was forked from that; make a new one."""
+
+    code = "WRONG_PROCESS"
 
 
 class SupervisionError(BrokerError):

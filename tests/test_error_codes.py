@@ -34,6 +34,16 @@ def test_wire_errors_are_documented_too() -> None:
     assert all(f"| `{code}` |" in SECTION for code in wire)
 
 
+def test_no_two_errors_share_a_code_but_with_the_roots_of_the_tree() -> None:
+    def below(cls: type[errors.BrokerError]) -> list[type[errors.BrokerError]]:
+        return [one for sub in cls.__subclasses__() for one in (sub, *below(sub))]
+
+    kinds = [cls for cls in below(errors.BrokerError) if cls.__module__ == errors.__name__]
+    codes = [cls.code for cls in kinds if cls is not errors.CallError]
+    assert {"CLIENT_CLOSED", "WRONG_PROCESS", "NOT_REACHABLE"} <= set(codes)
+    assert sorted(codes) == sorted(set(codes))
+
+
 @pytest.mark.parametrize("code", errors.CALL_ERRORS)
 def test_code_becomes_its_own_class(code: str) -> None:
     error = errors.call_error(code, "text", {"a": 1})

@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, Iterable, Mapping
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, Self, Unpack
 
-from mcp_broker import errors, limits
+from mcp_broker import limits
 from mcp_broker.client import connection, progress
 from mcp_broker.client.awaitables import AsyncCallFuture, AsyncInbox, AsyncPartStream, Connecting
 from mcp_broker.client.feeder import feed_later
@@ -105,6 +105,7 @@ class AsyncClient:
 
         Raises:
             CallError: it ended without a result.
+            ClientClosed, WrongProcess: this client takes no calls any more, or not in a process that was forked later.
             TypeError, ValueError: there is no such option, or the arguments hold something that cannot be sent.
         """
         future = AsyncCallFuture(self, self._loop)
@@ -124,7 +125,7 @@ class AsyncClient:
 
         Raises:
             Overloaded: the window stayed full for ``timeout_s``.
-            TypeError, ValueError: as :meth:`call`.
+            ClientClosed, WrongProcess, TypeError, ValueError: as :meth:`call`.
         """
         future = AsyncCallFuture(self, self._loop)
         packed, wishes = prepared("submit", arguments, options)
@@ -172,8 +173,8 @@ class AsyncClient:
         the call's id, to cancel it from elsewhere, or to be sure when it ends. Leaving either early cancels the call.
 
         Raises:
-            TypeError, ValueError: as :meth:`call`. What else goes wrong is raised where the call is made: on entering, or
-                with the first part.
+            TypeError, ValueError: as :meth:`call`. What else :meth:`submit` raises comes where the call is made: on
+                entering, or with the first part.
         """
         packed, wishes = prepared("stream", arguments, options)
         begin = functools.partial(
@@ -234,7 +235,7 @@ class AsyncClient:
         wishes: Wishes | None = None,
     ) -> None:
         if self._generation != connection.generation:
-            raise errors.BrokerError("this client belongs to the process that connected it; connect one here")
+            raise connection.wrong_process()
         session = self._session
         if len(packed) >= limits.COMPRESS_BYTES_MIN and session.compresses:
             packed, wishes = shrunk(packed, wishes)

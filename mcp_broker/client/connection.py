@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Final
 
-from mcp_broker import transport
+from mcp_broker import errors, transport
 from mcp_broker.transport import Connection
 
 if TYPE_CHECKING:
@@ -40,6 +40,14 @@ def context() -> transport.Context:
     if _context is None:
         _context = transport.new_context()
     return _context
+
+
+def wrong_process() -> errors.WrongProcess:
+    """Make the error of a client that is used where it was not connected."""
+    return errors.WrongProcess(
+        "this client belongs to the process that connected it, and this one was forked from that",
+        {"hint": "connect a client after the fork"},
+    )
 
 
 def connect(endpoint: str, profile: Profile) -> Connection:

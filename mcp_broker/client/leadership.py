@@ -20,7 +20,7 @@ from collections import deque
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
-from mcp_broker import errors, limits
+from mcp_broker import limits
 from mcp_broker.client import connection, feeder
 from mcp_broker.client.serving import Serving
 from mcp_broker.client.session import shrunk
@@ -62,13 +62,10 @@ class Leadership(Serving):
         """Refuse to work in a forked child.
 
         Raises:
-            BrokerError: this is not the process that connected (the caller's fault).
+            WrongProcess: this is not the process that connected (the caller's fault).
         """
         if self._generation != connection.generation:
-            raise errors.BrokerError(
-                "this client belongs to the process that connected it, and this one was forked from that",
-                {"hint": "call Client.connect() after the fork"},
-            )
+            raise connection.wrong_process()
 
     # -- what the client asks for -----------------------------------------------------------------------------
 
@@ -90,7 +87,8 @@ class Leadership(Serving):
 
         Raises:
             Overloaded: there was no place within ``timeout_s``.
-            BrokerError: the client is closed or refused, or such a call cannot be.
+            ClientClosed, WrongProcess: the client takes no calls, or not here.
+            BrokerError: the session was refused, or such a call cannot be.
         """
         if self._generation != connection.generation:
             self.check_process()

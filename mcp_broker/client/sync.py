@@ -97,6 +97,7 @@ class Client:
 
         Raises:
             CallError: it ended without a result; the class and ``code`` say how.
+            ClientClosed, WrongProcess: this client takes no calls any more, or not in a process that was forked later.
             TypeError, ValueError: there is no such option, or the arguments hold something that cannot be sent.
         """
         future = CallFuture(self._threads)
@@ -120,6 +121,7 @@ class Client:
         Raises:
             Overloaded: the window stayed full for ``timeout_s``. A full queue at the broker is an Overloaded of the
                 future; nothing tries again by itself: see ``details["retry_after_s"]``.
+            ClientClosed, WrongProcess: as :meth:`call`.
             TypeError, ValueError: there is no such option, or the arguments hold something that cannot be sent.
         """
         future = CallFuture(self._threads)
@@ -165,6 +167,9 @@ class Client:
 
         The tool is at most 16 parts ahead. Leaving the ``with`` block of the iterator, or closing it, cancels the
         call if it has not ended; so does dropping it.
+
+        Raises:
+            Overloaded, ClientClosed, WrongProcess, TypeError, ValueError: as :meth:`submit`.
         """
         stream = PartStream(self._threads)
         packed, wishes = prepared("stream", arguments, options)
@@ -188,6 +193,9 @@ class Client:
 
         Returns:
             The call's future; it ends as NotFound if there is no such call, or no more.
+
+        Raises:
+            Overloaded, ClientClosed, WrongProcess: as :meth:`submit`.
         """
         future = CallFuture(self._threads)
         self._threads.submit(

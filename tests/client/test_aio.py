@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -313,6 +314,30 @@ def test_half_open_connection_is_noticed_by_silence(broker: ScriptedBroker) -> N
         asyncio.run(main())
 
 
+@pytest.mark.process
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_client_in_a_forked_child_takes_no_calls(broker: ScriptedBroker) -> None:
+    async def body(client: AsyncClient) -> None:
+        read, write = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            # the loop is the parent's: what the call does here, it does before it would wait
+            try:
+                client.call("echo").send(None)
+            except errors.BrokerError as error:
+                os.write(write, error.code.encode())
+            finally:
+                os._exit(0)
+        os.close(write)
+        with os.fdopen(read, "rb") as said:
+            assert said.read() == b"WRONG_PROCESS"
+        status = await asyncio.to_thread(os.waitpid, pid, 0)
+        assert status[1] == 0
+        assert await client.call("echo", {"a": 1}) == {"a": 1}
+
+    run(broker, body)
+
+
 def test_closed_client_cancels_and_takes_no_calls(broker: ScriptedBroker) -> None:
     async def main() -> None:
         client = await AsyncClient.connect(broker.profile())
@@ -320,7 +345,9 @@ def test_closed_client_cancels_and_takes_no_calls(broker: ScriptedBroker) -> Non
         await client.close()
         with pytest.raises(errors.Cancelled):
             await future
-        with pytest.raises(errors.BrokerError, match="closed"):
+        with pytest.raises(errors.ClientClosed, match="closed"):
             await client.call("echo")
+        with pytest.raises(errors.ClientClosed):
+            await anext(client.stream("count"))
 
     asyncio.run(main())

@@ -671,7 +671,7 @@ def test_close_says_goodbye_and_cancels_what_is_left() -> None:
     session.close()
     assert sent(session) == [messages.Goodbye(7, "closed")]
     assert ends(session) == [(call, "CANCELLED")]
-    with pytest.raises(errors.BrokerError, match="closed"):
+    with pytest.raises(errors.ClientClosed, match="closed"):
         session.submit("t", 5.0, EMPTY, 0.0)
 
 

@@ -149,7 +149,8 @@ class ClientSession:
         """Take a call; as :meth:`CallBook.submit`.
 
         Raises:
-            BrokerError: the session was refused or closed; or an argument of the call cannot be.
+            ClientClosed: the session was closed.
+            BrokerError: it was refused; or an argument of the call cannot be.
         """
         if self.state is not _OPEN:
             pending: PendingCall = self._row[Event.SUBMIT](
@@ -238,7 +239,7 @@ class ClientSession:
 
     def _no_submit(self, *_: Any) -> None:
         if self.refusal is None:
-            raise errors.BrokerError("this client is closed; make a new one with Client.connect()")
+            raise errors.ClientClosed("this client is closed; make a new one with connect()")
         raise again(self.refusal)
 
     def _dial(self, now: float) -> None:
