@@ -41,8 +41,11 @@ DETAILS_BYTES_MAX: Final = 32 * 1024
 #: Tools in one REGISTER, and their schema's size each.
 TOOLS_PER_WORKER_MAX: Final = 256
 SCHEMA_BYTES_MAX: Final = 32 * 1024
+#: Levels of a schema: whoever lists tools has less stack left than whoever registered them, and no signature needs so many.
+SCHEMA_DEPTH_MAX: Final = 64
 CAPABILITIES_MAX: Final = 32
-#: REGISTER is the one message that may exceed the envelope's bound: 256 tools with schemas.
+#: REGISTER is the one message that may exceed the envelope's bound: 256 tools with schemas. All tools of a pool together
+#: have no more bytes than it, however often its workers register: what they serve is told in one message too.
 REGISTER_BYTES_MAX: Final = BODY_BYTES_MAX
 
 # -- time ------------------------------------------------------------------------------------
@@ -111,6 +114,9 @@ COST_BYTES: Final = 64 * 1024
 CONCURRENCY_MAX: Final = 65_536
 #: Calls a second that a rate limit may allow; more is no limit.
 RATE_MAX: Final = 1_000_000
+#: The slowest rate: once in the time that the longest call may take. A lower one counts as this one, so that no wait is
+#: longer than can be told.
+RATE_MIN: Final = 1 / CALL_TIMEOUT_S_MAX
 #: Principals whose rate is remembered; above it the full buckets go first, which are as good as new ones.
 BUCKETS_MAX: Final = 8192
 #: Calls that a worker may hold, running one included.

@@ -82,6 +82,7 @@ class Loop:
         self._tokens = tokens
         self._on_node = on_node
         self._clock = time.monotonic
+        machine.bug = _log_bug
         self._waiting: dict[zmq.Socket[bytes], dict[bytes, Waiting]] = {clients: {}, workers: {}}
         self.malformed = 0
 
@@ -340,6 +341,10 @@ class Loop:
             self._machine.clientele.unreachable(routing_id, now)
         else:
             self._machine.crew.unreachable(routing_id)
+
+
+def _log_bug(where: str, error: Exception) -> None:
+    _log.error("broker.bug", extra={"where": where}, exc_info=error)
 
 
 def _may_have_body(message: messages.FromClient) -> bool:

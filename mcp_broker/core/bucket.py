@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Final, NamedTuple
 
+from mcp_broker import limits
+
 #: instants closer than this are the same: a sum of floats must not cost a token
 _TICK_S: Final = 1e-6
 
@@ -13,7 +15,7 @@ class Rate(NamedTuple):
     """How fast is fast enough.
 
     Attributes:
-        per_s: calls a second in the long run, above 0.
+        per_s: calls a second in the long run, at least RATE_MIN.
         burst: calls at once after a pause, at least 1.
     """
 
@@ -25,7 +27,7 @@ class Rate(NamedTuple):
         """Return the rate that a configuration or a definition names; a burst that it leaves out is a second's calls."""
         if not per_s:
             return None
-        return cls(per_s, burst or max(1, math.ceil(per_s)))
+        return cls(max(per_s, limits.RATE_MIN), burst or max(1, math.ceil(per_s)))
 
 
 class Bucket:

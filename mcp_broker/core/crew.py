@@ -141,6 +141,8 @@ class Crew:
 
     def _register(self, worker: Worker, routing_id: bytes, message: messages.Register, now: float) -> bool:
         worker.routing_id = routing_id
+        # it is no other worker of its pool, which its tools would have to agree with
+        worker.state = WorkerState.ADMITTED
         # what an old connection had not carried yet, it never will
         worker.outbox.clear()
         refusal: str | None = None
@@ -156,7 +158,6 @@ class Crew:
             except InvalidArgument as invalid:
                 refusal, details = invalid.message, invalid.details
         if refusal is not None:
-            worker.state = WorkerState.ADMITTED
             worker.send(messages.Error(self._routing.epoch, code, refusal, payload.pack(details), fatal=True))
             self._routing.to_node.append(node.WorkerRefused(worker.worker_id, refusal))
             return True

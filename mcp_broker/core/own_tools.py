@@ -165,6 +165,10 @@ def serve(
         packed = payload.pack(tool.answer(routing, call, arguments))
     except CallError as error:
         return fault(call.call_id, error.code, error.message, error.details), None
+    except Exception as error:  # noqa: BLE001 (our bug costs this caller an answer, nobody the broker)
+        routing.bug(call.tool.name, error)
+        text = f"{call.tool.name} broke ({type(error).__name__}), and the broker's log says where; please report it"
+        return fault(call.call_id, "INTERNAL", text, {"tool": call.tool.name}), None
     return packed_outcome(call.call_id, packed)
 
 

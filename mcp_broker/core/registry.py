@@ -11,14 +11,14 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mcp_broker import limits
 from mcp_broker.core.bucket import Bucket, Rate
 from mcp_broker.core.fairness import Gate
 from mcp_broker.core.pool import APART
 from mcp_broker.errors import InvalidArgument
-from mcp_broker.wire import payload
+from mcp_broker.wire import codec, payload
 
 if TYPE_CHECKING:
     from mcp_broker.core.condition import Condition
@@ -37,12 +37,29 @@ def _check_schemas(definition: ToolDefinition) -> None:
     """
     for text in (definition.parameters, definition.returns):
         try:
-            payload.pack(json.loads(text))
+            value = json.loads(text)
+            _check_depth(value)
+            payload.pack(value)
         except (ValueError, TypeError, RecursionError) as error:
             raise InvalidArgument(
                 f"a schema of the tool {definition.name!r} cannot be listed: {error}",
                 {"name": definition.name},
             ) from error
+
+
+def _check_depth(value: Any) -> None:  # noqa: ANN401 (JSON)
+    """Refuse JSON of more levels than any stack takes, without a stack of our own.
+
+    Raises:
+        ValueError: it has more.
+    """
+    level = [value]
+    for _ in range(limits.SCHEMA_DEPTH_MAX + 1):
+        level = [outer for outer in level if isinstance(outer, dict | list)]
+        if not level:
+            return
+        level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)]
+    raise ValueError(f"it is nested deeper than {limits.SCHEMA_DEPTH_MAX} levels")
 
 
 class Registration(Enum):
@@ -206,6 +223,7 @@ class Registry:
                         f"the tool {definition.name!r} differs from what the other workers of pool {pool.name!r} serve",
                         {"name": definition.name, "pool": pool.name},
                     )
+            self._check_size(pool, mine | {definition.name: definition for definition in definitions})
         else:
             for name in mine.keys() - known.keys():
                 del self.tools[name]
@@ -260,6 +278,21 @@ class Registry:
             raise InvalidArgument(
                 f"the broker serves {there} tools already, of at most {self.most}; raise tools in [limits]",
                 {"limit": "tools", "maximum": self.most},
+            )
+
+    @staticmethod
+    def _check_size(pool: Pool, definitions: Mapping[str, ToolDefinition]) -> None:
+        """Refuse what makes a pool's tools more than one worker could bring.
+
+        Raises:
+            InvalidArgument: they are too many bytes together (the worker's fault).
+        """
+        size = sum(len(codec.encode(definition)) for definition in definitions.values())
+        if size > limits.REGISTER_BYTES_MAX:
+            raise InvalidArgument(
+                f"the {len(definitions)} tools of pool {pool.name!r} have {size:,} bytes with their schemas, of at most "
+                f"{limits.REGISTER_BYTES_MAX:,}; split the module",
+                {"limit": "tools_bytes", "maximum": limits.REGISTER_BYTES_MAX, "pool": pool.name},
             )
 
     def forget(self, pool: Pool) -> None:

@@ -80,6 +80,8 @@ class Routing:
         self.software_version = ""
         #: handshakes that the shell's door refused, by why; it counts them
         self.refused: dict[str, int] = {}
+        #: told of our own bugs: where, and what was raised; set by the shell, which goes on
+        self.bug: Callable[[str, Exception], None] = _raise
         self._heartbeat_at = now + limits.HEARTBEAT_S
         self._beats = 0
 
@@ -207,3 +209,7 @@ class Routing:
         self.clientele.dismiss()
         self.crew.dismiss()
         self.to_node.append(node.Drained(unfinished))
+
+
+def _raise(_where: str, error: Exception) -> None:
+    raise error
