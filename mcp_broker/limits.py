@@ -287,7 +287,8 @@ PORT_WAIT_S: Final = 5.0
 
 #: About what a kept record takes besides its payloads.
 RECORD_BYTES: Final = 512
-#: Outcomes of calls with an idempotency key: long enough for any caller's retries.
+#: Outcomes of calls with an idempotency key: long enough for any caller's retries. Past a bound of this and the next two, whoever
+#: has the most loses its oldest.
 IDEMPOTENCY_TTL_S: Final = 600.0
 IDEMPOTENCY_KEY_CHARS_MAX: Final = 256
 IDEMPOTENCY_KEYS_MAX: Final = 65_536

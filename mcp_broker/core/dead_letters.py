@@ -5,10 +5,10 @@ In memory, bounded by bytes, count and time: a broker that is restarted has forg
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 from mcp_broker import limits
+from mcp_broker.core.shelf import Shelf
 from mcp_broker.wire import codec
 from mcp_broker.wire.structs import Slim
 
@@ -34,9 +34,7 @@ class DeadLetters:
     """Poisoned calls by id, the oldest first."""
 
     def __init__(self, timers: Timers) -> None:
-        self._timers = timers
-        self._letters: OrderedDict[bytes, DeadLetter] = OrderedDict()
-        self._bytes = 0
+        self._letters: Shelf[bytes, DeadLetter] = Shelf(timers, limits.DEAD_LETTER_TTL_S)
 
     def __len__(self) -> int:
         return len(self._letters)
@@ -51,11 +49,8 @@ class DeadLetters:
             call.killers,
             now,
         )
-        self._letters[letter.call_id] = letter
-        self._bytes += _size(letter)
-        self._timers.add(now + limits.DEAD_LETTER_TTL_S, self._expire, letter)
-        while len(self._letters) > limits.DEAD_LETTERS_MAX or self._bytes > limits.DEAD_LETTERS_BYTES_MAX:
-            self._drop(next(iter(self._letters.values())))
+        self._letters.put(letter.call_id, letter, letter.principal, _size(letter), now)
+        self._letters.trim(limits.DEAD_LETTERS_MAX, limits.DEAD_LETTERS_BYTES_MAX)
 
     def find(self, prefix: str) -> list[DeadLetter]:
         """Return those whose id, in hexadecimal, begins so."""
@@ -64,14 +59,7 @@ class DeadLetters:
     def drop(self, letter: DeadLetter) -> None:
         """Forget one."""
         if self._letters.get(letter.call_id) is letter:
-            self._drop(letter)
-
-    def _drop(self, letter: DeadLetter) -> None:
-        del self._letters[letter.call_id]
-        self._bytes -= _size(letter)
-
-    def _expire(self, letter: DeadLetter, _now: float) -> None:
-        self.drop(letter)
+            self._letters.take(letter.call_id)
 
 
 def described(letter: DeadLetter, now: float, *, whole: bool) -> dict[str, Any]:

@@ -7,12 +7,12 @@ restarted knows them only while a client or a worker does. Source: docs/protocol
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 from mcp_broker import limits
 from mcp_broker.core.calls import Call, fault
 from mcp_broker.core.clients import ClientSession
+from mcp_broker.core.shelf import Shelf
 from mcp_broker.wire.structs import Slim
 
 if TYPE_CHECKING:
@@ -25,10 +25,8 @@ if TYPE_CHECKING:
 class Waiting(Slim):
     """The outcome of a detached call that nobody has fetched."""
 
-    principal: str
     outcome: messages.Outcome
     body: Body | None
-    size: int
 
 
 class _Adrift(ClientSession):
@@ -61,9 +59,8 @@ class Detached:
         self._ledger = routing.ledger
         #: detached calls without an outcome, by id
         self.live: dict[bytes, Call] = {}
-        #: call id -> outcome, the oldest first
-        self.outcomes: OrderedDict[bytes, Waiting] = OrderedDict()
-        self._bytes = 0
+        #: (principal, call id) -> outcome: nobody takes another one's place by using its id
+        self.outcomes: Shelf[tuple[str, bytes], Waiting] = Shelf(routing.timers, limits.DETACHED_TTL_S)
 
     def leave(self, session: ClientSession, now: float) -> None:
         """Take over the calls of a session that ends, as far as they asked for it."""
@@ -80,15 +77,11 @@ class Detached:
             self._routing.dispatcher.relieve(adrift, now)
 
     def keep(self, principal: str, outcome: messages.Outcome, body: Body | None) -> None:
-        """Let an outcome wait to be fetched; past the bounds, the oldest is dropped."""
+        """Let an outcome wait to be fetched; past the bounds, the oldest of whoever has the most is dropped."""
         size = limits.RECORD_BYTES + len(body if body is not None else outcome.body or b"")
-        waiting = self.outcomes[outcome.call_id] = Waiting(principal, outcome, body, size)
-        self._bytes += size
-        self._routing.timers.add(
-            self._routing.now + limits.DETACHED_TTL_S, self._expire, (outcome.call_id, waiting)
-        )
-        while self._bytes > limits.DETACHED_BYTES_MAX or len(self.outcomes) > limits.DETACHED_MAX:
-            self._bytes -= self.outcomes.popitem(last=False)[1].size
+        key = principal, outcome.call_id
+        self.outcomes.put(key, Waiting(outcome, body), principal, size, self._routing.now)
+        self.outcomes.trim(limits.DETACHED_MAX, limits.DETACHED_BYTES_MAX)
 
     def attach(self, session: ClientSession, call_id: bytes) -> messages.Outcome | None:
         """Give a detached call, or its outcome, to a session of the same principal.
@@ -98,28 +91,23 @@ class Detached:
         """
         principal = session.grant.caller.principal
         call = self._ledger.calls.get(call_id)
-        if call is not None and call.extra is not None and call.extra.detach:
+        if (
+            call is not None
+            and call.extra is not None
+            and call.extra.detach
+            and call.session.grant.caller.principal == principal
+        ):
             # also from a session whose end nobody has noticed yet
-            if call.session.grant.caller.principal == principal:
-                call.session.live.pop(call_id, None)
-                self._routing.dispatcher.arrears.move(call, session)
-                session.live[call_id] = call
-                return None
-        else:
-            waiting = self.outcomes.get(call_id)
-            if waiting is not None and waiting.principal == principal:
-                del self.outcomes[call_id]
-                self._bytes -= waiting.size
-                session.deliver(waiting.outcome, waiting.body)
-                return None
+            call.session.live.pop(call_id, None)
+            self._routing.dispatcher.arrears.move(call, session)
+            session.live[call_id] = call
+            return None
+        waiting = self.outcomes.take((principal, call_id))
+        if waiting is not None:
+            session.deliver(waiting.outcome, waiting.body)
+            return None
         text = (
             f"there is no detached call {call_id.hex()}: it never was detached, it was fetched, or it ended over "
             f"{limits.DETACHED_TTL_S / 60:g} minutes ago"
         )
         return fault(call_id, "NOT_FOUND", text, {"call_id": call_id.hex()})
-
-    def _expire(self, subject: tuple[bytes, Waiting], _now: float) -> None:
-        call_id, waiting = subject
-        if self.outcomes.get(call_id) is waiting:
-            del self.outcomes[call_id]
-            self._bytes -= waiting.size

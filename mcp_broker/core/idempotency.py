@@ -2,9 +2,9 @@
 
 A key belongs to a principal and a tool. Calls with the key of one that is under way *follow* it: its outcome is theirs.
 When it has ended, its outcome is kept and answers later calls, for a time and within bounds. An outcome that tells
-nothing of the tool (its caller cancelled, its time was over, nobody ran it) is not kept: the first follower runs in its
-place. The outcome of a worker's death is kept, unless the tool is idempotent: whether the tool did its work is unknown,
-and the key promises that it is not done twice.
+nothing of the tool is not kept: where its caller cancelled or its time was over, the first follower that somebody waits
+for runs in its place; where nobody can run it, that goes for its followers too. The outcome of a worker's death is kept,
+unless the tool is idempotent: whether the tool did its work is unknown, and the key promises that it is not done twice.
 
 All in memory: a broker that is restarted has forgotten the keys. Source: docs/protocol.md, "Idempotency keys".
 """
@@ -12,11 +12,11 @@ All in memory: a broker that is restarted has forgotten the keys. Source: docs/p
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Final
 
 from mcp_broker import limits
 from mcp_broker.core.calls import Call, CallState, fault
+from mcp_broker.core.shelf import Shelf
 from mcp_broker.wire import messages
 from mcp_broker.wire.structs import Slim
 
@@ -45,7 +45,6 @@ class Record(Slim):
     followers: list[Call]
     outcome: messages.Outcome | None = None
     body: Body | None = None
-    size: int = 0
 
 
 class Idempotency:
@@ -57,9 +56,10 @@ class Idempotency:
         self._dispatcher = routing.dispatcher
         #: (principal, tool, key) -> record
         self.records: dict[tuple[str, str, str], Record] = {}
-        #: those with an outcome, the oldest first
-        self._kept: OrderedDict[tuple[str, str, str], Record] = OrderedDict()
-        self._kept_bytes = 0
+        #: those with an outcome
+        self._kept: Shelf[tuple[str, str, str], Record] = Shelf(
+            routing.timers, limits.IDEMPOTENCY_TTL_S, self._forget
+        )
 
     def claims(self, call: Call, key: str, now: float) -> bool:
         """Take an accepted call with a key; False: it is the first one, and runs."""
@@ -73,8 +73,8 @@ class Idempotency:
         digest = hashlib.sha256(call.packed_arguments()).digest()
         record = self.records.get(whole)
         if record is None:
-            if len(self.records) >= limits.IDEMPOTENCY_KEYS_MAX:
-                text = f"{limits.IDEMPOTENCY_KEYS_MAX} idempotency keys are under way or remembered already"
+            if len(self.records) >= limits.IDEMPOTENCY_KEYS_MAX and not self._kept:
+                text = f"calls with {limits.IDEMPOTENCY_KEYS_MAX} idempotency keys are under way already"
                 details = {
                     "limit": "idempotency_keys",
                     "maximum": limits.IDEMPOTENCY_KEYS_MAX,
@@ -83,6 +83,7 @@ class Idempotency:
                 self._ledger.finish(call, fault(call.call_id, "OVERLOADED", text, details))
                 return True
             call.record = self.records[whole] = Record(whole, digest, call, [])
+            self._trim()
             return False
         if record.digest != digest:
             text = f"the idempotency_key {key!r} was used for a call of {tool.name} with other arguments"
@@ -128,23 +129,19 @@ class Idempotency:
 
     def _keep(self, record: Record, outcome: messages.Outcome, body: Body | None) -> None:
         record.outcome, record.body = outcome, body
-        record.size = limits.RECORD_BYTES + sum(
+        size = limits.RECORD_BYTES + sum(
             len(part) for part in (outcome.body, body, outcome.fault and outcome.fault.details) if part
         )
-        self._kept[record.key] = record
-        self._kept_bytes += record.size
-        self._routing.timers.add(self._routing.now + limits.IDEMPOTENCY_TTL_S, self._expire, record)
-        while self._kept_bytes > limits.IDEMPOTENCY_BYTES_MAX:
-            self._forget(next(iter(self._kept.values())))
+        self._kept.put(record.key, record, record.key[0], size, self._routing.now)
+        self._trim()
 
-    def _expire(self, record: Record, _now: float) -> None:
-        if self._kept.get(record.key) is record:
-            self._forget(record)
+    def _trim(self) -> None:
+        """Let go of outcomes until there is room; calls that are under way are never forgotten."""
+        under_way = len(self.records) - len(self._kept)
+        self._kept.trim(max(0, limits.IDEMPOTENCY_KEYS_MAX - under_way), limits.IDEMPOTENCY_BYTES_MAX)
 
     def _forget(self, record: Record) -> None:
-        del self._kept[record.key]
         del self.records[record.key]
-        self._kept_bytes -= record.size
 
 
 def _again(outcome: messages.Outcome, call: Call) -> messages.Outcome:

@@ -124,6 +124,58 @@ def test_outcomes_that_nobody_fetches_are_dropped_in_time_and_within_bounds(
         world.client_says(f"c{number}", messages.Goodbye(EPOCH))
         world.answer("echo-1", call_id)
     detached = world.machine.detached
-    assert list(detached.outcomes) == [b"\1" * 16, b"\2" * 16]
+    assert [call_id for _, call_id in detached.outcomes] == [b"\1" * 16, b"\2" * 16]
     world.later(bounds.DETACHED_TTL_S + 1)
     assert not detached.outcomes
+
+
+def test_id_that_is_used_again_and_again_takes_up_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "DETACHED_BYTES_MAX", 3 * bounds.RECORD_BYTES)
+    world = World()
+    world.ready()
+    for number in range(20):
+        world.hello(f"c{number}", FakeGrant(principal="ada"))
+        says(world, f"c{number}", detach=True)
+        world.client_says(f"c{number}", messages.Goodbye(EPOCH))
+        world.answer("echo-1", ID)
+    world.hello("bob", FakeGrant(principal="bob"))
+    extra = messages.CallExtra(detach=True)
+    request = messages.Call(b"b" * 16, "echo.echo", 30_000, payload.pack({}), extra)
+    world.client_says("bob", messages.Calls(EPOCH, 0, (request,)))
+    world.client_says("bob", messages.Goodbye(EPOCH))
+    world.answer("echo-1", b"b" * 16)
+    assert [call_id for _, call_id in world.machine.detached.outcomes] == [ID, b"b" * 16]
+    bob = world.hello("bob", FakeGrant(principal="bob"))
+    attach = messages.Call(b"b" * 16, "system.attach", 1, payload.pack({}), messages.CallExtra(attach=True))
+    world.client_says("bob", messages.Calls(EPOCH, 0, (attach,)))
+    assert world.outcomes(bob) == {b"b" * 16: "OK"}
+
+
+def test_nobody_takes_the_place_of_an_outcome_by_using_its_id() -> None:
+    world = World()
+    world.ready()
+    for name in ("ada", "bob"):
+        world.hello(name, FakeGrant(principal=name))
+        says(world, name, detach=True)
+        world.client_says(name, messages.Goodbye(EPOCH))
+        world.answer("echo-1", ID, "OK" if name == "ada" else "TOOL_FAILED")
+    for name, code in (("ada", "OK"), ("bob", "TOOL_FAILED")):
+        session = world.hello(name, FakeGrant(principal=name))
+        says(world, name, attach=True)
+        assert world.outcomes(session) == {ID: code}
+
+
+def test_outcomes_of_one_principal_do_not_drive_out_those_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "DETACHED_MAX", 5)
+    world = World()
+    world.ready()
+    for number in range(20):
+        name = "bob" if number == 0 else f"ada {number}"
+        world.hello(name, FakeGrant(principal=name[:3]))
+        extra = messages.CallExtra(detach=True)
+        request = messages.Call(bytes([number]) * 16, "echo.echo", 30_000, payload.pack({}), extra)
+        world.client_says(name, messages.Calls(EPOCH, 0, (request,)))
+        world.client_says(name, messages.Goodbye(EPOCH))
+        world.answer("echo-1", bytes([number]) * 16)
+    kept = [(principal, call_id[0]) for principal, call_id in world.machine.detached.outcomes]
+    assert kept == [("bob", 0), ("ada", 16), ("ada", 17), ("ada", 18), ("ada", 19)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 
 import mcp_broker.limits as bounds
@@ -149,8 +151,64 @@ def test_remembered_outcomes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
         world.answer("echo-1", keyed(world, number, key=f"key {number}"))
     assert len(world.machine.idempotency.records) == 2, "each takes a little more than a bare record"
     world.outcomes(session)
-    open_calls = [keyed(world, number, key=f"open {number}") for number in range(10, 12)]
-    assert world.outcomes(session) == {open_calls[1]: "OVERLOADED"}
+    open_calls = [keyed(world, number, key=f"open {number}") for number in range(10, 14)]
+    assert world.outcomes(session) == {open_calls[3]: "OVERLOADED"}, "what is under way is not forgotten"
+    world.answer("echo-1", open_calls[0])
+    world.outcomes(session)
+    assert keyed(world, 20, key="next") in world.machine.ledger.calls
+
+
+def test_keys_of_one_principal_cost_no_other_one_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "IDEMPOTENCY_KEYS_MAX", 8)
+    world = World()
+    sessions = {name: world.hello(name, FakeGrant(principal=name)) for name in ("ada", "bob")}
+    world.ready()
+    first = keyed(world, 1, key="bob's", name="bob")
+    world.answer("echo-1", first)
+    for number in range(10, 40):
+        world.answer("echo-1", keyed(world, number, key=f"{number}", name="ada"))
+    assert set(world.outcomes(sessions["ada"]).values()) == {"OK"}
+    second, third = keyed(world, 2, key="bob's", name="bob"), keyed(world, 3, key="new", name="bob")
+    assert world.dispatched("echo-1")[-1] == third, "the one ran, the other had its outcome"
+    assert world.outcomes(sessions["bob"]) == {first: "OK", second: "OK"}
+    assert keyed(world, 4, key="39", name="ada") not in world.machine.ledger.calls, "her latest are kept"
+
+
+def test_large_outcomes_of_one_principal_cost_no_other_one_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "IDEMPOTENCY_BYTES_MAX", 1_000_000)
+    world = World()
+    bob = world.hello("bob", FakeGrant(principal="bob"))
+    world.hello("ada", FakeGrant(principal="ada"))
+    world.ready()
+    world.answer("echo-1", keyed(world, 1, name="bob"))
+    for number in range(10, 20):
+        call_id = keyed(world, number, key=f"{number}", name="ada")
+        outcome = messages.Outcome(call_id, "OK", None)
+        world.worker_says("echo-1", messages.Outcomes(EPOCH, 1, (outcome,)), bytes(400_000))
+    assert list(world.outcomes(bob).values()) == ["OK"]
+    again = keyed(world, 2, name="bob")
+    assert world.outcomes(bob) == {again: "OK"}
+
+
+def test_outcome_that_is_let_go_is_kept_by_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Body(bytearray):
+        """One whose end can be seen."""
+
+    monkeypatch.setattr(bounds, "IDEMPOTENCY_BYTES_MAX", 1_000_000)
+    world = World()
+    session = world.hello()
+    world.ready()
+    ends = []
+    for number in range(10):
+        body = Body(400_000)
+        ends.append(weakref.ref(body))
+        call_id = keyed(world, number, key=f"{number}")
+        outcome = messages.Outcome(call_id, "OK", None)
+        world.worker_says("echo-1", messages.Outcomes(EPOCH, 1, (outcome,)), body)  # type: ignore[arg-type] # as good
+        del body
+        world.heard_by(session)
+        world.client_says("c1", messages.Ack(EPOCH, session.sent))
+    assert [end() is None for end in ends] == [True] * 8 + [False] * 2
 
 
 def test_poisoned_call_is_kept_for_somebody_to_look_at() -> None:
