@@ -28,6 +28,7 @@ REFERENCES = tuple(
         r"\bdesign(?: section|:|,)",
         r"\b(?:of|by|in) (?:the|this) design\b",
         r"\bresearch/",
+        r"\b(?:[Tt]he|[Ii]ts) origin\b",
     )
 )
 
@@ -86,6 +87,7 @@ def test_no_text_refers_to_a_document_that_its_reader_does_not_have() -> None:
         "SIGTERM, then SIGKILL (design: outcome first)",
         "see design §5",
         "the bars of the design",
+        "the graph of the origin",
     ],
 )
 def test_such_a_reference_is_found(line: str) -> None:

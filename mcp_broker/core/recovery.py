@@ -27,7 +27,7 @@ none                  the first step of its class
 ====================  =====================================================================
 
 In a row: no call of the tool succeeded between. *Monotone*: no step is weaker than the one before, until the position decays,
-one step for each :data:`limits.LADDER_QUIET_S` without a failure. (The origin of these numbers has a weaker second step.)
+one step for each :data:`limits.LADDER_QUIET_S` without a failure.
 UNREGISTER by number needs failures of two principals, so that nobody takes a tool from everybody else by calls that break it; a
 fatal class needs one. What a process has lost by its death is not reset: after a death no step is below RESTART.
 

@@ -29,7 +29,7 @@ WAYS: dict[State, tuple[Event, ...]] = {
     State.RECOVERING: (Event.READY, Event.RECOVER),
     State.UNREGISTERED: (Event.UNREGISTER,),
 }
-#: the later graph of the origin; what we leave out of it, and why, stands in docs/recovery.md
+#: the graph of the Machine Context Protocol 1.1.0; what we leave out of it, and why, stands in docs/recovery.md
 ORIGIN: dict[State, set[State]] = {
     State.REGISTERED: {State.ACTIVE, State.STARTING, State.UNREGISTERED, State.ERROR},
     State.ACTIVE: {State.INACTIVE, State.STARTING, State.STOPPING, State.PAUSING, State.ERROR},
