@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from mcp_broker import limits
+import mcp_broker
+from mcp_broker import Client, limits, worker
 from mcp_broker.cli.checkup import KERNEL_MIN
+from mcp_broker.client.options import CallOptions
+from mcp_broker.worker import ToolContext, hooks, tool
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("mcp_broker", "workers", "tests", "bench", "examples", "configs", "docs")
@@ -143,3 +147,25 @@ def test_the_readme_says_near_its_top_which_protocol_is_spoken_and_which_is_not(
     assert "Machine Context Protocol" in top
     assert "It is not the Model Context Protocol" in top
     assert text.count(LINUX) == text.count(f"{LINUX} or newer") == 2, "what is needed, and the hard limit"
+
+
+#: a document, and the names that it must tell of
+PUBLIC = (
+    ("docs/client.md", {*mcp_broker.__all__} - {"ConfigError", "__version__"}),
+    ("docs/client.md", {*CallOptions.__annotations__, "timeout_s"}),
+    ("docs/client.md", {name for name in vars(Client) if not name.startswith("_")}),
+    ("docs/tools.md", {*worker.__all__} - {"LeasedPort", "Tool", "ToolCaller"}),
+    ("docs/tools.md", {*inspect.signature(tool).parameters} - {"function"}),
+    (
+        "docs/tools.md",
+        {name for name in dir(ToolContext) if not name.startswith("_")} - {"cancelled", "lend", "deadline"},
+    ),
+    ("docs/recovery.md", hooks.LIFE | hooks.CALLS),
+)
+
+
+@pytest.mark.parametrize(("document", "names"), PUBLIC)
+def test_a_guide_names_all_that_its_reader_may_use(document: str, names: set[str]) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    assert names
+    assert sorted(name for name in names if not re.search(rf"\b{name}\b", text)) == []

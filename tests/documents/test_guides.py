@@ -1,8 +1,9 @@
-"""The guides for authors and callers hold: their tools serve, their commands print what they show, their program runs."""
+"""README and guides hold: their tools serve, their commands print what they show, their programs run."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shlex
@@ -16,9 +17,11 @@ from typing import NamedTuple
 import pytest
 
 from mcp_broker import DeadlineExceeded
+from mcp_broker.config import shipped_pools
 from tests.support.running import Running
 
 ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
 TOOLS = ROOT / "docs" / "tools.md"
 CLIENT = ROOT / "docs" / "client.md"
 RUNS_S = 60.0
@@ -50,10 +53,10 @@ def files() -> dict[str, str]:
     return made
 
 
-def commands() -> list[Command]:
-    """Return the calls that the authors' guide shows."""
+def commands(path: Path) -> list[Command]:
+    """Return the calls that a document shows."""
     found = []
-    for block in blocks(TOOLS, "console"):
+    for block in blocks(path, "console"):
         for line, printed in re.findall(r"^\$ (.*)\n((?:[^$].*\n)*)", block, re.MULTILINE):
             if line.startswith("mcp-broker call "):
                 found.append(Command(line, printed))
@@ -86,27 +89,45 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     key.touch(0o600)
     key.write_text("a secret\n")
     (config,) = blocks(TOOLS, "toml")
-    config += '[pools.text]\nmodule = "mcp_broker_workers.text"\n'
+    config += "".join(
+        f'[pools.{name}]\nmodule = "{pool.module}"\noptions = {json.dumps(pool.options).replace(": ", " = ")}\n'
+        for name, pool in shipped_pools().items()
+    )
     with Running(folder, config=config.replace("{", "{{").replace("}", "}}")) as broker:
         yield broker
 
 
+def run(program: str, folder: Path, running: Running) -> subprocess.CompletedProcess[str]:
+    """Run a caller's program, with the profile of a broker."""
+    file = folder / "program.py"
+    file.write_text(program)
+    return subprocess.run(
+        [sys.executable, str(file)],
+        env={**os.environ, "MCP_BROKER_PROFILE": str(running.profile)},
+        capture_output=True,
+        text=True,
+        timeout=RUNS_S,
+        check=False,
+    )
+
+
 def test_tools_of_the_guide_are_served(running: Running) -> None:
     pools = {pool["name"]: pool["state"] for pool in running.status()["pools"]}
-    assert pools == {"mine": "ready", "web": "ready", "text": "ready"}
+    assert pools == dict.fromkeys(("mine", "web", "echo", "text", "sql", "sequence"), "ready")
 
 
-@pytest.mark.parametrize("command", commands(), ids=lambda command: command.line)
-def test_command_of_the_guide_prints_what_it_shows(running: Running, command: Command) -> None:
-    ran = running.command(*shlex.split(command.line)[1:])
+@pytest.mark.parametrize("command", [*commands(README), *commands(TOOLS)], ids=lambda command: command.line)
+def test_command_of_a_document_prints_what_it_shows(running: Running, command: Command) -> None:
+    ran = running.command(*shlex.split(command.line, comments=True)[1:])
     # the line that follows an error names the state directory of the test
     said = re.sub(r"^  next: .*\n", "", ran.stderr, flags=re.MULTILINE)
     assert ran.stdout + said == command.printed
     assert ran.returncode == (1 if command.printed.startswith("error: ") else 0)
 
 
-def test_guide_shows_commands_that_work_and_that_fail() -> None:
-    printed = [command.printed for command in commands()]
+@pytest.mark.parametrize("path", [README, TOOLS], ids=lambda path: path.name)
+def test_document_shows_commands_that_work_and_that_fail(path: Path) -> None:
+    printed = [command.printed for command in commands(path)]
     assert any(text.startswith("error: ") for text in printed)
     assert any(not text.startswith("error: ") for text in printed)
     assert all(printed)
@@ -129,18 +150,19 @@ def test_program_of_the_callers_guide_does_what_it_shows(running: Running, tmp_p
     text = "\n".join(blocks(CLIENT, "python"))
     program, comparisons = SHOWN.subn(r"\1_is(\2, \3)", text)
     assert comparisons == text.count("# -> ") > 20
-    file = tmp_path / "guide.py"
-    file.write_text(BEFORE + program + AFTER)
-    ran = subprocess.run(
-        [sys.executable, str(file)],
-        env={**os.environ, "MCP_BROKER_PROFILE": str(running.profile)},
-        capture_output=True,
-        text=True,
-        timeout=RUNS_S,
-        check=False,
-    )
+    ran = run(BEFORE + program + AFTER, tmp_path, running)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout == f"{comparisons}\n", "every line that shows a value was reached"
+
+
+@pytest.mark.parametrize("program", [block for block in blocks(README, "python") if "Client" in block])
+def test_program_of_the_readme_runs(running: Running, tmp_path: Path, program: str) -> None:
+    ran = run(program, tmp_path, running)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_the_readme_has_programs() -> None:
+    assert sum("Client.connect" in block for block in blocks(README, "python")) == 2
 
 
 def test_tools_that_no_command_shows_do_what_their_text_says(running: Running) -> None:
