@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mcp_broker.client.aio import AsyncClient
+    from mcp_broker.client.awaitables import AsyncCallFuture, AsyncPartStream
     from mcp_broker.client.executor import ToolExecutor
+    from mcp_broker.client.future import CallFuture
+    from mcp_broker.client.options import CallOptions
+    from mcp_broker.client.progress import OnProgress
+    from mcp_broker.client.stream import PartStream
     from mcp_broker.client.sync import Client
     from mcp_broker.errors import (
         BrokerError,
@@ -39,13 +44,17 @@ if TYPE_CHECKING:
         WorkerLost,
         WrongProcess,
     )
-    from mcp_broker.wire.messages import Priority
+    from mcp_broker.wire.messages import Priority, Usage
 
 __all__ = [
+    "AsyncCallFuture",
     "AsyncClient",
+    "AsyncPartStream",
     "BrokerError",
     "BrokerLost",
     "CallError",
+    "CallFuture",
+    "CallOptions",
     "Cancelled",
     "Client",
     "ClientClosed",
@@ -57,7 +66,9 @@ __all__ = [
     "InvalidArgument",
     "NotFound",
     "NotReachable",
+    "OnProgress",
     "Overloaded",
+    "PartStream",
     "PayloadTooLarge",
     "Poisoned",
     "Priority",
@@ -68,6 +79,7 @@ __all__ = [
     "Unauthenticated",
     "Unavailable",
     "UnsupportedVersion",
+    "Usage",
     "WorkerLost",
     "WrongProcess",
     "__version__",
@@ -75,10 +87,17 @@ __all__ = [
 
 #: the names that do not come from mcp_broker.errors
 _HOMES = {
+    "AsyncCallFuture": "mcp_broker.client.awaitables",
     "AsyncClient": "mcp_broker.client.aio",
+    "AsyncPartStream": "mcp_broker.client.awaitables",
+    "CallFuture": "mcp_broker.client.future",
+    "CallOptions": "mcp_broker.client.options",
     "Client": "mcp_broker.client.sync",
+    "OnProgress": "mcp_broker.client.progress",
+    "PartStream": "mcp_broker.client.stream",
     "Priority": "mcp_broker.wire.messages",
     "ToolExecutor": "mcp_broker.client.executor",
+    "Usage": "mcp_broker.wire.messages",
 }
 
 

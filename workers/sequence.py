@@ -10,8 +10,7 @@ from Bio.Data import CodonTable
 from pydantic import Field
 from typing_extensions import TypedDict  # pydantic does not take typing's before Python 3.12
 
-from mcp_broker.errors import InvalidArgument
-from mcp_broker.worker import tool
+from mcp_broker.worker import InvalidArgument, tool
 
 # Biopython ships types for some of its functions only
 _sequence: Final[Any] = Seq.Seq

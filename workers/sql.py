@@ -23,8 +23,7 @@ import duckdb
 from pydantic import Field
 from typing_extensions import TypedDict  # pydantic does not take typing's before Python 3.12
 
-from mcp_broker.errors import InvalidArgument, ResourceExhausted
-from mcp_broker.worker import ToolContext, tool
+from mcp_broker.worker import InvalidArgument, ResourceExhausted, ToolContext, tool
 
 #: ending of a file's name -> the function that reads it
 _READERS = {

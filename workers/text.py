@@ -11,8 +11,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from mcp_broker.errors import InvalidArgument
-from mcp_broker.worker import tool
+from mcp_broker.worker import InvalidArgument, tool
 
 #: letters and digits of any script; an apostrophe or hyphen inside holds a word together ("don't")
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")  # noqa: RUF001 (the apostrophe that typesetters use)

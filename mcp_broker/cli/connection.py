@@ -13,8 +13,8 @@ from mcp_broker.errors import BrokerError, NotReachable
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-    from mcp_broker.cli.progress import OnProgress
     from mcp_broker.cli.settings import Settings
+    from mcp_broker.client.progress import OnProgress
 
 Map = dict[str, Any]
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
-#: takes the fraction that is done, or None, and a text
-OnProgress = Callable[[float | None, str], object]
+if TYPE_CHECKING:
+    from mcp_broker.client.progress import OnProgress
 
 
 @contextlib.contextmanager

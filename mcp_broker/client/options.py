@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING, Final, TypedDict
+from typing import Final, TypedDict
 
+from mcp_broker.client.progress import OnProgress  # noqa: TC001 (so that who reads the options' types finds it)
 from mcp_broker.client.session import Wishes
-
-if TYPE_CHECKING:
-    from mcp_broker.client.progress import OnProgress
 
 
 class CallOptions(TypedDict, total=False):

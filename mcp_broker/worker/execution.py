@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, Final
 from pydantic_core import ValidationError
 
 from mcp_broker import limits
-from mcp_broker.errors import CallError, InvalidArgument, MalformedFrame, PayloadTooLarge
+from mcp_broker.errors import CallError, InvalidArgument, MalformedFrame
 from mcp_broker.wire import codec, encoding, messages, payload
 from mcp_broker.wire.structs import Slim
 from mcp_broker.worker import exhaustion, offspring, results
 from mcp_broker.worker.context import ToolCaller, ToolContext
 from mcp_broker.worker.hooks import Hooks
 from mcp_broker.worker.interrupts import CallInterrupted, Interrupts
-from mcp_broker.worker.outcomes import fault
+from mcp_broker.worker.outcomes import RAISABLE, fault
 
 if TYPE_CHECKING:
     from mcp_broker.worker.bytestream import ByteStream
@@ -30,10 +30,6 @@ if TYPE_CHECKING:
     from mcp_broker.worker.session import Pending
     from mcp_broker.worker.tool import Tool
 
-#: errors of the contract that a tool may raise itself, to be precise; any other is TOOL_FAILED
-RAISABLE: Final = frozenset(
-    {"INVALID_ARGUMENT", "NOT_FOUND", "RESOURCE_EXHAUSTED", "CANCELLED", "DEADLINE_EXCEEDED"}
-)
 TRACEBACK_CHARS: Final = 4000
 
 Finished = tuple[messages.Outcome, bytes | None]
@@ -322,7 +318,7 @@ class Execution:
             return self.cancelled(run)
         usage = self.meter.usage(run.started_ns, time.monotonic_ns())
         call_id = run.pending.dispatch.call_id
-        if isinstance(error, CallError) and (error.code in RAISABLE or isinstance(error, PayloadTooLarge)):
+        if isinstance(error, CallError) and error.code in RAISABLE:
             try:
                 return fault(
                     call_id, error.code, error.message, error.details, usage=usage, retryable=error.retryable

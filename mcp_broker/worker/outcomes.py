@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from mcp_broker import limits
+from mcp_broker.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InvalidArgument,
+    NotFound,
+    PayloadTooLarge,
+    ResourceExhausted,
+)
 from mcp_broker.wire import messages, payload
+
+#: Codes of the errors that a tool may raise itself, to be precise; any other is TOOL_FAILED. Authors are told by
+#: :func:`mcp_broker.worker.tool`, and have the classes from there.
+RAISABLE: Final = frozenset(
+    cls.code
+    for cls in (InvalidArgument, NotFound, PayloadTooLarge, ResourceExhausted, Cancelled, DeadlineExceeded)
+)
 
 
 def fault(

@@ -181,6 +181,18 @@ def tool(  # noqa: PLR0913 (one keyword a field of the definition)
         recover: an exception that it raises is a fault of its process: an idempotent call runs again, and the tool is
             recovered. Without it an exception is an answer like any other.
 
+    What the function raises ends its call, and its worker lives on. Of the errors in :mod:`mcp_broker.worker`, these reach
+    the caller as they are, with their details:
+
+    - ``InvalidArgument``: a value that fits the schema is still none that the tool can take.
+    - ``NotFound``: there is nothing of that name.
+    - ``ResourceExhausted``, ``PayloadTooLarge``: a bound of the tool's own is reached; ``details["limit"]`` names it.
+    - ``Cancelled``, ``DeadlineExceeded``: what :meth:`ToolContext.check_cancelled` raises, let pass.
+
+    A ``MemoryError`` or ``OSError`` that is surely about a limit of the worker becomes RESOURCE_EXHAUSTED too. Every other
+    exception, also another of the broker's own and ``SystemExit``, is TOOL_FAILED for the caller, with its type, message,
+    file and line.
+
     Raises:
         TypeError: the function or a setting cannot make a tool (its author's fault).
     """

@@ -18,13 +18,14 @@ import pytest
 import zstandard
 from pydantic import BaseModel
 
-from mcp_broker import limits
-from mcp_broker.errors import ConfigError, InvalidArgument, Overloaded
+from mcp_broker import limits, worker
+from mcp_broker.errors import CALL_ERRORS, ConfigError, InvalidArgument, Overloaded
 from mcp_broker.wire import codec, encoding, messages, payload
 from mcp_broker.wire.marks import MARKS_BYTES, Marks
 from mcp_broker.worker import Tool, ToolContext, catalogue, tool
 from mcp_broker.worker.execution import Execution, Run
 from mcp_broker.worker.interrupts import CallInterrupted, Interrupts
+from mcp_broker.worker.outcomes import RAISABLE
 from mcp_broker.worker.session import Pending
 
 
@@ -253,6 +254,24 @@ def test_whatever_a_tool_raises_is_its_outcome(error: BaseException) -> None:
     outcome = Bench(broken).call()
     assert outcome.code == "TOOL_FAILED"
     assert details(outcome)["type"] == type(error).__name__
+
+
+@pytest.mark.parametrize("code", CALL_ERRORS)
+def test_authors_have_the_errors_that_a_tool_may_raise_and_are_told_of_them(code: str) -> None:
+    kind = CALL_ERRORS[code]
+
+    @tool
+    def refuse() -> None:
+        raise kind("no", {"limit": "patience"})
+
+    outcome = Bench(refuse).call()
+    if code in RAISABLE:
+        assert (outcome.code, details(outcome)) == (code, {"limit": "patience"})
+        assert getattr(worker, kind.__name__) is kind
+        assert f"``{kind.__name__}``" in (tool.__doc__ or "")
+    else:
+        assert (outcome.code, details(outcome)["type"]) == ("TOOL_FAILED", kind.__name__)
+        assert kind.__name__ not in worker.__all__
 
 
 def test_error_without_a_text_is_still_told() -> None:
