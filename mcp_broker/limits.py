@@ -349,6 +349,9 @@ TOKEN_LEEWAY_S: Final = 5
 
 # -- the node link ----------------------------------------------------------------------------------
 
+#: One log line of a broker or worker, with its newline: what a pipe takes whole, so that lines of several threads and
+#: processes never mix. Longer records are cut by their writer, longer lines of others by the supervisor.
+LOG_LINE_BYTES_MAX: Final = 4096
 #: Both ends are ours; the largest message is a report of WORKERS_MAX workers or DEATHS_MAX certificates.
 NODE_BYTES_MAX: Final = 16 * 1024 * 1024
 

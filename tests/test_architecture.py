@@ -23,7 +23,7 @@ RANKS = {
     **dict.fromkeys(("errors", "limits", "ids"), 0),
     "wire": 1,
     # config is no machine's: the shells read it, and hand values to the machines
-    **dict.fromkeys(("core", "auth", "confine", "config", "transport", "proctable"), 2),
+    **dict.fromkeys(("core", "auth", "confine", "config", "transport", "proctable", "logs"), 2),
     **dict.fromkeys(("broker", "supervisor", "client", "worker"), 3),
     # the demo is a program of its own that the cli starts
     "demo": 4,

@@ -90,7 +90,7 @@ def test_values_cannot_be_changed() -> None:
             "\n[pools.mine]\nmodule = 'mine'\noption = {}",
             "line 4: unknown key 'option' in [pools.mine]; did you mean 'options'?",
         ),
-        ("[observe]\nxyzzy = 1", "unknown key 'xyzzy' in [observe]; known: log_level"),
+        ("[observe]\nxyzzy = 1", "unknown key 'xyzzy' in [observe]; known: log_format, log_level"),
         ("[auth]\nissuer = 'x'", "unknown key 'issuer' in [auth]; known: none"),
         ("[broker]\nclient_port = 70000", "line 2: broker.client_port: Input should be less than"),
         ("[broker]\nclient_port = '7000'", "line 2: broker.client_port: Input should be a valid integer"),

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import json
-import logging
 import os
 import signal
 import sys
@@ -15,7 +13,7 @@ from importlib import metadata
 
 import zmq
 
-from mcp_broker import limits, transport
+from mcp_broker import limits, logs, transport
 from mcp_broker.auth import zap
 from mcp_broker.broker.admission import WORKER_DOMAIN, Admission
 from mcp_broker.broker.endpoints import Endpoints
@@ -30,26 +28,10 @@ from mcp_broker.wire import node
 
 _PR_SET_PDEATHSIG = 1
 _BOOT_TIMEOUT_S = 10.0
+#: until BOOT names the configured one
+_FIRST_LEVEL = "info"
 #: the loop makes few cycles; a collection each 700 objects would walk the session tables for nothing
 _GC_THRESHOLD = 100_000
-
-
-class _JsonLines(logging.Formatter):
-    """One JSON object a line: the event's name and its fields."""
-
-    _STANDARD = frozenset(vars(logging.makeLogRecord({})))
-
-    def format(self, record: logging.LogRecord) -> str:
-        fields = {key: value for key, value in vars(record).items() if key not in self._STANDARD}
-        return json.dumps(
-            {
-                "wall_at": round(record.created, 3),
-                "level": record.levelname,
-                "event": record.getMessage(),
-                **fields,
-            },
-            default=str,
-        )
 
 
 def main() -> int:
@@ -64,12 +46,11 @@ def main() -> int:
         return 1
     # the supervisor decides when the broker ends; a Ctrl-C of its terminal is not for us
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_JsonLines())
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logs.configure_child(_FIRST_LEVEL)
     link = NodeLink(link_fd)
     try:
         boot, rest = link.wait_for_boot(_BOOT_TIMEOUT_S)
+        logs.follow(boot.log_level)
         _serve(link, boot, rest)
     except SupervisorGone:
         return 1
@@ -110,6 +91,8 @@ def _serve(link: NodeLink, boot: node.Boot, rest: list[node.FromSupervisor]) -> 
     def take(message: node.FromSupervisor) -> None:
         admission.take(message)
         endpoints.take(message)
+        if isinstance(message, node.Observe):
+            logs.follow(message.log_level)
 
     loop = Loop(machine, clients, workers, link, tokens, take)
     loop.node_messages(rest, time.monotonic())

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import time
 from typing import TYPE_CHECKING, Final
 
 import click
 
+from mcp_broker import logs
 from mcp_broker.cli import output, settings
 
 if TYPE_CHECKING:
@@ -23,8 +23,6 @@ _EXAMPLES: Final = {
     "text.word_count": 'call text.word_count \'{"text": "a b a"}\'',
     "echo.echo": 'call echo.echo \'{"value": "hello"}\'',
 }
-#: how the log says what WorkerDied and BrokerDied say as well
-_ANNOUNCED: Final = ("worker %s (pid %d): ", "the broker (pid %d): ")
 
 
 @click.command(
@@ -51,21 +49,11 @@ def start(config_file: str | None) -> int:
     configuration = config.load(config_file)
     state_dir = _state_dir(chosen, configuration)
     announcer = Announcer(chosen, list(configuration.pools), config.skipped_pools(configuration))
-    _log_to_standard_error()
+    logs.configure(configuration.observe.log_format, announces=True)
     supervisor = Supervisor(
         configuration, state_dir, on_event=announcer.tell, reread=lambda: config.load(config_file)
     )
     return supervisor.run()
-
-
-def _log_to_standard_error() -> None:
-    """Show the supervisor's own log, without what the announcer tells already."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    handler.addFilter(lambda record: not str(record.msg).startswith(_ANNOUNCED))
-    logger = logging.getLogger("mcp_broker")
-    logger.addHandler(handler)
-    logger.propagate = False
 
 
 def _state_dir(chosen: settings.Settings, configuration: Config) -> Path:

@@ -136,8 +136,10 @@ class StateTable(Table):
 class ObserveTable(Table):
     """``[observe]``: what is logged."""
 
-    #: the least important that the supervisor's log tells
+    #: the least important that the log tells of supervisor, broker and workers
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    #: lines for people, or a JSON object a line
+    log_format: Literal["text", "json"] = "text"
 
 
 class PoolLimits(Table):

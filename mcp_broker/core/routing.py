@@ -110,6 +110,9 @@ class Routing:
             self._limit(message.limits)
         elif isinstance(message, node.Limits):
             self._limit(message.limits)
+        elif isinstance(message, node.Observe):
+            # the shell's: machines log nothing
+            return
         elif isinstance(message, node.Standings):
             self.care.lives.recall(message.tools)
         elif isinstance(message, node.Abandoned):

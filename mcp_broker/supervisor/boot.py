@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from mcp_broker import logs
 from mcp_broker.supervisor import events
 from mcp_broker.wire import node
 
@@ -43,6 +44,7 @@ def boot(
         lineage=lineage,
         allow=ports.allow,
         client_keys=ports.client_keys,
+        log_level=logs.level(),
     )
 
 

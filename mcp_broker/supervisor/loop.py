@@ -21,6 +21,7 @@ import signal
 import time
 from typing import TYPE_CHECKING, Final
 
+from mcp_broker import logs
 from mcp_broker.auth.credentials import Authority
 from mcp_broker.core import children
 from mcp_broker.errors import SupervisionError
@@ -125,7 +126,7 @@ class Supervisor:
         return 0
 
     def _serve(self) -> None:
-        logging.getLogger("mcp_broker").setLevel(self._config.observe.log_level.upper())
+        logs.follow(self._config.observe.log_level, self._config.observe.log_format)
         self._authority = Authority.open(self._state_dir)
         self._counters = Counters(self._state_dir)
         self._deaths = Deaths(self._state_dir)
@@ -309,7 +310,8 @@ class Supervisor:
         self._broker.send(node.Died(certificate, started_calls))
         self._deaths.add(certificate, started_calls)
         if is_news:
-            _log.warning("worker %s (pid %d): %s", certificate.worker_id, certificate.pid, certificate.cause)
+            cause, told = certificate.cause, {logs.ANNOUNCED: True}
+            _log.warning("worker %s (pid %d): %s", certificate.worker_id, certificate.pid, cause, extra=told)
             self._on_event(events.WorkerDied(certificate))
 
     def strayed(self) -> None:
@@ -366,7 +368,7 @@ class Supervisor:
             if self._broker.child.is_wanted:
                 self._broker.tell(children.Unwanted())
             return
-        _log.warning("the broker (pid %d): %s", pid, reason)
+        _log.warning("the broker (pid %d): %s", pid, reason, extra={logs.ANNOUNCED: True})
         self._on_event(events.BrokerDied(pid, reason))
 
     def broker_failed(self, reason: str) -> None:

@@ -160,7 +160,7 @@ class Process:
                 raise no_start(name, error) from error
             undo.pop_all()
         self._stdout = Output(name, stdout, poller, logging.INFO)
-        self._stderr = Output(name, stderr, poller, logging.WARNING)
+        self._stderr = Output(name, stderr, poller, logging.WARNING, holds_records=True)
 
     # -- how it comes to be ----------------------------------------------------------------------------
 

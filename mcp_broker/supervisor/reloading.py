@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from mcp_broker import logs
 from mcp_broker.errors import ConfigError, InvalidArgument, Unavailable
 from mcp_broker.supervisor import events
 from mcp_broker.supervisor.changes import Changes, compare
@@ -96,7 +97,8 @@ class Reloading:
         self.config = config
         _log.info("the configuration was read again: %s", changes)
         if changes.limits:
-            logging.getLogger("mcp_broker").setLevel(config.observe.log_level.upper())
+            logs.follow(config.observe.log_level, config.observe.log_format)
+            self._tell(node.Observe(logs.level()))
             self._tell(node.Limits({name: value for name, value in config.limits if value is not None}))
         self._fleet.follow(config, changes)
         return changes

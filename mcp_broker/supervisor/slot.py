@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
+from mcp_broker import logs
 from mcp_broker.core import children
 from mcp_broker.errors import SupervisionError
 from mcp_broker.supervisor import quota, reclaim
@@ -271,6 +272,7 @@ class Slot:
             fixed_limits=tuple(sorted(self.table.limits.model_fields_set)),
             confinement=cell.confinement,
             secrets=cell.secrets,
+            log_level=logs.level(),
         )
         order = WorkerOrder(
             worker_id=worker_id,

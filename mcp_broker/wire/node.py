@@ -48,6 +48,7 @@ __all__ = [
     "Limits",
     "Listen",
     "NodeMessage",
+    "Observe",
     "PoolDemand",
     "PoolReport",
     "PoolState",
@@ -105,6 +106,8 @@ class Boot(NodeMessage, tag="BOOT", frozen=True):
     allow: tuple[str, ...] = ()
     #: thumbprints of the only client keys that may; without any, all that are not revoked
     client_keys: tuple[str, ...] = ()
+    #: `[observe] log_level`
+    log_level: str = "info"
 
 
 class Admit(NodeMessage, tag="ADMIT", frozen=True):
@@ -191,6 +194,12 @@ class Limits(NodeMessage, tag="LIMITS", frozen=True):
     """Supervisor: the `[limits]` of the configuration are others now."""
 
     limits: dict[str, int | float]
+
+
+class Observe(NodeMessage, tag="OBSERVE", frozen=True):
+    """Supervisor: the `[observe]` of the configuration is another now."""
+
+    log_level: str
 
 
 class Demand(NodeMessage, tag="DEMAND", frozen=True):
@@ -321,7 +330,7 @@ class Drained(NodeMessage, tag="DRAINED", frozen=True):
 
 
 FromSupervisor = (
-    Boot | Admit | Listen | Died | Retire | Reclaimed | Report | Deaths | Tools | Limits | Standings
+    Boot | Admit | Listen | Died | Retire | Reclaimed | Report | Deaths | Tools | Limits | Observe | Standings
     | Progressed | Commanded | Abandoned | Shutdown
 )  # fmt: skip
 ToSupervisor = (
@@ -363,3 +372,5 @@ class WorkerBoot(Record, kw_only=True, frozen=True):
     limits: dict[str, float] = {}
     #: of these, the ones that the operator has configured: no tool asks for more
     fixed_limits: tuple[str, ...] = ()
+    #: `[observe] log_level` when it started
+    log_level: str = "info"

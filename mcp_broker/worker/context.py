@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,17 @@ Report = Callable[[float | None, str], object]
 #: a progress text is cut to so many characters
 _TEXT_CHARS = 256
 _PORT_MAX = 65_535
+
+
+class ToolLogger(logging.LoggerAdapter[logging.Logger]):
+    """Logs as any logger does, and says with each record which call it is about; `extra` may say more."""
+
+    def process(
+        self, msg: object, kwargs: MutableMapping[str, Any]
+    ) -> tuple[object, MutableMapping[str, Any]]:
+        """Add the call to what a record says."""
+        kwargs["extra"] = {**(kwargs.get("extra") or {}), **(self.extra or {})}
+        return msg, kwargs
 
 
 @dataclass(slots=True)
@@ -91,9 +102,10 @@ class ToolContext:
         return self.lend(port, ttl_s)
 
     @property
-    def logger(self) -> logging.Logger:
-        """The log of this tool; it reaches the worker's log, not the caller."""
-        return logging.getLogger(f"mcp_broker.tool.{self.tool}" if self.tool else "mcp_broker.tool")
+    def logger(self) -> ToolLogger:
+        """The log of this call: operators read it (docs/operating.md), not the caller; it names tool and call."""
+        name = f"mcp_broker.tool.{self.tool}" if self.tool else "mcp_broker.tool"
+        return ToolLogger(logging.getLogger(name), {"tool": self.tool, "call_id": self.call_id})
 
     def remaining_s(self) -> float | None:
         """Seconds until the call's time is over (0 when it is), or None when it has no limit."""

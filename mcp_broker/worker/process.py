@@ -18,7 +18,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
-from mcp_broker import confine
+from mcp_broker import confine, logs
 from mcp_broker.core.metering import asked
 from mcp_broker.errors import ConfigError, WireError
 from mcp_broker.wire import codec
@@ -200,6 +200,7 @@ def main(boot_fd: int, tether_fd: int) -> int:
     try:
         boot = read_boot(boot_fd)
         pool = boot.pool
+        logs.configure_child(boot.log_level, worker_id=boot.worker_id)
         tether = Tether(tether_fd)
         confine.apply(
             boot.confinement,
