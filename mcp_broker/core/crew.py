@@ -246,6 +246,8 @@ class Crew:
             pool.report = report
             registry.set_rate(pool, Rate.of(report.rate_per_s, report.burst))
             pool.closed = report.reason if report.state == "closing" else ""
+            # one may be opened and closed again before anybody looks
+            pool.is_vacant = pool.is_vacant and bool(pool.closed)
             pool.failure = report.reason if report.state in {"closing", "closed", "failed"} else ""
             if pool.failure and not pool.closed:
                 dispatcher.fail_backlog(pool, pool.failure)

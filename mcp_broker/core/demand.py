@@ -21,8 +21,6 @@ class Demands:
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
         self._told: dict[str, node.PoolDemand] = {}
-        #: closed pools of which it was said that nothing waits any more
-        self._vacant: set[str] = set()
 
     def news(self, now: float) -> list[node.NodeMessage]:
         """Return what is different since the last time."""
@@ -31,10 +29,8 @@ class Demands:
         self._told = demands
         messages: list[node.NodeMessage] = [node.Demand(changed)] if changed else []
         for pool in self._dispatcher.pools.values():
-            if not pool.closed:
-                self._vacant.discard(pool.name)
-            elif not pool.waiting.calls and pool.name not in self._vacant:
-                self._vacant.add(pool.name)
+            if pool.closed and not pool.waiting.calls and not pool.is_vacant:
+                pool.is_vacant = True
                 messages.append(node.Vacant(pool.name))
         return messages
 

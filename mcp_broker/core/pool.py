@@ -41,6 +41,7 @@ class Pool:
         report: what the supervisor last said of it.
         failure: why it takes no calls, or "": it was given up, or is closed.
         closed: by whose wish it takes no calls, or ""; what waits is served yet.
+        is_vacant: the supervisor was told that nothing waits for it since it was closed.
         edition: the latest that one of its workers had.
     """
 
@@ -53,6 +54,7 @@ class Pool:
         self.rate: Rate | None = None
         self.report: PoolReport | None = None
         self.failure = self.closed = ""
+        self.is_vacant = False
         self.edition = 0
         self.drain_per_s = 0.0
         self._waits_since: float | None = None

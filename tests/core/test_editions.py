@@ -125,6 +125,17 @@ def test_a_pool_that_closes_serves_what_waits_takes_no_more_and_says_when_none_w
     assert world.dispatched("echo-1")[-1] == again
 
 
+def test_a_pool_that_is_opened_and_closed_again_at_once_is_said_to_have_nothing_waiting_again() -> None:
+    world = World()
+    world.ready()
+    report(world, "closing", "drained")
+    world.later(1)
+    report(world, "ready")
+    report(world, "closing", "drained")
+    world.later(1)
+    assert sum(isinstance(told, node.Vacant) for told in world.machine.to_node) == 2
+
+
 def test_a_closed_pool_ends_what_still_waits_with_its_reason() -> None:
     world = World()
     session = world.hello()
