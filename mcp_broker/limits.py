@@ -71,6 +71,9 @@ DRAIN_S: Final = 10.0
 #: A broker that has drained waits so long for clients to say that they read their last outcomes.
 PART_S: Final = 0.5
 CONNECT_S: Final = 5.0
+#: A worker that retires waits so long after its last outcome for the clients to say that they have it: four heartbeats,
+#: which a client answers unless it is idle.
+ARRIVE_S: Final = 1.0
 #: A worker that retires may finish its calls for so long: most calls time out after CALL_TIMEOUT_S, and longer ones are
 #: worth some waiting.
 RETIRE_S: Final = 300.0

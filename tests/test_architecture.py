@@ -45,6 +45,7 @@ PURE = (
         "worker.session",
         "worker.pace",
         "worker.outcomes",
+        "worker.kept",
         "worker.uploads",
         "worker.faults",
         "worker.results",

@@ -183,7 +183,7 @@ class Crew:
                 lineage=self._routing.lineage,
             )
         )
-        self._routing.reconciliation.registered(worker, message.held, now)
+        self._routing.reconciliation.registered(worker, message, now)
         return True
 
     def _supersede(self, pool: Pool) -> None:
@@ -289,12 +289,12 @@ class Crew:
         self.retiring[worker.worker_id] = worker
         worker.state = WORKER_TABLE[worker.state][WorkerEvent.RETIRE][0]
 
-    def dismiss_free(self) -> None:
+    def dismiss_free(self, now: float) -> None:
         """Send those away that are to go and hold nothing any more. Their supervisor sees to those that do not go."""
         for worker in self.retiring.values():
             if (
                 worker.state is WorkerState.RETIRING
-                and worker.is_free
+                and worker.is_free(now)
                 and not self._routing.reconciliation.holds(worker)
             ):
                 worker.state = WORKER_TABLE[worker.state][WorkerEvent.DRAIN][0]

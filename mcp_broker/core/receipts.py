@@ -3,12 +3,16 @@
 A worker keeps an outcome until the broker says that it is done with it, and the broker is done with it when the
 caller's client has acknowledged it, or nobody is left to. Counting is by message, not by outcome: one Receipt for
 each OUTCOMES message of a worker, and a note of it in each session that a share of it went to.
+
+A client that is idle, or does not want to, acknowledges nothing for long. Its outcomes hold up the count of all that came
+after them no further than the worker itself keeps them.
 """
 
 from __future__ import annotations
 
 from collections import deque
 
+from mcp_broker import limits
 from mcp_broker.wire.structs import Slim
 
 
@@ -37,7 +41,11 @@ class Receipts:
 
     def add(self, receipt: Receipt) -> None:
         """Take the receipt of the next message, its shares counted."""
-        self._open.append(receipt)
+        waiting = self._open
+        waiting.append(receipt)
+        while receipt.last - waiting[0].last >= limits.HELD_MAX:
+            # its worker has let it go by itself, since it kept all that came after it too
+            self.done = waiting.popleft().last
 
     def advance(self) -> int:
         """Return :attr:`done`, after a look at what has arrived."""

@@ -7,8 +7,8 @@ what is true of a call that is sent again:
 - a worker keeps its outcome: the call ends with it;
 - a worker runs it: the call is that execution;
 - a dead worker had started it: it ends as WORKER_LOST, or runs again if its tool is idempotent;
-- none of these, but an earlier broker had given its client up, or nobody asked for its outcome in time: it ends as
-  BROKER_LOST, or runs again if its tool is idempotent;
+- none of these, but an earlier broker had given its client up, or nobody asked for its outcome in time, or a worker had
+  no room to keep it: it ends as BROKER_LOST, or runs again if its tool is idempotent;
 - none of these, and every worker of the pool that could hold it has spoken or died: it has never started, and runs;
 - none of these yet: it is *in doubt*, and waits for the workers that have not spoken, or for its deadline.
 
@@ -68,6 +68,8 @@ class Reconciliation:
         self._started: dict[bytes, Certificate] = {}
         #: calls whose outcomes were let go, here or by an earlier broker, oldest first: they must not run again
         self._unclaimed: dict[bytes, None] = {}
+        #: family of pools -> until when a call of an earlier broker may be asked for whose outcome a worker let go
+        self._gaps: dict[str, float] = {}
 
     # -- what workers and their node say ----------------------------------------------------------
 
@@ -76,10 +78,16 @@ class Reconciliation:
         worker.is_silent = True
         self._routing.timers.add(now + limits.ORPHAN_S, self._unheard, worker)
 
-    def registered(self, worker: Worker, held: tuple[messages.Held, ...], now: float) -> None:
-        """Take a worker's word about what it holds; of all else that it was given it started nothing."""
+    def registered(self, worker: Worker, message: messages.Register, now: float) -> None:
+        """Take a worker's word about what it holds; of all else that it was given it started nothing.
+
+        What it let go is an exception. Of calls of this broker nobody need ask a worker.
+        """
+        if worker.is_silent and message.let_go_ms:
+            family, ends = worker.pool.family, now + message.let_go_ms * 0.001
+            self._gaps[family] = max(ends, self._gaps.get(family, 0.0))
         worker.is_silent = False
-        told = {one.call_id: one for one in held}
+        told = {one.call_id: one for one in message.held}
         again = [call for call in worker.held.values() if call.call_id not in told]
         self._dispatcher.take_back(worker, again, now)
         for call in [call for call in worker.held.values() if call.tool.is_streaming]:
@@ -202,7 +210,9 @@ class Reconciliation:
 
     def _was_let_go(self, call: Call) -> bool:
         """End a call that may have ended, and whose outcome nobody asked for in time; False: none, or it may run again."""
-        if call.call_id not in self._unclaimed or call.tool.definition.idempotent:
+        if call.tool.definition.idempotent:
+            return False
+        if call.call_id not in self._unclaimed and not self._is_in_gap(call):
             return False
         text = (
             f"{call.tool.name} may have ended while its client was away; its outcome was let go, and it was not run again, "
@@ -210,6 +220,10 @@ class Reconciliation:
         )
         self._ledger.finish(call, fault(call.call_id, "BROKER_LOST", text, {"tool": call.tool.name}))
         return True
+
+    def _is_in_gap(self, call: Call) -> bool:
+        pool = call.tool.pool
+        return bool(self._gaps) and pool is not None and self._routing.now < self._gaps.get(pool.family, 0.0)
 
     def _claim(self, call: Call, orphan: Orphan) -> None:
         """Join a call with what a worker holds of it."""

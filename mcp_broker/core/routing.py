@@ -170,7 +170,7 @@ class Routing:
             self.end(call, fault(call.call_id, "DEADLINE_EXCEEDED", text, details), "deadline", now)
         self.timers.run(now)
         if self.crew.retiring:
-            self.crew.dismiss_free()
+            self.crew.dismiss_free(now)
         if now >= self._heartbeat_at:
             self._heartbeat_at = now + limits.HEARTBEAT_S
             self._beat()

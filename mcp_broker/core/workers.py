@@ -7,7 +7,7 @@ r"""A worker as the broker sees it: one record from its admission to its settled
                                      v
                                    DYING --SETTLED--> GONE
 
-A retiring worker gets no new calls; DRAIN follows once it holds none and its outcomes have arrived. That it is to
+A retiring worker gets no new calls; DRAIN follows once it holds none and its outcomes have arrived, or had time to. That it is to
 retire outlives its connection (``is_retiring``): on a new one RETIRE follows READY at once.
 
 Idle, busy and saturated are derived from ``held`` and ``depth``. Source: docs/protocol.md, "Worker sessions".
@@ -15,6 +15,7 @@ Idle, busy and saturated are derived from ``held`` and ``depth``. Source: docs/p
 
 from __future__ import annotations
 
+import math
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Final
 
@@ -115,6 +116,7 @@ class Worker:
         seq: the number of its last dispatch.
         received: outcomes that came over its connection.
         receipts: which of them have arrived at their callers.
+        rests_since: when it was first seen to hold no call, of those where it is to go.
         told: up to which number it was told that they have.
         is_silent: it was admitted by an earlier broker and has not told yet what it holds.
         is_retiring: it is to get no more calls, and to go when it holds none, however often it registers.
@@ -137,6 +139,7 @@ class Worker:
         "pool",
         "receipts",
         "received",
+        "rests_since",
         "routing_id",
         "seq",
         "served",
@@ -173,6 +176,7 @@ class Worker:
         """Begin to count on a new connection; ``seq``: the number of the last call that it was given."""
         self.seq = max(self.seq, seq)
         self.received = self.told = 0
+        self.rests_since = math.inf
         self.receipts = Receipts()
 
     def announce(self, depth: int) -> None:
@@ -190,10 +194,16 @@ class Worker:
         """Tell whether its tools are known."""
         return WorkerState.REGISTERED <= self.state <= WorkerState.DRAINING
 
-    @property
-    def is_free(self) -> bool:
-        """Tell whether it holds no call, and all its outcomes have arrived at their callers."""
-        return not self.held and not self.is_silent and self.receipts.advance() == self.received
+    def is_free(self, now: float) -> bool:
+        """Tell whether it holds no call, and its outcomes have arrived at their callers, or had the time for that.
+
+        A client that is idle may say nothing until its next call; its session keeps what it was sent.
+        """
+        if self.held or self.is_silent:
+            self.rests_since = math.inf
+            return False
+        self.rests_since = min(self.rests_since, now)
+        return self.receipts.advance() == self.received or now - self.rests_since >= limits.ARRIVE_S
 
     def mark_dirty(self) -> None:
         """Have the shell look at the outbox at the end of this turn."""

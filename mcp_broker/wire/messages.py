@@ -85,10 +85,12 @@ class Register(Message, tag="REGISTER", frozen=True):
     #: the number of the last call that it was given in its life; the next one's is above it
     seq: Count = 0
     #: what it holds from earlier connections; whatever else it was given, it has never started
-    held: Annotated[tuple[Held, ...], Meta(max_length=limits.HELD_MAX)] = ()
+    held: Annotated[tuple[Held, ...], Meta(max_length=limits.HELD_MAX + limits.WORKER_DEPTH_MAX)] = ()
     #: tool -> what else is to be known of it: events for which it has hooks that may be asked for, and "recover" where an
     #: exception that it raises counts like a fault of its process
     traits: Annotated[dict[ToolNameField, Labels], Meta(max_length=limits.TOOLS_PER_WORKER_MAX)] = {}
+    #: for so long yet, calls may be sent again whose outcomes it let go: their time is not over
+    let_go_ms: Count = 0
 
 
 class Welcome(Message, tag="WELCOME", frozen=True):

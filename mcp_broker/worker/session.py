@@ -25,6 +25,7 @@ from mcp_broker import limits
 from mcp_broker.errors import WireError
 from mcp_broker.wire import codec, encoding, messages
 from mcp_broker.wire.structs import Slim
+from mcp_broker.worker.kept import Kept, KeptOutcomes
 from mcp_broker.worker.outcomes import fault
 from mcp_broker.worker.pace import Pace
 
@@ -65,18 +66,6 @@ class Pending(Slim):
     life: int
 
 
-class Kept(Slim):
-    """One message of outcomes that the broker has not acknowledged."""
-
-    #: the number of its last outcome in this session
-    last: int
-    outcomes: tuple[messages.Outcome, ...]
-    #: whose calls they were, packed
-    callers: list[codec.Raw]
-    body: bytes | None
-    size: int
-
-
 class Session:
     """The worker's half of one conversation after another.
 
@@ -111,8 +100,7 @@ class Session:
         self.pace = Pace(concurrency)
         self.inbox: deque[Pending] = deque()
         self.running: dict[bytes, Pending] = {}
-        self.kept: deque[Kept] = deque()
-        self._kept_count = self._kept_bytes = 0
+        self.kept = KeptOutcomes()
         #: number of the last call that came, in this worker's life
         self._seq = 0
         self.cancelled: set[bytes] = set()
@@ -133,6 +121,8 @@ class Session:
         self._outbox: list[messages.Outcome] = []
         self._callers: list[codec.Raw] = []
         self._outbox_bytes = 0
+        #: the latest deadline of their calls
+        self._outbox_deadline = 0.0
 
     # -- the connection -----------------------------------------------------------------------------
 
@@ -141,7 +131,15 @@ class Session:
         self.lost()
         self.state = State.REGISTERING
         self.heard_at = now
-        register = messages.Register(
+        envelope = codec.encode(self._register(now))
+        while len(envelope) > limits.REGISTER_BYTES_MAX and self.kept:
+            # it would be refused, and the worker end with all that it runs
+            self.kept.halve()
+            envelope = codec.encode(self._register(now))
+        self.outgoing.append((envelope, None))
+
+    def _register(self, now: float) -> messages.Register:
+        return messages.Register(
             0,
             messages.PROTOCOL,
             (messages.MAJOR,),
@@ -151,13 +149,11 @@ class Session:
             self._seq,
             tuple(self._held()),
             self._traits,
+            self.kept.let_go_ms(now),
         )
-        self.outgoing.append((codec.encode(register), None))
 
     def _held(self) -> Iterator[messages.Held]:
-        for kept in self.kept:
-            for outcome, caller in zip(kept.outcomes, kept.callers, strict=True):
-                yield messages.Held(outcome.call_id, 0, codec.decode_caller(caller).principal)
+        yield from self.kept.held()
         for call_id, pending in self.running.items():
             dispatch = pending.dispatch
             yield messages.Held(call_id, dispatch.seq, codec.decode_caller(dispatch.caller).principal)
@@ -205,7 +201,7 @@ class Session:
 
     def _serve(self, message: messages.ToWorker, body: bytes | memoryview | None, now: float) -> None:
         if isinstance(message, messages.Dispatches):
-            self._acknowledge(message.ack)
+            self.kept.acknowledge(message.ack)
             self._seq = message.calls[-1].seq
             life, wait = self.life, self.inbox.append
             for dispatch in message.calls:
@@ -222,7 +218,7 @@ class Session:
         elif isinstance(message, messages.Cancel):
             self._cancel(message.call_ids)
         elif isinstance(message, messages.Ack):
-            self._acknowledge(message.count)
+            self.kept.acknowledge(message.count)
         elif isinstance(message, messages.Heartbeat):
             self.outgoing.append((codec.encode(messages.Heartbeat(self._epoch)), None))
         elif isinstance(message, messages.Hook):
@@ -258,15 +254,6 @@ class Session:
         self._numbered += len(outcomes)
         self.outgoing.append((codec.encode(messages.Outcomes(self._epoch, first, outcomes)), body))
         return self._numbered
-
-    def _acknowledge(self, count: int) -> None:
-        kept = self.kept
-        while kept and kept[0].last <= count:
-            self._let_go(kept.popleft())
-
-    def _let_go(self, kept: Kept) -> None:
-        self._kept_count -= len(kept.outcomes)
-        self._kept_bytes -= kept.size
 
     def _cancel(self, call_ids: tuple[bytes, ...]) -> None:
         wanted = set(call_ids)
@@ -316,6 +303,7 @@ class Session:
         outbox.append(outcome)
         self._callers.append(pending.dispatch.caller)
         self._outbox_bytes += size
+        self._outbox_deadline = max(self._outbox_deadline, pending.deadline)
         if body is not None:
             self.flush(body)
 
@@ -379,11 +367,8 @@ class Session:
             self._outbox_bytes = 0
             is_open = self.state is State.SERVING or self.state is State.DRAINING
             last = self._send(outcomes, body) if is_open else 0
-            self.kept.append(Kept(last, outcomes, callers, body, size))
-            self._kept_count += len(outcomes)
-            self._kept_bytes += size
-            while self._kept_count > limits.HELD_MAX or self._kept_bytes > limits.HELD_BYTES_MAX:
-                self._let_go(self.kept.popleft())
+            self.kept.add(Kept(last, outcomes, callers, body, size, self._outbox_deadline))
+            self._outbox_deadline = 0.0
         if self.state is State.SERVING and self.pace.has_changed():
             self.outgoing.append((codec.encode(messages.Ready(self._epoch, self.pace.announce())), None))
 

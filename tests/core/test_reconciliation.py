@@ -34,9 +34,11 @@ def again(world: World, call_id: bytes = ID, tool: str = "echo.echo", name: str 
     world.client_says(name, messages.Calls(EPOCH, 0, (request,)))
 
 
-def registers(world: World, worker: str, *held: messages.Held, seq: int = 0) -> None:
+def registers(world: World, worker: str, *held: messages.Held, seq: int = 0, let_go_ms: int = 0) -> None:
     tools = (definition("echo.echo"), definition("echo.safe", idempotent=True))
-    world.worker_says(worker, messages.Register(0, "MCPB", (1,), tools, seq=seq, held=held))
+    world.worker_says(
+        worker, messages.Register(0, "MCPB", (1,), tools, seq=seq, held=held, let_go_ms=let_go_ms)
+    )
     world.worker_says(worker, messages.Ready(EPOCH, 16))
 
 
@@ -241,6 +243,64 @@ def test_call_whose_outcome_was_let_go_is_not_run_again_unless_it_may_be(tool: s
     again(world, tool=tool)
     assert world.outcomes(session) == ({ID: code} if code else {})
     assert world.dispatched("echo-1") == ([] if code else [ID])
+
+
+@pytest.mark.parametrize(("tool", "code"), [("echo.echo", "BROKER_LOST"), ("echo.safe", None)])
+def test_call_whose_outcome_its_worker_may_have_let_go_is_not_run_again_unless_it_may_be(
+    tool: str, code: str | None
+) -> None:
+    world = successor("echo-1", "echo-2")
+    session = world.hello()
+    again(world, tool=tool)
+    registers(world, "echo-1", let_go_ms=5000)
+    registers(world, "echo-2")
+    assert world.outcomes(session) == ({ID: code} if code else {})
+    given = world.dispatched("echo-1") + world.dispatched("echo-2")
+    assert given == ([] if code else [ID])
+    world.check()
+
+
+def test_outcomes_that_a_worker_let_go_count_until_nobody_can_ask_for_them_and_for_its_pool_only() -> None:
+    world = successor("echo-1")
+    world.serve("other-1", 4, "other", definition("other.echo"))
+    world.hello()
+    registers(world, "echo-1", let_go_ms=5000)
+    again(world, tool="other.echo")
+    assert world.dispatched("other-1") == [ID]
+    world.later(5.1)
+    again(world, b"l" * 16)
+    assert world.dispatched("echo-1") == [b"l" * 16]
+
+
+def test_what_a_worker_let_go_under_this_broker_stops_no_call_that_this_broker_never_had() -> None:
+    world = World()
+    world.hello()
+    world.ready()
+    world.machine.crew.unreachable(b"echo-1")
+    registers(world, "echo-1", let_go_ms=5000)
+    again(world)
+    assert world.dispatched("echo-1") == [ID]
+
+
+def test_client_that_acknowledges_nothing_holds_up_no_more_than_a_worker_keeps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bounds, "HELD_MAX", 8)
+    world = World()
+    world.ready()
+    world.hello("idle")
+    world.answer("echo-1", world.call("idle"))
+    busy = world.hello("busy")
+    worker = world.machine.crew.by_id["echo-1"]
+    most = 0
+    for count in range(1, 31):
+        world.answer("echo-1", world.call("busy"))
+        world.heard_by(busy)
+        world.client_says("busy", messages.Ack(EPOCH, count))
+        worker.receipts.advance()
+        most = max(most, len(worker.receipts))
+    assert most == 8
+    assert worker.receipts.advance() == 31
 
 
 def test_outcome_that_somebody_asks_for_is_not_let_go_while_it_is_on_its_way() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mcp_broker.limits as bounds
 from mcp_broker.core.workers import WorkerState
 from mcp_broker.wire import messages, node
 from tests.core.support import EPOCH, World, definition
@@ -43,6 +44,26 @@ def test_a_worker_that_retires_gets_no_new_call_and_goes_when_its_caller_has_the
     world.machine.expire(world.now)
     assert is_dismissed(world, "echo-1")
     world.check()
+
+
+def test_a_client_that_acknowledges_nothing_keeps_a_retiring_worker_for_a_second_only() -> None:
+    world = World()
+    session = world.hello()
+    world.ready("echo-1")
+    call_id = world.call()
+    world.dispatched("echo-1")
+    retire(world, "echo-1")
+    world.later(bounds.ARRIVE_S * 2)
+    assert not is_dismissed(world, "echo-1"), "it runs a call"
+    world.answer("echo-1", call_id)
+    world.later(bounds.ARRIVE_S * 0.9)
+    assert not is_dismissed(world, "echo-1")
+    assert world.outcomes(session) == {call_id: "OK"}
+    world.later(bounds.ARRIVE_S)
+    assert is_dismissed(world, "echo-1")
+    world.machine.clientele.unreachable(b"c1", world.now)
+    session = world.hello("c1", session_id=session.session_id)
+    assert world.outcomes(session) == {call_id: "OK"}, "the broker keeps what its client has not acknowledged"
 
 
 def test_a_new_connection_does_not_bring_a_retiring_worker_back() -> None:

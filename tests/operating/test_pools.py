@@ -168,6 +168,16 @@ def test_a_drained_pool_finishes_what_waits_refuses_the_rest_and_comes_back(oper
     assert operated.client.call("t.echo", {"value": 1}) == 1
 
 
+def test_a_client_that_sits_idle_with_its_last_outcome_holds_up_no_drain(operated: Operated) -> None:
+    with operated.running.client() as idle:
+        assert idle.call("t.echo", {"value": 1}) == 1
+        # it serves its connection only while it waits for a call
+        drained = operated.client.call("system.drain", {"target": "t"}, timeout_s=15)
+        assert drained["pools"][0]["state"] == "closed"
+        operated.scale(None)
+        assert idle.call("t.echo", {"value": 2}) == 2
+
+
 def test_a_drained_worker_is_replaced_before_it_leaves(operated: Operated) -> None:
     (worker,) = operated.pool()["workers"]
     with Load(operated):

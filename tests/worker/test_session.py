@@ -238,6 +238,49 @@ def test_old_outcomes_that_nobody_acknowledges_are_let_go(
         session.finish(pending, ok(pending))
         session.flush()
     assert [kept.outcomes[0].call_id for kept in session.kept] == [b"\2" * 16, b"\3" * 16]
+    session.opened(0.25)
+    assert said(session)[0].let_go_ms == 750, "the first call's caller may ask for it so long"
+    session.opened(2.0)
+    assert said(session)[0].let_go_ms == 0
+
+
+def test_worker_that_keeps_all_it_may_and_runs_all_it_may_can_register(session: Session) -> None:
+    many = limits.HELD_MAX + limits.WORKER_DEPTH_MAX
+    for number in range(1, many + 1):
+        call = messages.Dispatch(number, number.to_bytes(16, "big"), "try.it", 1000, b"\x80", CALLER)
+        session.receive(*frames(messages.Dispatches(EPOCH, 0, (call,))), 0.0)
+        pending = session.start()
+        if number <= limits.HELD_MAX:
+            session.finish(pending, ok(pending))
+    said(session)
+    session.opened(1.0)
+    (register,) = said(session)
+    assert len(register.held) == many
+
+
+def test_worker_lets_go_of_what_would_make_its_registration_too_large() -> None:
+    tools = [
+        messages.ToolDefinition(
+            name=f"try.it{n}", version="1.0.0", capabilities=("try",), parameters="x" * 32_000
+        )
+        for n in range(32)
+    ]
+    session = Session(tools, 1, "test")
+    session.opened(0.0)
+    session.receive(*welcome(), 0.0)
+    for number in range(1, 3001):
+        call = messages.Dispatch(number, number.to_bytes(16, "big"), "try.it", 1000, b"\x80", CALLER)
+        session.receive(*frames(messages.Dispatches(EPOCH, 0, (call,))), 0.0)
+        pending = session.start()
+        session.finish(pending, messages.Outcome(pending.dispatch.call_id, "OK", b"\xc0"))
+    said(session)
+    session.opened(0.5)
+    ((envelope, _),) = session.outgoing
+    register = codec.from_worker.decode(envelope)
+    assert isinstance(register, messages.Register)
+    assert 0 < len(register.held) < 3000
+    assert register.held[-1].call_id == (3000).to_bytes(16, "big"), "the oldest go first"
+    assert register.let_go_ms == 500
 
 
 def test_stream_may_send_up_to_its_window_or_credit(session: Session) -> None:
