@@ -352,6 +352,9 @@ TOKEN_LEEWAY_S: Final = 5
 
 # -- the node link ----------------------------------------------------------------------------------
 
+#: Refused handshakes and frames: of each kind the first is logged, and after so long how many more there were. Anybody
+#: with the public key can have them, without a session: a few lines a minute is all that it may cost.
+REFUSALS_TOLD_S: Final = 60.0
 #: One log line of a broker or worker, with its newline: what a pipe takes whole, so that lines of several threads and
 #: processes never mix. Longer records are cut by their writer, longer lines of others by the supervisor.
 LOG_LINE_BYTES_MAX: Final = 4096

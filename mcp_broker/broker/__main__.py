@@ -65,7 +65,8 @@ def _serve(link: NodeLink, boot: node.Boot, rest: list[node.FromSupervisor]) -> 
     admission.domains[CLIENT_DOMAIN] = zap.clients_rule(
         frozenset(), frozenset(map(UserId, boot.client_keys)) or None
     )
-    doorkeeper = ZapHandler(context, admission.domains, zap.networks(boot.allow))
+    machine = Routing(boot.epoch, time.monotonic(), os.urandom)
+    ZapHandler(context, admission.domains, zap.networks(boot.allow), machine.refused)
     clients = listening_router(
         context,
         fd=boot.client_fd,
@@ -80,9 +81,7 @@ def _serve(link: NodeLink, boot: node.Boot, rest: list[node.FromSupervisor]) -> 
         secret=boot.worker_secret,
         domain=WORKER_DOMAIN,
     )
-    machine = Routing(boot.epoch, time.monotonic(), os.urandom)
     machine.pid = os.getpid()
-    machine.refused = doorkeeper.refused
     machine.software_version = metadata.version("mcp-broker")
     machine.from_node(boot, time.monotonic())
     tokens = TokenVerifier(boot.issuer_keys, issuer=boot.issuer, audience=boot.audience)

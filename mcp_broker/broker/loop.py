@@ -14,6 +14,7 @@ import zmq
 from mcp_broker import limits
 from mcp_broker.broker.link import NodeLink, SupervisorGone
 from mcp_broker.core.clientele import error as error_message
+from mcp_broker.core.refusals import Refusals
 from mcp_broker.errors import Unauthenticated, WireError
 from mcp_broker.transport import DONTWAIT, MORE, has_input
 from mcp_broker.wire import codec, messages, node
@@ -84,7 +85,7 @@ class Loop:
         self._clock = time.monotonic
         machine.bug = _log_bug
         self._waiting: dict[zmq.Socket[bytes], dict[bytes, Waiting]] = {clients: {}, workers: {}}
-        self.malformed = 0
+        self._refusals = Refusals()
 
     def run(self) -> None:
         """Serve until drained.
@@ -117,6 +118,7 @@ class Loop:
             if link_fd in ready:
                 self.node_messages(link.receive(), now)
             machine.expire(now)
+            self._tell_refused(now)
             self.flush(now)
         self.flush(self._clock())
 
@@ -124,6 +126,7 @@ class Loop:
         now, until = self._clock(), self._machine.deadline()
         if self._waiting[self._clients] or self._waiting[self._workers]:
             until = min(until, now + _RETRY_S)
+        until = min(until, self._refusals.due)
         return max(0, int((until - now) * 1000 + 0.999))
 
     def node_messages(self, received: list[node.FromSupervisor], now: float) -> None:
@@ -234,9 +237,8 @@ class Loop:
         if majors is not None:
             self._other_version(socket, routing_id, majors)
             return
-        self.malformed += 1
         fatal = error.code != "UNKNOWN_KIND"
-        _log.warning("wire.refused", extra={"code": error.code, "reason": error.message, "user_id": user_id})
+        self._count(error.code, error.message, now, user_id=user_id)
         self._error(socket, routing_id, error.code, error.message, error.details, fatal=fatal)
         if fatal and socket is self._clients:
             self._machine.clientele.unreachable(routing_id, now)
@@ -246,10 +248,19 @@ class Loop:
         self._error(socket, routing_id, "UNSUPPORTED_VERSION", text, {"supported": [messages.MAJOR]})
 
     def _misbehaved(self, socket: zmq.Socket[bytes], routing_id: bytes, text: str, now: float) -> None:
-        self.malformed += 1
+        self._count("MALFORMED_FRAME", text, now)
         self._error(socket, routing_id, "MALFORMED_FRAME", text, {})
         if socket is self._clients:
             self._machine.clientele.unreachable(routing_id, now)
+
+    def _count(self, code: str, reason: str, now: float, **about: str) -> None:
+        self._machine.refused["frames"] += 1
+        if self._refusals.note(code, now):
+            _log.warning("wire.refused", extra={"code": code, "reason": reason, **about})
+
+    def _tell_refused(self, now: float) -> None:
+        if more := self._refusals.expire(now):
+            _log.warning("wire.refused_more", extra={"within_s": limits.REFUSALS_TOLD_S, "more": more})
 
     def _error(
         self,

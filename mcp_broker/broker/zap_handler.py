@@ -6,12 +6,16 @@ It only looks things up; the decision is :mod:`mcp_broker.auth.zap`'s. Source: R
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from collections.abc import Mapping, Sequence
 
 import zmq
 
+from mcp_broker import limits
 from mcp_broker.auth import zap
+from mcp_broker.core.refusals import Refusals
 
 _log = logging.getLogger(__name__)
 
@@ -24,21 +28,20 @@ class ZapHandler:
     Args:
         domains: one rule a ZAP domain; asked in the handler's thread, so they only look things up.
         allowed: networks that may come; without any, all.
-
-    Attributes:
-        refused: handshakes that were refused since the start; some of them for their address.
+        refused: counts handshakes that were refused, and those of them for their address; written by our thread.
     """
 
     def __init__(
         self,
         context: zmq.Context[zmq.Socket[bytes]],
         domains: Mapping[str, zap.Rule],
-        allowed: Sequence[zap.Network] = (),
+        allowed: Sequence[zap.Network],
+        refused: dict[str, int],
     ) -> None:
         self._domains = domains
         self._allowed = allowed
-        # written by this thread alone, read by others
-        self.refused = {"handshakes": 0, "addresses": 0}
+        self._refused = refused
+        self._refusals = Refusals()
         self._socket = context.socket(zmq.REP)
         self._socket.setsockopt(zmq.LINGER, 0)
         # bound here, in the starter's thread: the broker's own sockets may bind only once somebody answers
@@ -49,6 +52,9 @@ class ZapHandler:
     def _serve(self) -> None:
         while True:
             try:
+                if not self._socket.poll(self._wait_ms()):
+                    self._tell(time.monotonic())
+                    continue
                 frames = self._socket.recv_multipart()
             except zmq.ContextTerminated:
                 self._socket.close()
@@ -65,7 +71,19 @@ class ZapHandler:
             # libzmq itself wrote this request: answer whatever can be answered
             reply = zap.error_reply(error) or zap.ZapReply(b"", 500, "malformed request")
         if not reply.admitted:
-            self.refused["handshakes"] += 1
-            self.refused["addresses"] += reply.text == zap.NOT_HERE
-            _log.warning("zap.refused", extra={"status": reply.status, "reason": reply.text})
+            self._refused["handshakes"] += 1
+            self._refused["addresses"] += reply.text == zap.NOT_HERE
+            now = time.monotonic()
+            # whoever keeps us busy must not keep us from telling
+            self._tell(now)
+            if self._refusals.note(reply.text, now):
+                _log.warning("zap.refused", extra={"status": reply.status, "reason": reply.text})
         return reply
+
+    def _wait_ms(self) -> int | None:
+        due = self._refusals.due
+        return None if math.isinf(due) else max(0, math.ceil((due - time.monotonic()) * 1000))
+
+    def _tell(self, now: float) -> None:
+        if more := self._refusals.expire(now):
+            _log.warning("zap.refused_more", extra={"within_s": limits.REFUSALS_TOLD_S, "more": more})

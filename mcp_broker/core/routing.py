@@ -78,8 +78,8 @@ class Routing:
         #: facts of the process around it, for `status`
         self.pid = 0
         self.software_version = ""
-        #: handshakes that the shell's door refused, by why; it counts them
-        self.refused: dict[str, int] = {}
+        #: what the shell's doors refused before anybody had a session; they count
+        self.refused = {"handshakes": 0, "addresses": 0, "frames": 0}
         #: told of our own bugs: where, and what was raised; set by the shell, which goes on
         self.bug: Callable[[str, Exception], None] = _raise
         self._heartbeat_at = now + limits.HEARTBEAT_S

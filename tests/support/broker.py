@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from typing import IO, TYPE_CHECKING, Any, Self
 
 import zmq
 from nacl.public import PrivateKey
@@ -83,8 +83,17 @@ def listening() -> socket.socket:
 class BrokerProcess:
     """``python -m mcp_broker.broker`` on ports of its own; the test is its supervisor."""
 
-    def __init__(self, epoch: int = 1, *, allow: tuple[str, ...] = (), only: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        epoch: int = 1,
+        *,
+        allow: tuple[str, ...] = (),
+        only: tuple[str, ...] = (),
+        log: IO[bytes] | None = None,
+        log_level: str = "info",
+    ) -> None:
         self._allow, self._only = allow, only
+        self._log, self._log_level = log, log_level
         self.client_key, self.worker_key = Curve(), Curve()
         self.issuer = Issuer()
         self.client_socket, self.worker_socket = listening(), listening()
@@ -102,13 +111,14 @@ class BrokerProcess:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "mcp_broker.broker", "--link-fd", str(theirs.fileno())],
                 pass_fds=[theirs.fileno(), self.client_socket.fileno(), self.worker_socket.fileno()],
+                stderr=self._log,
             )
         self.tell(
             node.Boot(
                 epoch, self.client_socket.fileno(), self.worker_socket.fileno(), self.client_endpoint,
                 self.worker_endpoint, self.client_key.secret, self.worker_key.secret,
                 {self.issuer.kid: self.issuer.public}, ISSUER, AUDIENCE, {}, os.getpid(), time.time(), "",
-                self._allow, self._only,
+                self._allow, self._only, self._log_level,
             )
         )  # fmt: skip
         self.tell(node.Report(()))
