@@ -24,7 +24,7 @@ export function readProfile(path) {
 /** A session with a broker. It connects again by itself, until close() or until the broker refuses it for good. */
 export class Client {
   #profile; #socket; #timer; #closed // the last: what every further call ends with
-  #open = false; #epoch = 0; #session = null; #lineage = ""; #granted = {} // as the last WELCOME has them
+  #open = false; #epoch = 0; #last = 0; #session = null; #lineage = ""; #granted = {} // as the last WELCOME has them
   #count = 0; #acked = 0 // outcomes of the session that we have, and how many of them the broker was told of
   #calls = new Map(); #unsent = new Set() // calls without an outcome, by id; those not sent on this connection
   #prefix = randomBytes(8); #made = 0; #skipped = 0; #failed = 0; #heard = 0; #retryAt = 0; #sent = Promise.resolve()
@@ -138,9 +138,9 @@ export class Client {
   }
 
   #welcome(epoch, [, session, resumed, , granted, , lineage]) {
-    const follows = resumed || (lineage && lineage === this.#lineage)
+    const follows = resumed || (lineage && lineage === this.#lineage && epoch !== this.#last) // else it gave us up
     ;[this.#open, this.#epoch, this.#session, this.#lineage, this.#failed] = [true, epoch, session, lineage, 0]
-    this.#granted = { stream_window: 16, ...granted }
+    ;[this.#granted, this.#last] = [{ stream_window: 16, ...granted }, epoch]
     this.#acked = this.#count = resumed ? this.#count : 0
     for (const call of this.#calls.values())
       if (call.sent && (!follows || (!resumed && (call.streamed || call.next)))) // a stream does not outlive its broker

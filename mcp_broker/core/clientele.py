@@ -32,7 +32,7 @@ class Clientele:
     def __init__(self, routing: Routing) -> None:
         self._routing = routing
         self._dispatcher = routing.dispatcher
-        self.acceptance = Acceptance(routing, self._close)
+        self.acceptance = Acceptance(routing, self._give_up)
         #: sessions with something to send
         self.dirty: list[ClientSession] = []
         #: all and only OPEN sessions, by routing id
@@ -203,10 +203,15 @@ class Clientele:
     def _grace_over(self, session: ClientSession, now: float) -> None:
         # a session that was resumed and lost again has a later timer of its own
         if session.state is ClientState.LOST and now - session.lost_at >= limits.RESUME_GRACE_S - 0.001:
-            abandoned = _of(session)
-            if abandoned:
-                self._routing.to_node.append(node.Abandoned(abandoned))
-            self._close(session, "its client went away", now)
+            self._give_up(session, "its client went away", now)
+
+    def _give_up(self, session: ClientSession, why: str, now: float) -> None:
+        """End a session whose client may come back, and ask for its calls: here, or at the broker after this one."""
+        abandoned = _of(session)
+        if abandoned:
+            self._routing.reconciliation.were_abandoned(abandoned)
+            self._routing.to_node.append(node.Abandoned(abandoned))
+        self._close(session, why, now)
 
     def _close(self, session: ClientSession, why: str, now: float) -> None:
         if self.open.get(session.routing_id) is session:

@@ -7,7 +7,7 @@ what is true of a call that is sent again:
 - a worker keeps its outcome: the call ends with it;
 - a worker runs it: the call is that execution;
 - a dead worker had started it: it ends as WORKER_LOST, or runs again if its tool is idempotent;
-- none of these, but an earlier broker had given its client up, or nobody asked for its outcome in time, or a worker had
+- none of these, but its client had been given up, or nobody asked for its outcome in time, or a worker had
   no room to keep it: it ends as BROKER_LOST, or runs again if its tool is idempotent;
 - none of these, and every worker of the pool that could hold it has spoken or died: it has never started, and runs;
 - none of these yet: it is *in doubt*, and waits for the workers that have not spoken, or for its deadline.
@@ -152,7 +152,7 @@ class Reconciliation:
             del self._started[next(iter(self._started))]
 
     def were_abandoned(self, call_ids: Iterable[bytes]) -> None:
-        """Remember calls whose client an earlier broker gave up: workers may have forgotten that they ran."""
+        """Remember calls whose client was given up, here or by an earlier broker: workers may have forgotten that they ran."""
         for call_id in call_ids:
             self._unclaimed[call_id] = None
         while len(self._unclaimed) > limits.STARTED_MAX:

@@ -260,6 +260,26 @@ def test_call_whose_outcome_its_worker_may_have_let_go_is_not_run_again_unless_i
     world.check()
 
 
+@pytest.mark.parametrize(("tool", "code"), [("echo.echo", "BROKER_LOST"), ("echo.safe", None)])
+def test_call_of_a_session_that_was_given_up_is_not_run_again_unless_it_may_be(
+    tool: str, code: str | None
+) -> None:
+    world = World()
+    session = world.hello()
+    world.admit("echo-1")
+    registers(world, "echo-1")
+    ended = world.call(tool=tool)
+    assert world.dispatched("echo-1") == [ended]
+    world.answer("echo-1", ended)
+    assert world.outcomes(session) == {ended: "OK"}, "and lost on its way"
+    world.machine.clientele.unreachable(b"c1", world.now)
+    world.later(bounds.RESUME_GRACE_S + 0.1)
+    session = world.hello("c1", session_id=session.session_id)
+    again(world, ended, tool)
+    assert world.outcomes(session) == ({ended: code} if code else {})
+    assert world.dispatched("echo-1") == ([] if code else [ended])
+
+
 def test_outcomes_that_a_worker_let_go_count_until_nobody_can_ask_for_them_and_for_its_pool_only() -> None:
     world = successor("echo-1")
     world.serve("other-1", 4, "other", definition("other.echo"))

@@ -229,6 +229,25 @@ def test_call_outlives_a_cut_connection_and_runs_once(
 
 
 @pytest.mark.process
+def test_call_of_a_session_that_the_broker_gave_up_is_lost_and_does_not_run_again(
+    cut_off: NodeClient, proxy: TcpProxy, running: Running, tmp_path: Path
+) -> None:
+    marks = tmp_path / "marks"
+    cancelled = running.status()["calls"]["failed"].get("CANCELLED", 0)
+    number = cut_off.submit("t.mark", args={"path": str(marks), "seconds": 10})
+    wait_for(lambda: marks.exists() and marks.read_text(), what="the tool having started")
+    proxy.stall()
+    proxy.cut()
+    wait_for(
+        lambda: running.status()["calls"]["failed"].get("CANCELLED", 0) > cancelled, what="the session's end"
+    )
+    proxy.resume()
+    assert cut_off.error(number)["code"] == "BROKER_LOST"
+    assert cut_off.call("t.echo", value=1) == 1
+    assert marks.read_text() == "ran\n"
+
+
+@pytest.mark.process
 def test_stream_goes_on_over_a_cut_connection_without_a_gap(cut_off: NodeClient, proxy: TcpProxy) -> None:
     number = cut_off.submit("t.count", args={"n": 1000}, streams=True, seconds=60)
     first = [cut_off.answer(number)["part"] for _ in range(40)]
