@@ -169,7 +169,9 @@ STARTED_MAX: Final = 64 * 240
 TURN_MESSAGES_MAX: Final = 64
 #: Messages that wait in our own queue for a peer whose socket is full; past it, the session ends.
 PEER_BACKLOG_MAX: Final = 4096
-PEER_BACKLOG_BYTES_MAX: Final = 16 * 1024 * 1024
+#: A client with twenty streams of parts of 256 KiB, whose network stands still for a moment, is cut off by less: each stream
+#: may have STREAM_WINDOW_MAX parts on their way, 80 MiB with what libzmq holds of them.
+PEER_BACKLOG_BYTES_MAX: Final = 64 * 1024 * 1024
 #: Bytes of results that a client has yet to acknowledge, or that its workers are expected to make, before calls of tools
 #: with large results wait: 16 of the largest keep a connection of 1 GB/s busy for 16 ms.
 CLIENT_BEHIND_BYTES: Final = 16 * 1024 * 1024
@@ -178,6 +180,10 @@ CLIENT_BEHIND_BYTES: Final = 16 * 1024 * 1024
 CLIENT_UNREAD_BYTES_MAX: Final = 256 * 1024 * 1024
 #: libzmq's own queues are a fuse, several times our windows.
 SOCKET_HWM: Final = 4096
+#: Except what it holds for a client: what that has acknowledged, read or not, is counted nowhere else, and 64 of the largest
+#: messages are 64 MiB. A turn sends a client a message or two, and libzmq takes them in between, so that nobody who reads
+#: meets it.
+CLIENT_SEND_HWM: Final = 64
 LISTEN_BACKLOG: Final = 1024
 
 # -- what a worker may use ----------------------------------------------------------------------

@@ -73,6 +73,7 @@ def _serve(link: NodeLink, boot: node.Boot, rest: list[node.FromSupervisor]) -> 
         endpoint=boot.client_endpoint,
         secret=boot.client_secret,
         domain=CLIENT_DOMAIN,
+        send_hwm=limits.CLIENT_SEND_HWM,
     )
     workers = listening_router(
         context,

@@ -7,6 +7,7 @@ import select
 import time
 from collections import deque
 from collections.abc import Callable
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 import zmq
@@ -286,7 +287,8 @@ class Loop:
         """Send every outbox; what cannot be sent now waits, within bounds."""
         machine = self._machine
         for socket, waiting in self._waiting.items():
-            for routing_id in list(waiting):
+            # some of them a turn, in rotation: many that never read cost those who do no time
+            for routing_id in list(islice(waiting, limits.TURN_MESSAGES_MAX)):
                 self._retry(socket, routing_id, now)
         while machine.clientele.dirty or machine.crew.dirty:
             workers, machine.crew.dirty[:] = machine.crew.dirty[:], []
@@ -343,7 +345,7 @@ class Loop:
             again = self._waiting[socket].get(routing_id)
             if again is not None:
                 again.queue.extend(waiting.queue)
-                again.bytes_held = waiting.bytes_held
+                again.bytes_held += waiting.bytes_held
                 return
 
     def _unreachable(self, socket: zmq.Socket[bytes], routing_id: bytes, now: float) -> None:

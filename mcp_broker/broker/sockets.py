@@ -14,7 +14,13 @@ CLIENT_DOMAIN: Final = "clients"
 
 
 def listening_router(
-    context: zmq.Context[zmq.Socket[bytes]], *, fd: int, endpoint: str, secret: bytes, domain: str
+    context: zmq.Context[zmq.Socket[bytes]],
+    *,
+    fd: int,
+    endpoint: str,
+    secret: bytes,
+    domain: str,
+    send_hwm: int = limits.SOCKET_HWM,
 ) -> zmq.Socket[bytes]:
     """Open a ROUTER on a socket that the supervisor has bound and keeps: nobody can take its port.
 
@@ -22,6 +28,7 @@ def listening_router(
         fd: the inherited listening socket.
         endpoint: the address it is bound to, ``tcp://HOST:PORT``.
         secret: CURVE secret key, 32 bytes.
+        send_hwm: messages that wait in libzmq for one peer; the others wait in ours, which counts their bytes.
     """
     socket = context.socket(zmq.ROUTER)
     socket.curve_server = True
@@ -38,7 +45,7 @@ def listening_router(
     # finds half-open TCP; liveness itself is the protocol's business
     socket.setsockopt(zmq.HEARTBEAT_IVL, 1000)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 3000)
-    socket.setsockopt(zmq.SNDHWM, limits.SOCKET_HWM)
+    socket.setsockopt(zmq.SNDHWM, send_hwm)
     socket.setsockopt(zmq.RCVHWM, limits.SOCKET_HWM)
     # the last outcomes and GOODBYE leave before the process does, but nobody can hold its end up
     socket.setsockopt(zmq.LINGER, 300)

@@ -54,7 +54,10 @@ class Clientele:
             return verdict is not Verdict.REFUSE
         if type(message) is messages.Calls:
             if message.epoch == self._routing.epoch:
-                self.acceptance.calls(session, message, body, now)
+                if message.ack <= session.sent:
+                    self.acceptance.calls(session, message, body, now)
+                else:
+                    self._refuse_ack(session, message.ack)
             return True
         after, verdict = CLIENT_TABLE[session.state][EVENT_OF_KIND[type(message)]]
         if verdict is Verdict.BUG:
@@ -62,9 +65,7 @@ class Clientele:
         if message.epoch != self._routing.epoch and not isinstance(message, messages.Goodbye):
             return True
         if isinstance(message, messages.Ack):
-            session.acknowledge(message.count)
-            if session.is_behind:
-                self._dispatcher.relieve(session, now)
+            self._acknowledge(session, message.count, now)
         elif isinstance(message, messages.Cancel):
             for call_id in message.call_ids:
                 self._cancel(session, call_id, now)
@@ -163,6 +164,23 @@ class Clientele:
         session.trust(grant)
         session.send(messages.Renewed(self._routing.epoch, max(0, int((grant.expires_at - now) * 1000))))
         return True
+
+    def _acknowledge(self, session: ClientSession, count: int, now: float) -> None:
+        if count > session.sent:
+            self._refuse_ack(session, count)
+            return
+        session.acknowledge(count)
+        if session.is_behind:
+            self._dispatcher.relieve(session, now)
+
+    def _refuse_ack(self, session: ClientSession, count: int) -> None:
+        """Answer who acknowledges what it cannot have: what it has yet to read would count as read."""
+        text = (
+            f"{count} outcomes are acknowledged, and {session.sent} were sent; the number is that of the last outcome "
+            "that came without a gap before it"
+        )
+        details = {"acknowledged": count, "sent": session.sent}
+        session.send(error("MALFORMED_FRAME", text, fatal=True, epoch=self._routing.epoch, details=details))
 
     def _cancel(self, session: ClientSession, call_id: bytes, now: float) -> None:
         call = session.live.get(call_id)

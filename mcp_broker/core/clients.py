@@ -315,7 +315,7 @@ class ClientSession:
         self.unacked_bytes += size
 
     def acknowledge(self, count: int) -> None:
-        """Forget the messages of outcomes that the client says it has; beyond what was sent means all."""
+        """Forget the messages of outcomes that the client says it has."""
         unacked = self.unacked
         while unacked and unacked[0].last <= count:
             sent = unacked.popleft()

@@ -6,10 +6,12 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 import zmq
 from zmq.utils import z85
 
+from mcp_broker import limits
 from mcp_broker.wire import codec, messages, node, payload
 from tests.support.broker import BrokerProcess, Curve, Peer, answer, definition
 from tests.support.waiting import wait_for
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 pytestmark = pytest.mark.process
+
+MIB = 1024 * 1024
 
 
 @pytest.fixture(scope="module")
@@ -287,6 +291,41 @@ def test_session_of_one_key_cannot_be_resumed_by_another(broker: BrokerProcess) 
     token = broker.issuer.token(thief.key.thumbprint)
     thief.send(messages.Hello(0, "MCPB", (1,), token, victim.welcome.session_id))
     assert not thief.receive(messages.Welcome).resumed
+
+
+def test_client_that_gives_credit_and_reads_nothing_is_cut_off(broker: BrokerProcess) -> None:
+    worker = broker.ready_worker(definition("echo.echo", streaming=True))
+    client = broker.open_client()
+    # libzmq reads the connection no further than this
+    client.socket.setsockopt(zmq.RCVHWM, 1)
+    call_id = client.call(timeout_s=30)
+    worker.receive(messages.Dispatches)
+    before = psutil.Process(broker.process.pid).memory_info().rss
+    part = os.urandom(MIB)
+    credit = messages.Credit(client.epoch, (messages.StreamCredit(call_id, 2**53),))
+
+    def answered() -> Any:
+        client.send(credit)
+        try:
+            return worker.receive(messages.Credit | messages.Cancel, 0.2)
+        except AssertionError:
+            return None
+
+    sent, limit = 0, limits.STREAM_WINDOW_MAX
+    while sent < 512:
+        for index in range(sent, limit):
+            worker.send(messages.Partial(worker.epoch, (messages.Part(call_id, index, None),)), part)
+        sent = limit
+        told = wait_for(answered, what="credit, or the end of the call")
+        if isinstance(told, messages.Cancel):
+            break
+        limit = told.credits[0].limit
+    # what the broker may hold, what it had let the worker send, and what the kernel holds
+    bound = limits.CLIENT_SEND_HWM * MIB + limits.PEER_BACKLOG_BYTES_MAX + 2 * limits.STREAM_AHEAD_MAX * MIB
+    assert sent * MIB < bound
+    assert psutil.Process(broker.process.pid).memory_info().rss - before < bound
+    other = broker.open_client()
+    assert other.outcome(other.call("system.status")).code == "OK"
 
 
 def test_second_client_with_the_same_routing_id_gets_nothing_of_the_first(broker: BrokerProcess) -> None:

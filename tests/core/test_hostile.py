@@ -125,3 +125,28 @@ def test_workers_of_a_pool_cannot_bring_more_together_than_one_could() -> None:
     told = [message for message in world.machine.to_node if isinstance(message, node.WorkerUp)]
     assert len(told) == 2
     assert all(len(codec.encode(message)) < bounds.REGISTER_BYTES_MAX + 1000 for message in told)
+
+
+# -- acknowledgements -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rides_in_calls", [True, False])
+def test_client_that_acknowledges_what_was_never_sent_is_refused(rides_in_calls: bool) -> None:
+    world = World()
+    session = world.hello()
+    world.ready()
+    first = world.call()
+    world.answer("echo-1", first)
+    world.heard_by(session)
+    request = messages.Call(b"n" * 16, "echo.echo", 1000, b"\x80")
+    message = messages.Calls(EPOCH, 2, (request,)) if rides_in_calls else messages.Ack(EPOCH, 2)
+    world.client_says("c1", message)
+    ((told, _),) = world.heard_by(session)
+    assert isinstance(told, messages.Error)
+    assert (told.code, told.fatal) == ("MALFORMED_FRAME", True)
+    assert "2 outcomes are acknowledged, and 1 were sent" in told.message
+    assert session.unacked_count == 1, "nothing of it counts as read"
+    assert not world.machine.ledger.calls
+    world.client_says("c1", messages.Ack(EPOCH, 1))
+    assert session.unacked_count == 0
+    world.check()

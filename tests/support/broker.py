@@ -251,7 +251,7 @@ class Peer:
         while True:
             left_ms = int((until - time.monotonic()) * 1000)
             if left_ms <= 0 or not self.socket.poll(left_ms):
-                raise AssertionError(f"no {kind.__name__} within {within_s} s")
+                raise AssertionError(f"no {kind} within {within_s} s")
             frames = self.socket.recv_multipart()
             message = self._decoder.decode(frames[0])
             if isinstance(message, kind):
