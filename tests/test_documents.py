@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,8 @@ import mcp_broker
 from mcp_broker import Client, limits, worker
 from mcp_broker.cli.checkup import KERNEL_MIN
 from mcp_broker.client.options import CallOptions
-from mcp_broker.worker import ToolContext, hooks, tool
+from mcp_broker.worker import ToolContext, hooks
+from mcp_broker.worker.tool import ToolSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("mcp_broker", "workers", "tests", "bench", "examples", "configs", "docs")
@@ -155,7 +155,7 @@ PUBLIC = (
     ("docs/client.md", {*CallOptions.__annotations__, "timeout_s"}),
     ("docs/client.md", {name for name in vars(Client) if not name.startswith("_")}),
     ("docs/tools.md", {*worker.__all__} - {"LeasedPort", "Tool", "ToolCaller"}),
-    ("docs/tools.md", {*inspect.signature(tool).parameters} - {"function"}),
+    ("docs/tools.md", {*ToolSettings.__annotations__}),
     (
         "docs/tools.md",
         {name for name in dir(ToolContext) if not name.startswith("_")} - {"cancelled", "lend", "deadline"},

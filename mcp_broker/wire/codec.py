@@ -20,6 +20,9 @@ T_co = TypeVar("T_co", covariant=True)
 #: what msgspec raises for bytes that are not of a type
 _BROKEN: Final = (msgspec.DecodeError, RecursionError, UnicodeDecodeError, OverflowError)
 
+#: what it raises for values that are not of a type, or cannot be sent at all
+_UNFIT: Final = (*_BROKEN, TypeError, ValueError)
+
 #: One encoder for all: it keeps no state between messages.
 encode: Final[Callable[[msgspec.Struct], bytes]] = msgspec.msgpack.Encoder().encode
 
@@ -153,6 +156,28 @@ def decode_worker_boot(packed: bytes) -> node.WorkerBoot:
         return _worker_boot_decoder.decode(packed)
     except _BROKEN as error:
         raise MalformedFrame(f"not a worker's boot record: {error}") from error
+
+
+def check_fields(item: msgspec.Struct) -> None:
+    """Hold an item or record to its bounds, as its receiver will.
+
+    Raises:
+        MalformedFrame: one is broken; the text begins with the field's name.
+    """
+    try:
+        msgspec.msgpack.decode(encode(item), type=type(item))
+    except _UNFIT as error:
+        raise MalformedFrame((_unfit_field(item) or str(error))[:500]) from error
+
+
+def _unfit_field(item: msgspec.Struct) -> str:
+    """Name the first field that does not fit, and say why. A hundred times as slow as all together."""
+    for field in msgspec.structs.fields(item):
+        try:
+            msgspec.msgpack.decode(msgspec.msgpack.encode(getattr(item, field.name)), type=field.type)
+        except _UNFIT as error:
+            return f"{field.name}: {error}"
+    return ""
 
 
 def as_plain(value: Any) -> Any:  # noqa: ANN401 (any record, item or field)

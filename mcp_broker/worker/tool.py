@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import collections.abc
+import difflib
 import functools
 import inspect
 import json
 import typing
 from collections.abc import Callable
-from typing import Any, Final, Generic, ParamSpec, TypeVar, overload
+from typing import Any, Final, Generic, ParamSpec, TypedDict, TypeVar, Unpack, overload
 
 from pydantic import TypeAdapter
 from pydantic.errors import PydanticInvalidForJsonSchema, PydanticUserError
 
 from mcp_broker import limits
-from mcp_broker.errors import WireError
-from mcp_broker.wire import codec, messages, tether
+from mcp_broker.errors import MalformedFrame
+from mcp_broker.wire import codec, messages
 from mcp_broker.wire.tether import Asks
 from mcp_broker.worker.arguments import Arguments, hints_of, type_text
 
@@ -33,6 +34,46 @@ _STREAMS: Final = (
 )
 
 
+class ToolSettings(TypedDict, total=False):
+    """What may be said of a tool; :func:`tool` says what each means, and :data:`DEFAULTS` what it is when left out."""
+
+    name: str | None
+    version: str
+    idempotent: bool
+    timeout_s: float | None
+    level: int
+    capabilities: tuple[str, ...]
+    tags: tuple[str, ...]
+    category: str
+    concurrency_max: int | None
+    rate_per_s: float | None
+    burst: int | None
+    memory_mb: int | None
+    cpu_s: float | None
+    open_files: int | None
+    connections: int | None
+    recover: bool
+
+
+DEFAULTS: Final[ToolSettings] = {
+    "name": None,
+    "version": "1.0.0",
+    "idempotent": False,
+    "timeout_s": None,
+    "level": 0,
+    "capabilities": (),
+    "tags": (),
+    "category": "",
+    "concurrency_max": None,
+    "rate_per_s": None,
+    "burst": None,
+    "memory_mb": None,
+    "cpu_s": None,
+    "open_files": None,
+    "connections": None,
+    "recover": False,
+}
+
 #: every tool of this process in the order of making, also those whose name in their module was taken by a later one
 made: list[Tool[..., Any]] = []
 
@@ -49,36 +90,49 @@ class Tool(Generic[P, R]):
         recovers: an exception that it raises is a fault of its process.
     """
 
-    def __init__(self, function: Callable[P, R], **settings: Any) -> None:
+    def __init__(self, function: Callable[P, R], /, **settings: Unpack[ToolSettings]) -> None:
+        for setting in settings:
+            if setting not in DEFAULTS:
+                raise TypeError(f"tool() has no setting {setting!r}; {_instead(setting)}")
+        known: ToolSettings = {**DEFAULTS, **settings}
         functools.update_wrapper(self, function)
         self.function = function
         made.append(self)
-        name = settings.pop("name") or function.__name__
+        name = known["name"] or function.__name__
         hints = hints_of(function)
         self.arguments = Arguments(function, hints, name)
         self.is_streaming = inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)
         self.is_async = inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
         returned = _returned(hints.get("return", Any), streaming=self.is_streaming)
         self.result: TypeAdapter[Any] = _adapter(returned, name)
-        description = inspect.cleandoc(function.__doc__ or "")
-        capabilities = tuple(settings.pop("capabilities")) or (name.partition(".")[0],)
-        timeout_s = settings.pop("timeout_s")
-        self.recovers: bool = settings.pop("recover")
+        self.recovers = known["recover"]
         #: limits that its worker has to be allowed; 0: the usual one
-        self.asks = _checked_asks(name, {limit: settings.pop(limit) or 0 for limit in Asks.__struct_fields__})
-        self.definition = _checked(
-            messages.ToolDefinition(
-                name=name,
-                description=_shortened(description),
-                parameters=json.dumps(self.arguments.schema, ensure_ascii=False),
-                returns=json.dumps(_result_schema(self.result, returned, name), ensure_ascii=False),
-                capabilities=capabilities,
-                streaming=self.is_streaming,
-                timeout_s=limits.CALL_TIMEOUT_S if timeout_s is None else timeout_s,
-                tags=tuple(settings.pop("tags")),
-                **settings,
-            )
+        self.asks = Asks(
+            memory_mb=known["memory_mb"] or 0,
+            cpu_s=known["cpu_s"] or 0,
+            open_files=known["open_files"] or 0,
+            connections=known["connections"] or 0,
         )
+        _check(self.asks, f"tool {name!r} asks for a limit that it cannot have")
+        timeout_s = known["timeout_s"]
+        self.definition = messages.ToolDefinition(
+            name=name,
+            version=known["version"],
+            description=_shortened(inspect.cleandoc(function.__doc__ or "")),
+            parameters=json.dumps(self.arguments.schema, ensure_ascii=False),
+            returns=json.dumps(_result_schema(self.result, returned, name), ensure_ascii=False),
+            capabilities=tuple(known["capabilities"]) or (name.partition(".")[0],),
+            tags=tuple(known["tags"]),
+            category=known["category"],
+            level=known["level"],
+            idempotent=known["idempotent"],
+            streaming=self.is_streaming,
+            timeout_s=limits.CALL_TIMEOUT_S if timeout_s is None else timeout_s,
+            concurrency_max=known["concurrency_max"],
+            rate_per_s=known["rate_per_s"],
+            burst=known["burst"],
+        )
+        _check(self.definition, f"tool {name!r} cannot be registered")
 
     @property
     def name(self) -> str:
@@ -116,70 +170,37 @@ def tool(function: Callable[P, R], /) -> Tool[P, R]: ...
 
 
 @overload
+def tool(**settings: Unpack[ToolSettings]) -> Callable[[Callable[P, R]], Tool[P, R]]: ...
+
+
 def tool(
-    *,
-    name: str | None = None,
-    version: str = "1.0.0",
-    idempotent: bool = False,
-    timeout_s: float | None = None,
-    level: int = 0,
-    capabilities: tuple[str, ...] = (),
-    tags: tuple[str, ...] = (),
-    category: str = "",
-    concurrency_max: int | None = None,
-    rate_per_s: float | None = None,
-    burst: int | None = None,
-    memory_mb: int | None = None,
-    cpu_s: float | None = None,
-    open_files: int | None = None,
-    connections: int | None = None,
-    recover: bool = False,
-) -> Callable[[Callable[P, R]], Tool[P, R]]: ...
-
-
-def tool(  # noqa: PLR0913 (one keyword a field of the definition)
-    function: Callable[P, R] | None = None,
-    /,
-    *,
-    name: str | None = None,
-    version: str = "1.0.0",
-    idempotent: bool = False,
-    timeout_s: float | None = None,
-    level: int = 0,
-    capabilities: tuple[str, ...] = (),
-    tags: tuple[str, ...] = (),
-    category: str = "",
-    concurrency_max: int | None = None,
-    rate_per_s: float | None = None,
-    burst: int | None = None,
-    memory_mb: int | None = None,
-    cpu_s: float | None = None,
-    open_files: int | None = None,
-    connections: int | None = None,
-    recover: bool = False,
+    function: Callable[P, R] | None = None, /, **settings: Unpack[ToolSettings]
 ) -> Tool[P, R] | Callable[[Callable[P, R]], Tool[P, R]]:
     """Make a tool of a function: plain, ``async``, or a generator of either kind, which streams its parts.
 
     Args:
         function: the function, when used without parentheses.
-        name: dotted lower-case name, ``text.word_count``; the function's name if absent.
-        version: semantic version.
-        idempotent: it may run again for the same call, after its worker died.
-        timeout_s: a call's timeout where its caller names none, seconds (30).
-        level: clearance that a caller needs, 0 to 10.
-        capabilities: what callers look for; the first part of the name if absent.
-        tags: labels for people.
-        category: one heading for lists.
-        concurrency_max: how many of its calls the pool's workers hold at a time, all together; others wait.
-        rate_per_s: calls of it a second, all callers together; a caller beyond it gets RATE_LIMITED.
-        burst: of these, calls at once after a pause; one second's calls if absent.
-        memory_mb: what its worker has to be allowed above what it held when it was ready, MiB, at most 500; the worker
-            has the most that one of its tools asks for, unless the operator's configuration says otherwise.
-        cpu_s: of one call, seconds, at most 120; so with it.
-        open_files: at most 200; so with them.
-        connections: at most 50; so with them.
-        recover: an exception that it raises is a fault of its process: an idempotent call runs again, and the tool is
-            recovered. Without it an exception is an answer like any other.
+
+    Settings, each with what it is when it is left out:
+
+    - ``name``: dotted lower-case name, ``text.word_count`` (the function's name).
+    - ``version``: semantic version ("1.0.0").
+    - ``idempotent``: it may run again for the same call, after its worker died (False).
+    - ``timeout_s``: a call's timeout where its caller names none, seconds (30).
+    - ``level``: clearance that a caller needs, 0 to 10 (0).
+    - ``capabilities``: what callers look for (the first part of the name).
+    - ``tags``: labels for people (none).
+    - ``category``: one heading for lists (none).
+    - ``concurrency_max``: how many of its calls the pool's workers hold at a time, all together; others wait (no bound).
+    - ``rate_per_s``: calls of it a second, all callers together; a caller beyond it gets RATE_LIMITED (no bound).
+    - ``burst``: of these, calls at once after a pause (one second's calls).
+    - ``memory_mb``: what its worker has to be allowed above what it held when it was ready, MiB, at most 500; the worker
+      has the most that one of its tools asks for, unless the operator's configuration says otherwise (the usual).
+    - ``cpu_s``: of one call, seconds, at most 120; so with it (the usual).
+    - ``open_files``: at most 200; so with them (the usual).
+    - ``connections``: at most 50; so with them (the usual).
+    - ``recover``: an exception that it raises is a fault of its process: an idempotent call runs again, and the tool is
+      recovered. Without it an exception is an answer like any other (False).
 
     What the function raises ends its call, and its worker lives on. Of the errors in :mod:`mcp_broker.worker`, these reach
     the caller as they are, with their details:
@@ -198,25 +219,7 @@ def tool(  # noqa: PLR0913 (one keyword a field of the definition)
     """
 
     def decorate(target: Callable[P, R]) -> Tool[P, R]:
-        return Tool(
-            target,
-            name=name,
-            version=version,
-            idempotent=idempotent,
-            timeout_s=timeout_s,
-            level=level,
-            capabilities=capabilities,
-            tags=tags,
-            category=category,
-            concurrency_max=concurrency_max,
-            rate_per_s=rate_per_s,
-            burst=burst,
-            memory_mb=memory_mb,
-            cpu_s=cpu_s,
-            open_files=open_files,
-            connections=connections,
-            recover=recover,
-        )
+        return Tool(target, **settings)
 
     return decorate if function is None else decorate(function)
 
@@ -250,25 +253,14 @@ def _shortened(text: str) -> str:
     return text if len(text) <= limits.TEXT_CHARS_MAX else text[: limits.TEXT_CHARS_MAX - 1] + "…"
 
 
-def _checked_asks(name: str, asks: dict[str, Any]) -> Asks:
-    """Read them as the supervisor will."""
-    made = Asks(**asks)
+def _check(told: messages.ToolDefinition | Asks, otherwise: str) -> None:
+    """Read a definition or a wish as its receiver will, so that its author hears of a fault, not the operator."""
     try:
-        tether.from_worker.decode(codec.encode(made))
-    except WireError as error:
-        why = str(error).removeprefix("not a message of this protocol: ")
-        raise TypeError(f"tool {name!r} asks for a limit that it cannot have: {why}") from error
-    return made
+        codec.check_fields(told)
+    except MalformedFrame as error:
+        raise TypeError(f"{otherwise}: {error}") from None
 
 
-def _checked(definition: messages.ToolDefinition) -> messages.ToolDefinition:
-    """Read the definition as the broker will, so that its author hears of a fault, not the operator."""
-    register = messages.Register(
-        epoch=0, protocol=messages.PROTOCOL, majors=(messages.MAJOR,), tools=(definition,)
-    )
-    try:
-        codec.from_worker.decode(codec.encode(register))
-    except WireError as error:
-        why = str(error).removeprefix("not a message of this protocol: ").replace("`$[4][0].", "`")
-        raise TypeError(f"tool {definition.name!r} cannot be registered: {why}") from error
-    return definition
+def _instead(setting: str) -> str:
+    near = difflib.get_close_matches(setting, DEFAULTS, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"there are {', '.join(DEFAULTS)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import enum
 import json
+import re
 import time
 from collections.abc import AsyncIterator, Iterator
 from decimal import Decimal
@@ -17,6 +18,7 @@ from pydantic import BaseModel, Field
 
 from mcp_broker.errors import InvalidArgument
 from mcp_broker.worker import Tool, ToolContext, tool
+from mcp_broker.worker.tool import DEFAULTS, ToolSettings
 
 
 class Row(BaseModel):
@@ -227,16 +229,64 @@ def test_any_arguments_are_taken_whole_or_refused_with_faults(arguments: dict[st
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"name": "Text.Count"}, "name"),
-        ({"version": "1"}, "version"),
-        ({"level": 11}, "level"),
-        ({"timeout_s": 0}, "timeout_s"),
-        ({"timeout_s": 1e9}, "timeout_s"),
+        ({"name": "Text.Count"}, "name: Expected `str` matching"),
+        ({"version": "1"}, "version: Expected `str` matching"),
+        ({"level": 11}, "level: Expected `int` <= 10"),
+        ({"level": object()}, "level: Encoding objects of type object is unsupported"),
+        ({"timeout_s": 0}, "timeout_s: Expected `float` > 0.0"),
+        ({"timeout_s": 1e9}, "timeout_s: Expected `float` <= 86400.0"),
+        ({"tags": ("a", 1)}, "tags: Expected `str`, got `int` - at `$[1]`"),
     ],
 )
 def test_wrong_setting_is_found_where_the_tool_is_declared(settings: dict[str, Any], says: str) -> None:
-    with pytest.raises(TypeError, match=says):
+    with pytest.raises(TypeError, match=rf"cannot be registered: {re.escape(says)}"):
         tool(**{"name": "x.it", **settings})(lambda: None)
+
+
+def test_a_setting_that_there_is_not_is_told_with_the_nearest_one() -> None:
+    for wrong, instead in (("timeout", "did you mean 'timeout_s'?"), ("x", "there are name, version,")):
+        with pytest.raises(TypeError, match=re.escape(f"tool() has no setting {wrong!r}; {instead}")):
+            tool(**{wrong: 1})(lambda: None)  # type: ignore[call-overload]
+
+
+def test_every_setting_has_a_default_and_a_line_that_says_both() -> None:
+    listed = (tool.__doc__ or "").partition("Settings, each")[2].partition("What the function raises")[0]
+    told = dict(re.findall(r"^ *- ``(\w+)``: (.*?\(.*?\))\.$", listed, re.MULTILINE | re.DOTALL))
+    assert list(told) == list(ToolSettings.__annotations__) == list(DEFAULTS)
+    for name, default in DEFAULTS.items():
+        if default not in (None, (), ""):
+            shown = f'"{default}"' if isinstance(default, str) else str(default)
+            assert told[name].endswith(f"({shown})"), name
+
+
+def test_what_is_said_of_a_tool_is_what_its_worker_registers() -> None:
+    said: ToolSettings = {
+        "name": "x.it",
+        "version": "1.2.3",
+        "idempotent": True,
+        "timeout_s": 7.0,
+        "level": 3,
+        "capabilities": ("c",),
+        "tags": ("t",),
+        "category": "k",
+        "concurrency_max": 4,
+        "rate_per_s": 5.0,
+        "burst": 6,
+        "memory_mb": 300,
+        "cpu_s": 31.0,
+        "open_files": 150,
+        "connections": 40,
+        "recover": True,
+    }
+    assert set(said) == set(ToolSettings.__annotations__), "a new setting has to be here, too"
+
+    @tool(**said)
+    def it() -> None:
+        """Do nothing."""
+
+    for name, value in said.items():
+        home = it if name == "recover" else it.asks if hasattr(it.asks, name) else it.definition
+        assert getattr(home, {"recover": "recovers"}.get(name, name)) == value != DEFAULTS.get(name), name
 
 
 def test_functions_that_cannot_be_tools_are_refused() -> None:
