@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,8 @@ Run = Callable[..., Result]
 
 @pytest.fixture(autouse=True)
 def _nothing_of_the_callers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # commands that are shown to be copied begin as this one did
+    monkeypatch.setattr(sys, "argv", ["mcp-broker"])
     for name in ("MCP_BROKER_PROFILE", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MCP_BROKER_STATE_DIR", str(tmp_path / "state"))

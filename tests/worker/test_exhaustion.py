@@ -55,7 +55,7 @@ def test_not_yet_is_no_limit_where_nothing_is_started(tmp_path: Path) -> None:
 
 
 def test_a_process_that_cannot_be_started_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> int:
+    def refuse(*_: object, **__: object) -> int:
         raise raised(errno.EAGAIN)
 
     monkeypatch.setattr(os, "fork", refuse)
@@ -66,7 +66,9 @@ def test_a_process_that_cannot_be_started_is_one(tmp_path: Path, monkeypatch: py
     bare = plain.value.with_traceback(plain.value.__traceback__)
     bare.__traceback__.tb_next = None  # type: ignore[union-attr]
     assert limit_of(bare, tmp_path) == "processes"
+    # which of the two starts a program depends on the version of Python
     monkeypatch.setattr(subprocess, "_fork_exec", refuse)
+    monkeypatch.setattr(os, "posix_spawn", refuse)
     with pytest.raises(BlockingIOError) as started:
         subprocess.run([sys.executable, "-c", ""], check=True)
     trace = started.value.__traceback__
