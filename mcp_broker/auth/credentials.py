@@ -28,10 +28,9 @@ from mcp_broker import limits
 from mcp_broker.auth import claims, forms, keys
 from mcp_broker.auth.claims import Claims, VerifyKey
 from mcp_broker.auth.keys import CurvePair, IssuerKey
+from mcp_broker.auth.places import CLIENTS_FOLDER, DEFAULT_NAME, profile_in
 from mcp_broker.auth.policy import LEVEL_MAX
 from mcp_broker.auth.profile import (
-    CLIENTS_FOLDER,
-    DEFAULT_NAME,
     ENDPOINTS_MAX,
     Profile,
     instant,
@@ -158,7 +157,7 @@ class Authority:
             raise ConfigError(
                 f"{name!r} is no profile name: up to 64 of A-Z a-z 0-9 . _ -, a letter or digit first"
             )
-        return self.folder / CLIENTS_FOLDER / f"{name}.toml"
+        return profile_in(self.folder, name)
 
     def issue_profile(  # noqa: PLR0913 (what a token says, by name)
         self,

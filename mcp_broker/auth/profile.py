@@ -19,13 +19,11 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-import platformdirs
 import tomli_w
 
 from mcp_broker import limits
@@ -34,10 +32,6 @@ from mcp_broker.auth.zap import KEY_BYTES
 from mcp_broker.errors import CredentialError, NotReachable
 
 VERSION: Final = 1
-DEFAULT_NAME: Final = "default"
-PROFILE_VARIABLE: Final = "MCP_BROKER_PROFILE"
-STATE_DIR_VARIABLE: Final = "MCP_BROKER_STATE_DIR"
-CLIENTS_FOLDER: Final = "clients"
 #: printable ASCII behind the scheme: what libzmq connects to, and nothing that could break a log line
 ENDPOINT: Final = re.compile(r"(?:tcp|ipc)://[!-~]{1,240}")
 ENDPOINTS_MAX: Final = 16
@@ -69,39 +63,6 @@ class Profile:
     def server_key_z85(self) -> str:
         """The broker's public key as 40 characters."""
         return z85_encode(self.server_key)
-
-
-def state_dir(explicit: str | Path | None, env: Mapping[str, str]) -> Path:
-    """Say where the state lives.
-
-    Args:
-        explicit: what the command line says, first.
-        env: the environment; MCP_BROKER_STATE_DIR comes second (empty counts as absent).
-
-    Returns:
-        The platform's folder for state when neither says anything.
-    """
-    if chosen := explicit or env.get(STATE_DIR_VARIABLE):
-        return Path(chosen).expanduser()
-    return platformdirs.user_state_path("mcp-broker")
-
-
-def find_profile(
-    explicit: str | Path | None, env: Mapping[str, str], *, state: str | Path | None = None
-) -> Path:
-    """Say which profile file to use; it need not exist.
-
-    Args:
-        explicit: what the caller says, first.
-        env: the environment; MCP_BROKER_PROFILE comes second (empty counts as absent).
-        state: the state directory if the caller names one; an explicit one beats the variable, since who
-            names a broker's state means that broker.
-    """
-    if explicit:
-        return Path(explicit).expanduser()
-    if not state and (chosen := env.get(PROFILE_VARIABLE)):
-        return Path(chosen).expanduser()
-    return state_dir(state, env) / CLIENTS_FOLDER / f"{DEFAULT_NAME}.toml"
 
 
 def save_profile(path: Path, profile: Profile, *, replace: bool = True) -> None:

@@ -226,7 +226,7 @@ def ports(chosen: Settings) -> Check:
 
 def profile(chosen: Settings) -> Check:
     """Check that the profile can be used and its token lives."""
-    path = chosen.profile
+    path, issue = chosen.profile, chosen.again("credentials issue NAME")
     if not path.exists():
         return Check("profile", "warn", f"there is none at {path}", chosen.again("start"))
     try:
@@ -234,21 +234,21 @@ def profile(chosen: Settings) -> Check:
 
         expires = load_profile(path).expires.timestamp()
     except BrokerError as error:
-        return Check("profile", "fail", error.message, error.hint or "mcp-broker credentials issue NAME")
+        return Check("profile", "fail", error.message, error.hint or issue)
     left = expires - time.time()
     if left <= 0:
         return Check(
             "profile",
             "fail",
             f"the token of {path} expired {output.ago(expires)}",
-            "restart the broker, or mcp-broker credentials issue NAME",
+            f"restart the broker, or {issue}",
         )
     if left < TOKEN_DAYS_MIN * _DAY_S:
         return Check(
             "profile",
             "warn",
             f"the token of {path} ends in {output.duration(left)}",
-            "restart the broker, or mcp-broker credentials issue NAME",
+            f"restart the broker, or {issue}",
         )
     return Check("profile", "ok", f"{path}, token good for {output.duration(left)}")
 

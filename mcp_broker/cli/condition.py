@@ -30,7 +30,7 @@ _NEXT: Final = {
 }
 
 
-def told(condition: Map, chosen: Settings | None = None) -> list[str]:
+def told(condition: Map, chosen: Settings) -> list[str]:
     """Tell a tool's condition in lines."""
     name, state = str(condition.get("tool", "?")), str(condition.get("state", "?"))
     lines = [f"tool {name}: {state} for {output.duration(float(condition.get('since_s') or 0))}"]
@@ -95,11 +95,10 @@ def _ago(record: Map) -> str:
     return f"{output.duration(float(record.get('age_s') or 0)):>7} ago"
 
 
-def _next(name: str, state: str, condition: Map, chosen: Settings | None) -> list[str]:
+def _next(name: str, state: str, condition: Map, chosen: Settings) -> list[str]:
     verb = _NEXT.get(state)
     if verb is None and condition.get("isolated"):
         verb = "enable"
     if verb is None:
         return []
-    command = f"tools {verb} {name}"
-    return [f"  next       {chosen.again(command) if chosen is not None else f'mcp-broker {command}'}"]
+    return [f"  next       {chosen.again(f'tools {verb} {name}')}"]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mcp_broker import limits
+from mcp_broker.auth.places import profile_in
 from mcp_broker.cli import output, settings
 from mcp_broker.cli.root import Suggesting
 from mcp_broker.errors import NotReachable
@@ -96,16 +97,15 @@ def issue(
         output.document({"name": name, "path": str(path), "scopes": scopes, "expires": int(expires)})
         return
     output.line(str(path))
-    output.note(
-        f"{name} may call {' '.join(scopes)} for {ttl}. Try: {settings.program()} tools --profile {path}"
-    )
+    trial = settings.Settings(profile_given=str(path)).again("tools")
+    output.note(f"{name} may call {' '.join(scopes)} for {ttl}. Try: {trial}")
 
 
 def _endpoints(chosen: settings.Settings) -> tuple[str, ...]:
     """Return where the broker answers, as its own default profile knows."""
     from mcp_broker.auth.profile import load_profile
 
-    path = chosen.state_dir / "clients" / "default.toml"
+    path = profile_in(chosen.state_dir)
     try:
         return load_profile(path).endpoints
     except NotReachable:

@@ -110,7 +110,7 @@ class Commands(Suggesting):
             rows[0] = f"{rows[0]:<{_SECTION_AT}}{section}"
             lines += rows
         lines += [
-            "With any command: --help --json --debug --profile FILE --state-dir DIR",
+            "With any command: --help --debug; most take --json --profile F --state-dir D",
             f"First steps: {PROGRAM} start, then in another shell:",
             f'  {PROGRAM} call text.word_count \'{{"text": "a b a"}}\'',
         ]

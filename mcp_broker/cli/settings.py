@@ -16,15 +16,10 @@ from typing import Any, Final, TypeVar
 
 import click
 
-STATE_DIR_VARIABLE: Final = "MCP_BROKER_STATE_DIR"
+from mcp_broker.auth import places
+
 #: names of the classes in which calls wait, by their number
 PRIORITIES: Final = ("high", "normal", "low")
-PROFILE_VARIABLE: Final = "MCP_BROKER_PROFILE"
-
-#: commands that take --profile
-_WITH_PROFILE: Final = frozenset(
-    {"tools", "call", "status", "ps", "why", "doctor", "scale", "reload", "drain"}
-)
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -41,33 +36,36 @@ class Settings:
     @property
     def state_dir(self) -> Path:
         """The state directory: option, environment, platform."""
-        given = self.state_dir_given or os.environ.get(STATE_DIR_VARIABLE)
-        return Path(given).expanduser().absolute() if given else default_state_dir()
+        return places.state_dir(self.state_dir_given, os.environ).absolute()
 
     @property
     def profile(self) -> Path:
         """The profile: option, that of an explicit state directory, environment, default."""
-        if self.profile_given:
-            return Path(self.profile_given).expanduser().absolute()
-        named = os.environ.get(PROFILE_VARIABLE)
-        if named and not self.state_dir_given:
-            return Path(named).expanduser().absolute()
-        return self.state_dir / "clients" / "default.toml"
+        return places.find_profile(self.profile_given, os.environ, state=self.state_dir_given).absolute()
 
     def again(self, command: str) -> str:
         """Return a command to copy into any shell, which leads to the same broker as this one."""
-        if self.profile_given and command.split(maxsplit=1)[0] in _WITH_PROFILE:
+        taken = _options_of(command)
+        if self.profile_given and "--profile" in taken:
             command += f" --profile {shlex.quote(str(self.profile))}"
-        elif self.state_dir != default_state_dir():
+        elif self.state_dir != places.default_state_dir() and "--state-dir" in taken:
             command += f" --state-dir {shlex.quote(str(self.state_dir))}"
         return f"{program()} {command}"
 
 
-def default_state_dir() -> Path:
-    """Return the platform's place for our state."""
-    from platformdirs import user_state_path
+def _options_of(line: str) -> set[str]:
+    """Return the options that the command of a line takes."""
+    from mcp_broker.cli.root import root
 
-    return user_state_path("mcp-broker")
+    command: click.Command = root
+    for word in line.split():
+        found = (
+            command.get_command(click.Context(command), word) if isinstance(command, click.Group) else None
+        )
+        if found is None:
+            break
+        command = found
+    return {option for parameter in command.params for option in parameter.opts}
 
 
 def program() -> str:

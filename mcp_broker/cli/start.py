@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from mcp_broker import logs
+from mcp_broker.auth.places import STATE_DIR_VARIABLE, profile_in
 from mcp_broker.cli import output, settings
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def start(config_file: str | None) -> int:
 def _state_dir(chosen: settings.Settings, configuration: Config) -> Path:
     """Command line, environment, configuration, platform: the first that says."""
     named = configuration.state.dir
-    if named and not chosen.state_dir_given and not os.environ.get(settings.STATE_DIR_VARIABLE):
+    if named and not chosen.state_dir_given and not os.environ.get(STATE_DIR_VARIABLE):
         chosen.state_dir_given = named
     return chosen.state_dir
 
@@ -140,7 +141,7 @@ class Announcer:
         )
         output.line(f"  clients      {event.client_endpoint}")
         output.line(f"  workers      {event.worker_endpoint}")
-        output.line(f"  credentials  {self._chosen.state_dir / 'clients' / 'default.toml'}")
+        output.line(f"  credentials  {profile_in(self._chosen.state_dir)}")
         output.line(f"  pools        {', '.join(sorted(event.pools)) or 'none'}")
         if self._skipped:
             output.line(f"  not served   {', '.join(self._skipped)}: pip install 'mcp-broker[tools]'")

@@ -38,6 +38,8 @@ def status() -> int:
     else:
         for text in page(report):
             output.line(text)
+        if output.is_terminal():
+            output.note(f"{chosen.again('ps')} lists all workers, {chosen.again('why ID')} tells of a death")
     for text in lacking:
         output.note(f"not ready: {text}")
     return failures.FAILED if lacking else failures.DONE
@@ -94,7 +96,7 @@ def page(report: Map) -> list[str]:
     room = HEIGHT - len(lines) - len(deaths) - len(tools) - 3
     if len(workers) > room:
         hidden = len(workers) - room + 1
-        workers = [*workers[: room - 1], f"… and {hidden} more workers: mcp-broker ps"]
+        workers = [*workers[: room - 1], f"… and {hidden} more workers"]
     return [output.cut(text, WIDTH) for text in [*lines, "", *workers, "", *tools, "", *deaths]]
 
 
@@ -123,8 +125,6 @@ def _head(report: Map) -> list[str]:
 
 def uptime_s(report: Map) -> float:
     """Return for how long the broker serves, seconds."""
-    if report.get("uptime_s") is not None:
-        return float(report["uptime_s"])
     started = float(report.get("started_wall") or 0)
     return time.time() - started if started else 0.0
 
@@ -159,7 +159,7 @@ def _deaths(report: Map) -> list[str]:
     deaths = report.get("deaths") or []
     if not deaths:
         return ["Recent deaths: none"]
-    lines = [f"Recent deaths ({len(deaths)}; mcp-broker why ID says more):"]
+    lines = [f"Recent deaths ({len(deaths)}):"]
     for death in deaths[:_DEATHS_SHOWN]:
         when = output.ago(float(death.get("wall_at") or 0))
         lines.append(

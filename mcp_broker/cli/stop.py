@@ -24,7 +24,7 @@ _PROGRESS_S: Final = 2.0
     epilog="""\b
 Examples:
   mcp-broker stop
-  mcp-broker stop --deadline 2
+  mcp-broker stop --drain 2
   mcp-broker stop --state-dir /srv/broker --timeout 60""",
 )
 @click.option(
@@ -37,14 +37,14 @@ Examples:
     help="Wait this long for it to end.",
 )
 @click.option(
-    "--deadline",
-    "deadline_s",
+    "--drain",
+    "drain_s",
     type=click.FloatRange(min=0),
     metavar="SECONDS",
     help="End calls that still run after this long, if the configuration gives them more.",
 )
 @settings.shared("json", "state-dir")
-def stop(timeout_s: float, deadline_s: float | None) -> None:
+def stop(timeout_s: float, drain_s: float | None) -> None:
     """Tell the broker of the state directory to drain and end, and wait for it.
 
     Running calls may finish, up to the drain time of its configuration.
@@ -61,10 +61,10 @@ def stop(timeout_s: float, deadline_s: float | None) -> None:
     try:
         # the pidfd is of the process that held the lock just now: a recycled pid is not hit
         signal.pidfd_send_signal(pidfd, signal.SIGTERM)
-        if deadline_s is not None and not _is_gone(pidfd, deadline_s):
+        if drain_s is not None and not _is_gone(pidfd, drain_s):
             # told again, it ends at once
             signal.pidfd_send_signal(pidfd, signal.SIGTERM)
-        _wait(pid, pidfd, began + timeout_s)
+        _wait(pid, pidfd, began + timeout_s, chosen)
     except PermissionError:
         raise SupervisionError(
             f"the broker (pid {pid}) belongs to another user",
@@ -95,7 +95,7 @@ def _is_gone(pidfd: int, within_s: float) -> bool:
     return bool(poll.poll(within_s * 1000))
 
 
-def _wait(pid: int, pidfd: int, deadline: float) -> None:
+def _wait(pid: int, pidfd: int, deadline: float, chosen: settings.Settings) -> None:
     """Wait until the process is gone, with a word now and then.
 
     Raises:
@@ -109,7 +109,8 @@ def _wait(pid: int, pidfd: int, deadline: float) -> None:
             raise SupervisionError(
                 f"pid {pid} did not end in time; it may still be draining",
                 {
-                    "hint": f"mcp-broker stop --timeout 60 waits longer; kill -TERM {pid} a second time ends it at once"
+                    "hint": f"{chosen.again('stop --timeout 60')} waits longer; "
+                    f"{chosen.again('stop --drain 0')} ends it at once"
                 },
             )
         if poll.poll(min(left, _PROGRESS_S) * 1000):

@@ -69,7 +69,7 @@ def why(id_: str | None) -> None:
     if chosen.as_json:
         output.document(record)
         return
-    for text in story(record):
+    for text in story(record, chosen):
         output.line(text)
 
 
@@ -129,15 +129,15 @@ def certificate_of(record: Map) -> Map | None:
     return record if "cause" in record and "worker_id" in record else None
 
 
-def story(record: Map) -> list[str]:
+def story(record: Map, chosen: settings.Settings) -> list[str]:
     """Tell an answer in lines for people."""
     if record.get("kind") == "none":
         return ["no worker has died"]
     if record.get("kind") == "tool":
-        return condition.told(record)
+        return condition.told(record, chosen)
     if record.get("kind") == "pool":
-        return _pool(record)
-    lines = _call(record) if record.get("kind") == "call" else []
+        return _pool(record, chosen)
+    lines = _call(record, chosen) if record.get("kind") == "call" else []
     certificate = certificate_of(record)
     if certificate is not None:
         lines += _death(certificate)
@@ -167,7 +167,7 @@ def _reclaimed(reclaim: Map | None) -> list[str]:
     return lines
 
 
-def _pool(record: Map) -> list[str]:
+def _pool(record: Map, chosen: settings.Settings) -> list[str]:
     """Tell how a pool is, which of its tools do not simply serve, and its latest deaths."""
     workers = f"{record.get('ready', 0)} of {record.get('min', 0)} workers ready"
     lines = [
@@ -176,31 +176,31 @@ def _pool(record: Map) -> list[str]:
     if record.get("reason"):
         lines.append(f"  why        {record['reason']}")
     for troubled in record.get("troubled") or ():
-        lines += [f"  {text}" for text in condition.told(troubled)]
+        lines += [f"  {text}" for text in condition.told(troubled, chosen)]
     for certificate in record.get("deaths") or ():
         lines += [f"  {text}" for text in _death(certificate)[:2]]
     if not record.get("deaths"):
         lines.append("  none of its workers has died of late")
     if record.get("state") in {"failed", "closed"}:
-        lines.append(f"  next       mcp-broker scale {record.get('name')} auto")
+        command = f"scale {record.get('name')} auto"
+        lines.append(f"  next       {chosen.again(command)}")
     return lines
 
 
-def _call(record: Map) -> list[str]:
+def _call(record: Map, chosen: settings.Settings) -> list[str]:
     call_id = record.get("call_id", "?")
     name = call_id.hex() if isinstance(call_id, bytes) else str(call_id)
     head = (
         f"call {name} of {record.get('tool', '?')}: {record.get('code') or record.get('state') or 'unknown'}"
     )
-    return [
+    lines = [
         head,
         *_rest({key: value for key, value in record.items() if key not in {"call_id", "tool", "code"}}),
-        *(
-            [f"  next           mcp-broker why {record.get('tool')}"]
-            if record.get("code") in _TOOLS_OWN
-            else []
-        ),
     ]
+    if record.get("code") in _TOOLS_OWN:
+        command = f"why {record.get('tool')}"
+        lines.append(f"  next           {chosen.again(command)}")
+    return lines
 
 
 def _rest(record: Map) -> list[str]:

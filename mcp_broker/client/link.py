@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Final
 import zmq
 
 from mcp_broker import errors
-from mcp_broker.auth.profile import find_profile, load_profile
+from mcp_broker.auth.places import find_profile
+from mcp_broker.auth.profile import load_profile
 from mcp_broker.client import connection as connections
 from mcp_broker.client.session import ClientSession, State
 from mcp_broker.transport import POLLIN, POLLOUT

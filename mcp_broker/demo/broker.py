@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+from mcp_broker.auth.places import profile_in
 from mcp_broker.errors import BrokerError, SupervisionError
 
 SERVING_S: Final = 20.0
@@ -61,7 +62,7 @@ class DemoBroker:
     def __init__(self, folder: Path, data: Path) -> None:
         self.folder = folder
         self.state_dir = folder / "state"
-        self.profile = self.state_dir / "clients" / "default.toml"
+        self.profile = profile_in(self.state_dir)
         self.log = folder / "start.log"
         self._data = data
         self._process: subprocess.Popen[bytes] | None = None

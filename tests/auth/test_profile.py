@@ -12,7 +12,8 @@ import tomli_w
 
 from mcp_broker.auth import profile as profiles
 from mcp_broker.auth.keys import CurvePair, write_secret
-from mcp_broker.auth.profile import Profile, find_profile, load_profile, save_profile, state_dir
+from mcp_broker.auth.places import find_profile, state_dir
+from mcp_broker.auth.profile import Profile, load_profile, save_profile
 from mcp_broker.errors import CredentialError, NotReachable
 
 PAIR = CurvePair.from_secret(b"s" * 32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -146,7 +147,7 @@ def status_report(**changes: Any) -> dict[str, Any]:
         "version": "0.1.0",
         "state": "serving",
         "epoch": 1,
-        "uptime_s": 192.0,
+        "started_wall": time.time() - 192.0,
         "broker": {"pid": 4711},
         "supervisor": {"pid": 4710},
         "endpoints": {"clients": "tcp://127.0.0.1:40001", "workers": "tcp://127.0.0.1:40002"},

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mcp_broker.cli import condition, tools, why
+from mcp_broker.cli import condition, settings, tools, why
 from mcp_broker.core.steering import WISHES
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def test_a_tool_of_which_nothing_is_wrong_is_told_in_few_lines() -> None:
         "ladder": None,
         "history": [],
     }
-    assert len(condition.told(plain)) == 4
+    assert len(condition.told(plain, settings.Settings())) == 4
 
 
 def test_why_of_a_pool_tells_its_troubled_tools_and_deaths() -> None:
@@ -105,7 +105,7 @@ def test_why_of_a_pool_tells_its_troubled_tools_and_deaths() -> None:
         "kind": "pool", "name": "text", "state": "failed", "ready": 0, "min": 2, "restarts": 5, "reason": "died 6 times",
         "troubled": [CONDITION], "deaths": [{"worker_id": "text-4", "pid": 7, "cause": "exited with code 7"}],
     }  # fmt: skip
-    told = "\n".join(why.story(record))
+    told = "\n".join(why.story(record, settings.Settings()))
     for fact in (
         "0 of 2 workers ready",
         "died 6 times",

@@ -7,6 +7,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+import click
 import pytest
 
 from mcp_broker.cli import root
@@ -113,3 +114,24 @@ def test_completion_script_asks_us_back(run: Run, shell: str) -> None:
     assert done.code == 0
     assert "_MCP_BROKER_COMPLETE" in done.out
     assert done.err == ""
+
+
+def _all_commands() -> list[tuple[str, click.Command]]:
+    found: list[tuple[str, click.Command]] = []
+    context = click.Context(root.root)
+    for name in root.root.list_commands(context):
+        command = root.root.get_command(context, name)
+        assert command is not None
+        found.append((name, command))
+        if isinstance(command, click.Group):
+            found += [(f"{name} {inner}", made) for inner, made in command.commands.items()]
+    return found
+
+
+def test_what_the_help_says_of_options_holds_for_the_commands() -> None:
+    taken = {
+        name: {option for each in command.params for option in each.opts} for name, command in _all_commands()
+    }
+    assert [name for name, options in taken.items() if "--debug" not in options] == []
+    for option in ("--json", "--profile", "--state-dir"):
+        assert sum(option in options for options in taken.values()) > len(taken) / 2, option

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from mcp_broker.cli import status, why
+from mcp_broker.cli import settings, status, why
 from mcp_broker.wire.node import DeathKind
 from tests.cli.doubles import CERTIFICATE, FakeClient, status_report
 
@@ -113,9 +113,8 @@ def test_status_as_json_keeps_the_broker_s_own_shape(run: Run, client: FakeClien
     assert "endpoints" in document
 
 
-def test_uptime_follows_from_the_start_when_it_is_not_given() -> None:
+def test_uptime_is_counted_from_the_start() -> None:
     report = status_report(started_wall=1.0)
-    del report["uptime_s"]
     assert status.uptime_s(report) > 1e9
 
 
@@ -148,7 +147,7 @@ def test_why_tells_a_signal_from_an_exit(run: Run, client: FakeClient) -> None:
     ):
         assert fact in done.out
     exited = {**CERTIFICATE, "kind": "exit", "signal": None, "exit_code": 3, "cause": "exited with code 3"}
-    told = "\n".join(why.story({"found": True, "kind": "death", "certificate": exited}))
+    told = "\n".join(why.story({"found": True, "kind": "death", "certificate": exited}, settings.Settings()))
     assert "exit code  3" in told
     assert "signal     none" in told
 
@@ -156,7 +155,9 @@ def test_why_tells_a_signal_from_an_exit(run: Run, client: FakeClient) -> None:
 def test_every_kind_of_death_has_words_of_its_own() -> None:
     kinds = get_args(DeathKind)
     told = {
-        kind: "\n".join(why.story({"kind": "death", "certificate": {**CERTIFICATE, "kind": kind}}))
+        kind: "\n".join(
+            why.story({"kind": "death", "certificate": {**CERTIFICATE, "kind": kind}}, settings.Settings())
+        )
         for kind in kinds
     }
     assert set(why.KINDS) == set(kinds)
@@ -165,13 +166,15 @@ def test_every_kind_of_death_has_words_of_its_own() -> None:
 
 
 def test_a_kind_of_death_of_another_release_is_said_to_be_one() -> None:
-    told = "\n".join(why.story({"kind": "death", "certificate": {**CERTIFICATE, "kind": "boredom"}}))
+    told = "\n".join(
+        why.story({"kind": "death", "certificate": {**CERTIFICATE, "kind": "boredom"}}, settings.Settings())
+    )
     assert "boredom: a kind that this version does not know" in told
 
 
 def test_why_says_unknown_rather_than_guess() -> None:
     bare = {"worker_id": "text-1", "pid": 1, "kind": "unknown"}
-    told = "\n".join(why.story({"kind": "death", "certificate": bare}))
+    told = "\n".join(why.story({"kind": "death", "certificate": bare}, settings.Settings()))
     assert "why        unknown" in told
     assert "exit code  unknown" in told
 
@@ -185,7 +188,7 @@ def test_why_of_a_call_and_of_a_living_worker() -> None:
         "code": "WORKER_LOST",
         "certificate": CERTIFICATE,
     }
-    told = "\n".join(why.story(call))
+    told = "\n".join(why.story(call, settings.Settings()))
     assert "call ab12 of add: WORKER_LOST" in told
     assert "mcp-broker why add" in told, "how its tool is"
     assert "killed by SIGKILL" in told
@@ -197,7 +200,7 @@ def test_why_of_a_call_and_of_a_living_worker() -> None:
         "pool": "text",
         "alive": True,
     }
-    assert why.story(living) == ["worker text-1 of pool text lives: ready"]
+    assert why.story(living, settings.Settings()) == ["worker text-1 of pool text lives: ready"]
 
 
 def test_why_without_an_id_tells_the_latest_death_or_that_there_is_none(run: Run, client: FakeClient) -> None:
@@ -256,12 +259,16 @@ RECLAIM = {
 
 
 def test_why_tells_what_was_taken_back_and_what_could_not_be(run: Run, tmp_path: Path) -> None:
-    story = "\n".join(why.story({"kind": "death", "certificate": CERTIFICATE, "reclaim": RECLAIM}))
+    story = "\n".join(
+        why.story({"kind": "death", "certificate": CERTIFICATE, "reclaim": RECLAIM}, settings.Settings())
+    )
     assert "taken back within 42 ms" in story
     assert "processes" in story
     assert "ports" not in story, "nothing was there"
     assert "could not: hog: Operation not permitted" in story
-    running = "\n".join(why.story({"kind": "death", "certificate": CERTIFICATE, "reclaim": None}))
+    running = "\n".join(
+        why.story({"kind": "death", "certificate": CERTIFICATE, "reclaim": None}, settings.Settings())
+    )
     assert "taken back: not known" in running
     state = tmp_path / "kept"
     state.mkdir()

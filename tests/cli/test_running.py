@@ -58,6 +58,29 @@ def test_command_to_copy_repeats_a_state_directory_that_is_not_the_default(
     assert settings.Settings().again("status").endswith("mcp-broker status")
 
 
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        *(
+            (command, "--profile")
+            for command in ("ports", "dead-letters show 5f1d", "tools NAME", "call t.a '{}'")
+        ),
+        *((command, "--state-dir") for command in ("start", "stop --drain 0", "credentials issue NAME")),
+        *((command, "") for command in ("demo", "completion bash")),
+    ],
+)
+def test_command_to_copy_gets_the_option_that_it_takes(tmp_path: Path, command: str, option: str) -> None:
+    chosen = settings.Settings(
+        profile_given=str(tmp_path / "a b.toml"), state_dir_given=str(tmp_path / "other")
+    )
+    value = {"--profile": str(tmp_path / "a b.toml"), "--state-dir": str(tmp_path / "other")}
+    words = shlex.split(chosen.again(command))
+    assert words[words.index(command.split(maxsplit=1)[0]) :] == [
+        *shlex.split(command),
+        *([option, value[option]] if option else []),
+    ]
+
+
 # -- not reachable, refused -----------------------------------------------------------------------------------
 
 
@@ -228,7 +251,7 @@ def test_stop_with_a_deadline_tells_it_again_when_that_is_over(run: Run, tmp_pat
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == "held\n"
-            done = run("stop", "--state-dir", str(tmp_path), "--deadline", "0.2")
+            done = run("stop", "--state-dir", str(tmp_path), "--drain", "0.2")
             assert (done.code, process.wait(5)) == (0, 0)
         finally:
             process.kill()
