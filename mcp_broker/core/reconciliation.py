@@ -18,11 +18,13 @@ call that nobody waits for, is ended. Source: docs/protocol.md, "Worker sessions
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from mcp_broker import limits
 from mcp_broker.core import losses
 from mcp_broker.core.calls import Call, CallState, fault
+from mcp_broker.core.pool import APART
 from mcp_broker.core.workers import WorkerState
 from mcp_broker.wire import codec, messages
 from mcp_broker.wire.structs import Slim
@@ -44,12 +46,16 @@ class Orphan(Slim):
     """A call that a worker holds and no client of this broker has asked for."""
 
     worker: Worker
+    call_id: bytes
     #: its number at that worker; 0: finished
     seq: int
     principal: str
     outcome: messages.Outcome | None = None
     body: Body | None = None
+    size: int = 0
     receipt: Receipt | None = None
+    #: when it is let go, if nobody has asked for it
+    ends: float = math.inf
     #: nobody asked for it in time: it is being stopped
     is_unwanted: bool = False
 
@@ -61,7 +67,12 @@ class Reconciliation:
         self._routing = routing
         self._dispatcher = routing.dispatcher
         self._ledger = routing.ledger
-        self.orphans: dict[bytes, Orphan] = {}
+        #: by family of pools, which no worker can say of itself, and call id
+        self.orphans: dict[tuple[str, bytes], Orphan] = {}
+        #: worker -> bytes of outcomes that are kept for whoever asks for its orphans
+        self._kept_bytes: dict[Worker, int] = {}
+        #: workers with a timer that lets go of their orphans
+        self._timed: set[Worker] = set()
         #: accepted calls of which nobody can say yet whether they started
         self.doubts: dict[bytes, Call] = {}
         #: calls that workers had started when they died -> their certificate
@@ -94,50 +105,65 @@ class Reconciliation:
             if call.state is not _ENDED:
                 # its parts went by the old connection, and the worker stops it
                 self._routing.end(call, _cut(call), "cancel", now)
-        orphans = {call_id: one for call_id, one in told.items() if call_id not in worker.held}
-        for call_id, one in orphans.items():
-            self.orphans[call_id] = Orphan(worker, one.seq, one.principal)
-        if orphans:
-            self._routing.timers.add(now + limits.ORPHAN_S, self._let_go, (worker, tuple(orphans)))
+        self._replace(worker, [one for one in told.values() if one.call_id not in worker.held], now)
         self._settle(worker.pool, now)
+
+    def _replace(self, worker: Worker, held: list[messages.Held], now: float) -> None:
+        """Have the orphans of a worker be these, as far as they can be."""
+        before = [orphan for orphan in self.orphans.values() if orphan.worker is worker]
+        for orphan in before:
+            self._remove(orphan)
+        running = len(worker.held)
+        ends = now + limits.ORPHAN_S
+        for one in held:
+            running += bool(one.seq)
+            key = (worker.pool.family, one.call_id)
+            if key not in self.orphans and (running <= limits.WORKER_DEPTH_MAX or not one.seq):
+                self.orphans[key] = Orphan(worker, one.call_id, one.seq, one.principal, ends=ends)
+        self.were_abandoned({orphan.call_id for orphan in before}.difference(one.call_id for one in held))
+        if held and worker not in self._timed:
+            self._timed.add(worker)
+            self._routing.timers.add(ends, self._let_go, worker)
 
     def outcome(self, worker: Worker, outcome: messages.Outcome, body: Body | None, receipt: Receipt) -> bool:
         """Keep an outcome that no call of ours waits for, if its worker has told of it."""
-        orphan = self.orphans.get(outcome.call_id)
+        orphan = self.orphans.get((worker.pool.family, outcome.call_id))
         if orphan is None or orphan.worker is not worker or orphan.outcome is not None:
             return False
-        if orphan.is_unwanted:
-            self._forget(outcome.call_id)
-            return True
-        orphan.seq, orphan.outcome, orphan.body, orphan.receipt = 0, outcome, body, receipt
-        receipt.left += 1
-        call = self.doubts.get(outcome.call_id)
-        if call is None:
-            return True
-        if call.state is not _ENDED:
-            self._claim(call, orphan)
-        else:
+        call = self._asker(orphan)
+        size = len(outcome.body or b"") + (len(body) if body is not None else 0)
+        kept = self._kept_bytes.get(worker, 0) + size
+        if call is not None and call.state is _ENDED:
             # its caller has another outcome: nobody will ask for this one
             del self.doubts[outcome.call_id]
-            self._forget(outcome.call_id)
-            receipt.left -= 1
+            self._forget(orphan)
+        elif call is None and (orphan.is_unwanted or kept > limits.HELD_BYTES_MAX):
+            self._forget(orphan)
+        else:
+            if size:
+                self._kept_bytes[worker] = kept
+            orphan.seq, orphan.outcome, orphan.body, orphan.size = 0, outcome, body, size
+            orphan.receipt = receipt
+            receipt.left += 1
+            if call is not None:
+                self._claim(call, orphan)
         return True
 
     def died(self, worker: Worker, now: float) -> None:
-        """A worker's death is settled: what it ran without an outcome is known by the marks, if at all."""
+        """A worker's death is settled: what it held without an outcome had started, also where its marks forgot it."""
         gone = [
-            call_id
-            for call_id, orphan in self.orphans.items()
-            if orphan.worker is worker and orphan.outcome is None
+            orphan for orphan in self.orphans.values() if orphan.worker is worker and orphan.outcome is None
         ]
-        for call_id in gone:
-            del self.orphans[call_id]
+        for orphan in gone:
+            self._remove(orphan)
+        if worker.certificate is not None:
+            self.had_started(worker.certificate, tuple(orphan.call_id for orphan in gone))
         worker.is_silent = False
         self._settle(worker.pool, now)
 
     def is_running(self, worker: Worker, call_id: bytes, seq: int) -> bool:
         """Tell whether a worker runs this call, and nobody has asked for it."""
-        orphan = self.orphans.get(call_id)
+        orphan = self.orphans.get((worker.pool.family, call_id))
         return orphan is not None and orphan.worker is worker and orphan.seq == seq
 
     def holds(self, worker: Worker) -> bool:
@@ -162,25 +188,37 @@ class Reconciliation:
 
     def claims(self, call: Call) -> bool:
         """Take an accepted call that was sent again; False: it is one like any other."""
-        call_id = call.call_id
-        orphan = self.orphans.get(call_id)
+        orphan = self._orphan_of(call)
         if orphan is not None:
-            if orphan.principal != call.session.grant.caller.principal:
-                # ids are no secret between a principal and itself only
-                text = "a call with this id is already under way"
-                self._ledger.finish(call, fault(call_id, "INVALID_ARGUMENT", text))
-                return True
-            if call.tool.is_streaming:
-                # an earlier broker had its parts; what the worker still does is let go with its orphan
-                self._ledger.finish(call, _cut(call))
-                return True
-            if orphan.outcome is None and not orphan.seq:
-                # finished: its outcome is on its way
-                self.doubts[call_id] = call
-                return True
-            self._claim(call, orphan)
+            self._join(call, orphan)
             return True
         return self._lost(call) or self._doubt(call) or self._was_let_go(call)
+
+    def _orphan_of(self, call: Call) -> Orphan | None:
+        """Return what a worker that may have run this call holds of it."""
+        pool = call.tool.pool
+        return None if pool is None else self.orphans.get((pool.family, call.call_id))
+
+    def _asker(self, orphan: Orphan) -> Call | None:
+        """Return the call that waits for this orphan's outcome; it may have ended meanwhile."""
+        call = self.doubts.get(orphan.call_id)
+        return call if call is not None and self._orphan_of(call) is orphan else None
+
+    def _join(self, call: Call, orphan: Orphan) -> None:
+        """Decide what becomes of a call of which a worker holds something."""
+        self.doubts.pop(call.call_id, None)
+        if orphan.principal != call.session.grant.caller.principal:
+            # ids are no secret between a principal and itself only
+            text = "a call with this id is already under way"
+            self._ledger.finish(call, fault(call.call_id, "INVALID_ARGUMENT", text))
+        elif call.tool.is_streaming:
+            # an earlier broker had its parts; what the worker still does is let go with its orphan
+            self._ledger.finish(call, _cut(call))
+        elif orphan.outcome is None and not orphan.seq:
+            # finished: its outcome is on its way
+            self.doubts[call.call_id] = call
+        else:
+            self._claim(call, orphan)
 
     def _doubt(self, call: Call) -> bool:
         pool = call.tool.pool
@@ -198,6 +236,9 @@ class Reconciliation:
         """End a call that a dead worker had started; False: none had, or it may run again."""
         certificate = self._started.get(call.call_id)
         if certificate is None or call.tool.definition.idempotent:
+            return False
+        if call.tool.pool is None or certificate.pool.partition(APART)[0] != call.tool.pool.family:
+            # which calls it had started was its own word
             return False
         text = (
             f"worker {certificate.worker_id} was lost after it had started {call.tool.name}: {certificate.cause}; "
@@ -227,12 +268,13 @@ class Reconciliation:
 
     def _claim(self, call: Call, orphan: Orphan) -> None:
         """Join a call with what a worker holds of it."""
-        del self.orphans[call.call_id]
+        outcome, body = orphan.outcome, orphan.body
+        self._remove(orphan)
         self.doubts.pop(call.call_id, None)
-        if orphan.outcome is None:
+        if outcome is None:
             self._dispatcher.adopt(call, orphan.worker, orphan.seq)
             return
-        self._ledger.finish(call, *losses.checked(orphan.worker, orphan.outcome, orphan.body))
+        self._ledger.finish(call, *losses.checked(orphan.worker, outcome, body))
         if orphan.receipt is not None:
             # its share is the session's from here on
             orphan.receipt.left -= 1
@@ -254,10 +296,9 @@ class Reconciliation:
             if call.state is _ENDED:
                 del self.doubts[call.call_id]
                 continue
-            orphan = self.orphans.get(call.call_id)
+            orphan = self._orphan_of(call)
             if orphan is not None:
-                if orphan.outcome is not None or orphan.seq:
-                    self._claim(call, orphan)
+                self._join(call, orphan)
                 continue
             if in_doubt:
                 continue
@@ -268,30 +309,44 @@ class Reconciliation:
             if call.tool.pool is not None:
                 self._dispatcher.submit([call], call.tool.pool, now)
 
-    def _let_go(self, subject: tuple[Worker, tuple[bytes, ...]], now: float) -> None:
-        """Nobody asked for these in time."""
-        worker, call_ids = subject
-        for call_id in call_ids:
-            orphan = self.orphans.get(call_id)
-            if orphan is None or orphan.worker is not worker:
+    def _let_go(self, worker: Worker, now: float) -> None:
+        """Nobody asked for some orphans of a worker in time."""
+        self._timed.discard(worker)
+        for orphan in [orphan for orphan in self.orphans.values() if orphan.worker is worker]:
+            if orphan.ends > now:
                 continue
+            orphan.ends = math.inf
+            call = self._asker(orphan)
             if orphan.seq:
                 # it occupies its worker until that says so
                 orphan.is_unwanted = True
-                self._routing.crew.stop_call(worker, call_id, orphan.seq, "cancel", now)
-                continue
-            call = self.doubts.get(call_id)
-            if call is not None and call.state is not _ENDED:
-                # somebody asks for it, and it is on its way
-                continue
-            self.doubts.pop(call_id, None)
-            self._forget(call_id)
-            if orphan.receipt is not None:
-                orphan.receipt.left -= 1
+                self._routing.crew.stop_call(worker, orphan.call_id, orphan.seq, "cancel", now)
+            elif call is None:
+                self._forget(orphan)
+            elif call.state is _ENDED:
+                del self.doubts[orphan.call_id]
+                self._forget(orphan)
+            # else somebody asks for it, and it is on its way
+        left = min(
+            (orphan.ends for orphan in self.orphans.values() if orphan.worker is worker), default=math.inf
+        )
+        if left < math.inf:
+            self._timed.add(worker)
+            self._routing.timers.add(left, self._let_go, worker)
 
-    def _forget(self, call_id: bytes) -> None:
-        del self.orphans[call_id]
-        self.were_abandoned((call_id,))
+    def _forget(self, orphan: Orphan) -> None:
+        self._remove(orphan)
+        self.were_abandoned((orphan.call_id,))
+        if orphan.receipt is not None:
+            orphan.receipt.left -= 1
+
+    def _remove(self, orphan: Orphan) -> None:
+        worker = orphan.worker
+        del self.orphans[worker.pool.family, orphan.call_id]
+        if orphan.size:
+            self._kept_bytes[worker] -= orphan.size
+            if not self._kept_bytes[worker]:
+                del self._kept_bytes[worker]
 
     def _unheard(self, worker: Worker, now: float) -> None:
         """A worker has not spoken: the call that it runs keeps it from that, and nobody may be waiting for it."""

@@ -343,6 +343,135 @@ def test_outcome_of_another_principals_call_is_nobody_elses() -> None:
     assert world.outcomes(session) == {ID: "INVALID_ARGUMENT"}
 
 
+def neighbours() -> World:
+    """A broker that follows another one, with a worker of each of two pools."""
+    world = World()
+    admitted = tuple(
+        node.Admitted(thumbprint=f"key-{pool}-1", worker_id=f"{pool}-1", pool=pool)
+        for pool in ("good", "evil")
+    )
+    world.machine.from_node(node.Admit(admitted), world.now)
+    for pool in ("good", "evil"):
+        world.machine.from_node(node.Tools(pool, (definition(f"{pool}.echo"),)), world.now)
+    return world
+
+
+def comes(world: World, pool: str, *held: messages.Held) -> None:
+    tools = (definition(f"{pool}.echo"),)
+    world.worker_says(f"{pool}-1", messages.Register(0, "MCPB", (1,), tools, seq=9, held=held))
+    world.worker_says(f"{pool}-1", messages.Ready(EPOCH, 4))
+
+
+@pytest.mark.parametrize("first", ["good", "evil"])
+@pytest.mark.parametrize("asked_first", [True, False])
+def test_no_worker_can_answer_for_another_pools_call(first: str, asked_first: bool) -> None:
+    world = neighbours()
+    session = world.hello()
+    if asked_first:
+        again(world, tool="good.echo")
+    held = {"good": messages.Held(ID, 9, "tester"), "evil": messages.Held(ID, 0, "tester")}
+    second = "evil" if first == "good" else "good"
+    comes(world, first, held[first])
+    comes(world, second, held[second])
+    world.answer("evil-1", ID)
+    if not asked_first:
+        again(world, tool="good.echo")
+    assert world.outcomes(session) == {}, "its own worker runs it"
+    world.check()
+    world.answer("good-1", ID, "TOOL_FAILED")
+    assert world.outcomes(session) == {ID: "TOOL_FAILED"}
+
+
+def test_no_worker_can_say_that_it_died_of_another_pools_call() -> None:
+    world = neighbours()
+    world.hello()
+    comes(world, "evil", messages.Held(ID, 9, "tester"))
+    comes(world, "good")
+    world.machine.from_node(node.Died(certificate("evil-1", 9), (ID,)), world.now)
+    world.later(0.1)
+    again(world, tool="good.echo")
+    assert world.dispatched("good-1") == [ID]
+
+
+def test_outcome_of_another_principals_call_is_nobody_elses_also_if_that_was_asked_for_first() -> None:
+    world = successor("echo-1")
+    session = world.hello()
+    again(world)
+    registers(world, "echo-1", messages.Held(ID, 0, "somebody"))
+    world.answer("echo-1", ID)
+    assert world.outcomes(session) == {ID: "INVALID_ARGUMENT"}
+    world.check()
+
+
+def test_what_a_worker_says_that_it_holds_replaces_what_it_said_before() -> None:
+    world = successor("echo-1")
+    session = world.hello()
+    for start in range(0, 1000, 100):
+        held = [
+            messages.Held(bytes(12) + n.to_bytes(4, "big"), n % 2, "tester")
+            for n in range(start, start + 100)
+        ]
+        registers(world, "echo-1", *held)
+    reconciliation = world.machine.reconciliation
+    assert len(reconciliation.orphans) == 100
+    assert len(world.machine.timers) < 10
+    again(world, bytes(16))
+    assert world.outcomes(session) == {bytes(16): "BROKER_LOST"}, "it told of it once, and holds it no more"
+    world.later(bounds.ORPHAN_S + 1)
+    assert len(reconciliation.orphans) == 50
+    assert {orphan.is_unwanted for orphan in reconciliation.orphans.values()} == {True}
+
+
+def test_a_worker_runs_no_more_than_it_may_whatever_it_says() -> None:
+    world = successor("echo-1")
+    held = [messages.Held(bytes(12) + n.to_bytes(4, "big"), 1 + n, "tester") for n in range(1000)]
+    registers(world, "echo-1", *held)
+    assert len(world.machine.reconciliation.orphans) == bounds.WORKER_DEPTH_MAX
+
+
+def test_outcomes_that_nobody_asks_for_are_kept_up_to_a_bound_for_each_worker(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bounds, "HELD_BYTES_MAX", 250_000)
+    world = successor("echo-1")
+    session = world.hello()
+    ids = [bytes([n]) * 16 for n in range(1, 5)]
+    registers(world, "echo-1", *(messages.Held(one, 0, "tester") for one in ids))
+
+    def answers(call_id: bytes) -> None:
+        outcome = messages.Outcome(call_id, "OK", None)
+        world.worker_says("echo-1", messages.Outcomes(EPOCH, 1, (outcome,)), bytes(100_000))
+
+    for one in ids[:3]:
+        answers(one)
+    for one in ids:
+        again(world, one)
+    assert world.outcomes(session) == {ids[0]: "OK", ids[1]: "OK", ids[2]: "BROKER_LOST"}
+    answers(ids[3])
+    assert world.outcomes(session) == {ids[3]: "OK"}
+    world.check()
+
+
+@pytest.mark.parametrize("seq", [3, 0])
+@pytest.mark.parametrize("asked_first", [True, False])
+def test_call_that_a_dead_worker_had_said_it_holds_is_lost_also_where_its_marks_are_forgotten(
+    seq: int, asked_first: bool
+) -> None:
+    world = successor("echo-1", "echo-2")
+    session = world.hello()
+    registers(world, "echo-2")
+    if asked_first:
+        again(world)
+    registers(world, "echo-1", messages.Held(ID, seq, "tester"), seq=900)
+    world.died("echo-1", started_seq=900)
+    world.later(0.1)
+    if not asked_first:
+        again(world)
+    assert world.outcomes(session) == {ID: "WORKER_LOST"}
+    assert world.dispatched("echo-2") == []
+    world.check()
+
+
 def test_connection_that_ends_costs_no_call() -> None:
     world = World()
     session = world.hello()

@@ -254,9 +254,9 @@ class Invariants:
                 continue
             session = worker.session
             has = {pending.dispatch.call_id for pending in session.inbox} | session.running.keys()
-            orphans = machine.reconciliation.orphans
+            orphans = {call_id for _, call_id in machine.reconciliation.orphans}
             self.hold(
-                has <= known.held.keys() | orphans.keys(),
+                has <= known.held.keys() | orphans,
                 f"{worker.name} has calls that the broker does not count: {has}",
             )
 
