@@ -78,6 +78,12 @@ def _is_apart(tool: Tool, pool: Pool) -> bool:
     return tool.pool is not None and tool.pool.name == f"{pool.name}{APART}{tool.name}"
 
 
+def _may_move(tool: Tool, pool: Pool) -> bool:
+    """Tell whether another pool may have a tool's name: its own closes, or is closed or no more since an earlier broker."""
+    report = pool.report
+    return bool(pool.closed) or (tool.is_recalled and (report is None or report.state == "closed"))
+
+
 class Tool:
     """A registered tool. ``pool`` is None for the broker's own.
 
@@ -261,13 +267,13 @@ class Registry:
             tool = known[name] = self.tools.get(name)
             if tool is None or tool.pool is pool:
                 continue
-            if tool.pool is None or not (tool.is_recalled or tool.pool.closed):
+            if tool.pool is None or not _may_move(tool, tool.pool):
                 owner = tool.pool.name if tool.pool is not None else "the broker"
                 raise InvalidArgument(
                     f"the tool {name!r} is already served by pool {owner!r}; rename one of the two",
                     {"name": name, "pool": owner},
                 )
-            # what nobody has brought this time, or a closed pool has, may have moved to another pool
+            # it may have moved to another pool
             known[name] = None
         return known
 

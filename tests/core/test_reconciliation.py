@@ -393,6 +393,40 @@ def test_no_worker_can_say_that_it_died_of_another_pools_call() -> None:
     assert world.dispatched("good-1") == [ID]
 
 
+def reports(world: World, **pools: str) -> None:
+    """Say how the pools are, by name."""
+    told = tuple(
+        node.PoolReport(name=name, state=state, wanted=1, reason="why", workers=())
+        for name, state in pools.items()
+    )
+    world.machine.from_node(node.Report(told), world.now)
+
+
+def test_no_worker_can_take_the_name_of_another_pools_tool_because_it_comes_first() -> None:
+    world = neighbours()
+    reports(world, good="ready", evil="ready")
+    world.worker_says(
+        "evil-1", messages.Register(0, "MCPB", (1,), (definition("evil.echo"), definition("good.echo")))
+    )
+    (refused,) = world.heard_by_worker("evil-1")
+    assert isinstance(refused, messages.Error)
+    assert "already served by pool 'good'" in refused.message
+    comes(world, "good")
+    world.hello()
+    call_id = world.call(tool="good.echo")
+    assert world.dispatched("good-1") == [call_id]
+
+
+@pytest.mark.parametrize("pools", [{"evil": "ready"}, {"evil": "ready", "good": "closed"}])
+def test_the_name_of_a_tool_whose_pool_is_closed_or_no_more_may_move(pools: dict[str, str]) -> None:
+    world = neighbours()
+    reports(world, **pools)
+    world.serve("evil-1", 4, "evil", definition("evil.echo"), definition("good.echo"))
+    world.hello()
+    call_id = world.call(tool="good.echo")
+    assert world.dispatched("evil-1") == [call_id]
+
+
 def test_outcome_of_another_principals_call_is_nobody_elses_also_if_that_was_asked_for_first() -> None:
     world = successor("echo-1")
     session = world.hello()
