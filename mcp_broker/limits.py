@@ -358,11 +358,9 @@ TOKEN_LEEWAY_S: Final = 5
 
 # -- the node link ----------------------------------------------------------------------------------
 
-#: Refused handshakes and frames: of each kind the first is logged, and after so long how many more there were. Anybody
-#: with the public key can have them, without a session: a few lines a minute is all that it may cost.
+#: Of each kind of refusal the first is logged, and after so long how many more: anybody with the public key can have them.
 REFUSALS_TOLD_S: Final = 60.0
-#: One log line of a broker or worker, with its newline: what a pipe takes whole, so that lines of several threads and
-#: processes never mix. Longer records are cut by their writer, longer lines of others by the supervisor.
+#: One log line of a broker or worker, with its newline: what a pipe takes whole, so that lines of two writers never mix.
 LOG_LINE_BYTES_MAX: Final = 4096
 #: Both ends are ours; the largest message is a report of WORKERS_MAX workers or DEATHS_MAX certificates.
 NODE_BYTES_MAX: Final = 16 * 1024 * 1024
@@ -394,7 +392,7 @@ WORKER_IDLE_BEATS: Final = 4
 #: The first range that is mapped here is used. Far above what systems give to people (60,000), subordinate ids
 #: (from 100,000) and containers of systemd (below 1,879,048,192); the second one is for containers with 65,536 ids.
 UID_RANGES: Final = ((1_879_100_000, 16_384), (60_600, 3000))
-#: A key, a password, a certificate: what a pool's `secrets` name.
+#: A key, a profile, what a pool's `secrets` name: a wrong path (a log, a device) does not fill the memory.
 SECRET_BYTES_MAX: Final = 64 * 1024
 #: A worker is a better victim than its supervisor and broker when memory ends.
 WORKER_OOM_SCORE: Final = 500

@@ -350,6 +350,41 @@ def test_every_shipped_config_loads() -> None:
         importlib.import_module("mcp_broker.config").load(path)
 
 
+def _limits_of(sources: Mapping[str, str]) -> tuple[set[str], set[str]]:
+    """Return the names of the module limits, and those of them that other modules read."""
+    defined = {
+        node.target.id
+        for node in ast.parse(sources["mcp_broker.limits"]).body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+    used = set()
+    for name, text in sources.items():
+        for node in ast.walk(ast.parse(text)) if name != "mcp_broker.limits" else ():
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Name)
+                and "limits" in node.value.id
+            ):
+                used.add(node.attr)
+            elif isinstance(node, ast.ImportFrom) and node.module == "mcp_broker.limits":
+                used |= {alias.name for alias in node.names}
+    return defined, defined & used
+
+
+def test_every_limit_bounds_something() -> None:
+    defined, used = _limits_of(SOURCES)
+    assert len(defined) > 100
+    assert sorted(defined - used) == []
+
+
+def test_a_limit_that_nothing_reads_is_found() -> None:
+    sources = {
+        "mcp_broker.limits": "READ_MAX: Final = 1\nUNREAD_MAX: Final = 2",
+        "mcp_broker.core.calls": "from mcp_broker import limits\nREAD = limits.READ_MAX\nUNREAD_MAX = 2",
+    }
+    assert _limits_of(sources) == ({"READ_MAX", "UNREAD_MAX"}, {"READ_MAX"})
+
+
 # ---------------------------------------------------------------- the rules can fail
 
 MANY_LINES = "\n" * (MAX_LINES + 1)

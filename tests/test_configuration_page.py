@@ -61,7 +61,6 @@ def test_shipped_default_names_every_key() -> None:
     pool = whole["pools"]["echo"]
     written = {
         **{f"[{name}]": table for name, table in whole.items() if name != "pools"},
-        "[auth]": {},
         "[pools.NAME]": pool,
         "[pools.NAME.limits]": pool["limits"],
     }

@@ -21,6 +21,7 @@ import nacl.public
 import nacl.signing
 import tomli_w
 
+from mcp_broker import limits
 from mcp_broker.auth.zap import KEY_BYTES, jwk_thumbprint, thumbprint
 from mcp_broker.errors import CredentialError
 
@@ -45,10 +46,6 @@ Z85_ALPHABET: Final = (
     "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.-:+=^!/*?&<>()[]{}@%$#"  # RFC 32
 )
 _Z85_DIGITS: Final = {character: digit for digit, character in enumerate(Z85_ALPHABET)}
-#: 32 bytes as Z85 text
-Z85_KEY_CHARS: Final = 40
-#: far above any key or profile; a wrong path (a log, a device) does not fill the memory
-SECRET_FILE_BYTES_MAX: Final = 64 * 1024
 _OTHERS: Final = stat.S_IRWXG | stat.S_IRWXO
 
 
@@ -235,11 +232,11 @@ def read_secret(path: Path) -> bytes:
         # before fdopen, which takes no folder
         _check_status(path, os.fstat(fd))
         with os.fdopen(fd, "rb", closefd=False) as file:
-            data = file.read(SECRET_FILE_BYTES_MAX + 1)
+            data = file.read(limits.SECRET_BYTES_MAX + 1)
     finally:
         os.close(fd)
-    if len(data) > SECRET_FILE_BYTES_MAX:
-        too_large = f"it has more than {SECRET_FILE_BYTES_MAX} bytes"
+    if len(data) > limits.SECRET_BYTES_MAX:
+        too_large = f"it has more than {limits.SECRET_BYTES_MAX} bytes"
         raise _refused(path, "too_large", too_large, "name a key or profile file")
     return data
 

@@ -171,19 +171,3 @@ class Policy:
         if self.allowed.everything and not name.startswith(SYSTEM) and name != SYSTEM[:-1]:
             return True
         return name in PUBLIC_TOOLS or self.allowed.spells(name)
-
-
-def allows_all(policies: Iterable[Policy], tool_name: str, level: int = 0) -> Decision:
-    """Decide on a call made on behalf of another: every policy must allow it; the first Deny is told.
-
-    Args:
-        policies: of the one who calls and of those it calls for; none at all allows nothing.
-        tool_name: as in :meth:`Policy.allows`.
-        level: as in :meth:`Policy.allows`.
-    """
-    decision: Decision = Deny("FORBIDDEN", "out_of_scope", "nobody's scope was given")
-    for policy in policies:
-        decision = policy.allows(tool_name, level)
-        if decision is not ALLOWED:
-            return decision
-    return decision

@@ -22,7 +22,6 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from mcp_broker.config.tables import (
-    AuthTable,
     BrokerTable,
     Config,
     LimitsTable,
@@ -36,7 +35,6 @@ from mcp_broker.config.tables import (
 from mcp_broker.errors import ConfigError
 
 __all__ = [
-    "AuthTable",
     "BrokerTable",
     "Config",
     "LimitsTable",
@@ -55,11 +53,9 @@ __all__ = [
 _ENVIRONMENT_PREFIX: Final = "MCP_BROKER_"
 
 #: tables whose names are taken for a later version: refused by name, never silently accepted
-_NOT_YET: Final = frozenset({"audit"})
 _POOL_NAME: Final = re.compile(r"^[a-z][a-z0-9_.]{0,63}\Z")
 _TABLES: Final[Mapping[str, type[Table]]] = {
     "broker": BrokerTable,
-    "auth": AuthTable,
     "limits": LimitsTable,
     "state": StateTable,
     "observe": ObserveTable,
@@ -182,10 +178,10 @@ def _validated(raw: dict[str, Any], source: _Source, folder: Path, environ: Mapp
 
 def _refuse_unknown_keys(raw: dict[str, Any], source: _Source) -> None:
     for key in raw:
-        _check_key((), key, Config, _NOT_YET, source)
+        _check_key((), key, Config, source)
     for table, model in _TABLES.items():
         for key in _a_table(raw, (table,), source):
-            _check_key((table,), key, model, frozenset(), source)
+            _check_key((table,), key, model, source)
     for name in _a_table(raw, ("pools",), source):
         if not _POOL_NAME.match(name):
             raise ConfigError(
@@ -193,9 +189,9 @@ def _refuse_unknown_keys(raw: dict[str, Any], source: _Source) -> None:
                 " use lower-case letters, digits, '_' and '.', at most 64"
             )
         for key in _a_table(raw["pools"], (name,), source, within=("pools",)):
-            _check_key(("pools", name), key, PoolTable, frozenset(), source)
+            _check_key(("pools", name), key, PoolTable, source)
         for key in _a_table(raw["pools"][name], ("limits",), source, within=("pools", name)):
-            _check_key(("pools", name, "limits"), key, PoolLimits, frozenset(), source)
+            _check_key(("pools", name, "limits"), key, PoolLimits, source)
 
 
 def _a_table(
@@ -208,18 +204,11 @@ def _a_table(
     return value
 
 
-def _check_key(
-    path: tuple[str, ...], key: str, model: type[Table], not_yet: frozenset[str], source: _Source
-) -> None:
+def _check_key(path: tuple[str, ...], key: str, model: type[Table], source: _Source) -> None:
     if key in model.model_fields:
         return
     at = source.at((*path, key))
     place = f"in [{'.'.join(path)}]" if path else "at the top"
-    if key in not_yet:
-        raise ConfigError(
-            f"{at}: {key!r} {place} is not supported yet by this version; remove it",
-            {"key": ".".join((*path, key)), "hint": f"remove {key!r}"},
-        )
     known = sorted(model.model_fields)
     near = difflib.get_close_matches(key, known, n=1)
     mend = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}"
@@ -236,7 +225,7 @@ def _override(raw: dict[str, Any], environ: Mapping[str, str]) -> None:
         if table not in _TABLES:
             known = ", ".join(_TABLES)
             raise ConfigError(f"the environment variable {variable} names no table; known: {known}")
-        _check_key((table,), key, _TABLES[table], frozenset(), _Source(f"the environment ({variable})", ""))
+        _check_key((table,), key, _TABLES[table], _Source(f"the environment ({variable})", ""))
         try:
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:

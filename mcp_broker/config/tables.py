@@ -93,10 +93,6 @@ class PortsTable(Table):
         return self
 
 
-class AuthTable(Table):
-    """``[auth]``: nothing can be set yet."""
-
-
 class LimitsTable(Table):
     """``[limits]``: bounds of the whole, see :mod:`mcp_broker.limits` for the rest."""
 
@@ -245,7 +241,6 @@ class Config(Table):
     """The whole file."""
 
     broker: BrokerTable = BrokerTable()
-    auth: AuthTable = AuthTable()
     limits: LimitsTable = LimitsTable()
     state: StateTable = StateTable()
     observe: ObserveTable = ObserveTable()

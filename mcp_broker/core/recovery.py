@@ -265,10 +265,6 @@ class Ladder:
             moved = True
         return moved
 
-    def quiet_at(self) -> float | None:
-        """Return when :meth:`decay` has something to do, or None."""
-        return None if self.position is None else self._quiet_since + limits.LADDER_QUIET_S
-
     def forgive(self) -> None:
         """Begin at the bottom, because an operator says so; what happened stays on record."""
         self.position, self.in_a_row = None, 0

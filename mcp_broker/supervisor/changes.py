@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 #: keys of a pool that say how many workers there are and how fast they may be asked: no worker is replaced for them
 SIZES: Final = frozenset({"min", "max", "spare", "grow_wait_s", "shrink_after_s", "rate_per_s", "burst"})
 #: tables whose keys count from the next start on
-_AT_START: Final = ("broker", "auth", "state", "ports")
+_AT_START: Final = ("broker", "state", "ports")
 
 
 @dataclass(frozen=True, slots=True)

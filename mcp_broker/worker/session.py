@@ -349,11 +349,6 @@ class Session:
         """Tell whether the caller takes the part with this index."""
         return index < self.window or index < self.credits.get(pending.dispatch.call_id, 0)
 
-    @property
-    def has_outcomes(self) -> bool:
-        """Tell whether finished outcomes wait for :meth:`flush`."""
-        return bool(self._outbox)
-
     def flush(self, body: bytes | None = None) -> None:
         """Make one message of the finished outcomes, and announce a depth that changed.
 

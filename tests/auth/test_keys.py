@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mcp_broker import limits
 from mcp_broker.auth import keys
 from mcp_broker.auth.keys import CurvePair, IssuerKey
 from mcp_broker.errors import CredentialError
@@ -199,7 +200,7 @@ def test_mode_is_read_from_the_file_that_was_opened(secret: Path, monkeypatch: p
 
 
 def test_huge_file_is_refused_and_a_missing_one_is_the_callers_matter(tmp_path: Path) -> None:
-    keys.write_secret(tmp_path / "log", b"x" * (keys.SECRET_FILE_BYTES_MAX + 1))
+    keys.write_secret(tmp_path / "log", b"x" * (limits.SECRET_BYTES_MAX + 1))
     assert refusal(keys.read_secret, tmp_path / "log").details["reason"] == "too_large"
     with pytest.raises(FileNotFoundError):
         keys.read_secret(tmp_path / "none")

@@ -156,14 +156,6 @@ def test_pattern_of_the_grammar_is_taken(pattern: str) -> None:
     assert policy.bad_patterns([pattern]) == []
 
 
-def test_delegated_call_needs_the_scope_of_both() -> None:
-    jobs, ada = Policy.of(["*"], clearance=10), Policy.of(["text.*"], clearance=2)
-    assert policy.allows_all([jobs, ada], "text.x", 2) is ALLOWED
-    assert policy.allows_all([jobs, ada], "sql.query") is not ALLOWED
-    assert policy.allows_all([ada, jobs], "text.x", 3) is not ALLOWED
-    assert policy.allows_all([], "text.x") is not ALLOWED
-
-
 @given(st.text())
 def test_any_text_as_a_name_gets_an_answer(name: str) -> None:
     decision = Policy.of(["*"], admin=True).allows(name)

@@ -303,7 +303,7 @@ class Invariants:
             left = len(session.inbox) + len(session.running) + len(session.cancelled) + len(session.credits)
             self.hold(not left, f"{worker.name} has something left")
             self.hold(not session.kept, f"{worker.name} keeps outcomes that have arrived")
-            self.hold(not session.has_outcomes, f"{worker.name} keeps outcomes to itself")
+            self.hold(not session._outbox, f"{worker.name} keeps outcomes to itself")
             self.hold(not session.outgoing, f"{worker.name} has not sent everything")
         self._check_sessions(machine)
         self.look(broker)
