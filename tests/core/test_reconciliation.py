@@ -396,7 +396,7 @@ def test_no_worker_can_say_that_it_died_of_another_pools_call() -> None:
 def reports(world: World, **pools: str) -> None:
     """Say how the pools are, by name."""
     told = tuple(
-        node.PoolReport(name=name, state=state, wanted=1, reason="why", workers=())
+        node.PoolReport(name=name, state=state, wanted=1, reason="why", workers=())  # type: ignore[arg-type]
         for name, state in pools.items()
     )
     world.machine.from_node(node.Report(told), world.now)
