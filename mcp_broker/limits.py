@@ -44,8 +44,8 @@ SCHEMA_BYTES_MAX: Final = 32 * 1024
 #: Levels of a schema: whoever lists tools has less stack left than whoever registered them, and no signature needs so many.
 SCHEMA_DEPTH_MAX: Final = 64
 CAPABILITIES_MAX: Final = 32
-#: REGISTER is the one message that may exceed the envelope's bound: 256 tools with schemas. All tools of a pool together
-#: have no more bytes than it, however often its workers register: what they serve is told in one message too.
+#: REGISTER is the one message that may exceed the envelope's bound: 256 tools with schemas. All tools of a pool together have
+#: no more bytes than it, however often its workers register: they are told in one message too.
 REGISTER_BYTES_MAX: Final = BODY_BYTES_MAX
 
 # -- time ------------------------------------------------------------------------------------
@@ -117,8 +117,7 @@ COST_BYTES: Final = 64 * 1024
 CONCURRENCY_MAX: Final = 65_536
 #: Calls a second that a rate limit may allow; more is no limit.
 RATE_MAX: Final = 1_000_000
-#: The slowest rate: once in the time that the longest call may take. A lower one counts as this one, so that no wait is
-#: longer than can be told.
+#: The slowest rate, once in the time that the longest call may take; a lower one counts as it, or the wait could not be told.
 RATE_MIN: Final = 1 / CALL_TIMEOUT_S_MAX
 #: Principals whose rate is remembered; above it the full buckets go first, which are as good as new ones.
 BUCKETS_MAX: Final = 8192
@@ -147,6 +146,8 @@ HINTS_MAX: Final = 8
 HINTS_S: Final = 0.1
 #: Arguments of the broker's own tools, which it reads itself.
 OWN_ARGUMENTS_BYTES_MAX: Final = 4096
+#: Answers of them that one turn gives, to all clients; a large one, 1 to 2 ms for 200 tools, counts as half of them.
+OWN_ANSWERS_MAX: Final = 8
 #: Commands of operators that are under way at once: each waits for processes to come and go.
 COMMANDS_MAX: Final = 64
 #: Executions of an idempotent call, the first included.
@@ -169,8 +170,7 @@ STARTED_MAX: Final = 64 * 240
 TURN_MESSAGES_MAX: Final = 64
 #: Messages that wait in our own queue for a peer whose socket is full; past it, the session ends.
 PEER_BACKLOG_MAX: Final = 4096
-#: A client with twenty streams of parts of 256 KiB, whose network stands still for a moment, is cut off by less: each stream
-#: may have STREAM_WINDOW_MAX parts on their way, 80 MiB with what libzmq holds of them.
+#: Less would cut off a client with twenty streams of 256 KiB parts, STREAM_WINDOW_MAX of each, when its network stands still.
 PEER_BACKLOG_BYTES_MAX: Final = 64 * 1024 * 1024
 #: Bytes of results that a client has yet to acknowledge, or that its workers are expected to make, before calls of tools
 #: with large results wait: 16 of the largest keep a connection of 1 GB/s busy for 16 ms.
@@ -180,9 +180,8 @@ CLIENT_BEHIND_BYTES: Final = 16 * 1024 * 1024
 CLIENT_UNREAD_BYTES_MAX: Final = 256 * 1024 * 1024
 #: libzmq's own queues are a fuse, several times our windows.
 SOCKET_HWM: Final = 4096
-#: Except what it holds for a client: what that has acknowledged, read or not, is counted nowhere else, and 64 of the largest
-#: messages are 64 MiB. A turn sends a client a message or two, and libzmq takes them in between, so that nobody who reads
-#: meets it.
+#: Except for a client: what that has acknowledged, read or not, is counted nowhere else, and 64 of the largest messages are
+#: 64 MiB. A turn sends a client a message or two, which libzmq passes on: nobody who reads meets it.
 CLIENT_SEND_HWM: Final = 64
 LISTEN_BACKLOG: Final = 1024
 

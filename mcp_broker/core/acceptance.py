@@ -8,12 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mcp_broker import limits
-from mcp_broker.core import own_tools
 from mcp_broker.core.calls import Call, Upload, fault
 from mcp_broker.core.clients import ClientSession, ClientState
 from mcp_broker.core.losses import unavailable
-from mcp_broker.errors import MalformedFrame
-from mcp_broker.wire import messages, payload
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,6 +20,7 @@ if TYPE_CHECKING:
     from mcp_broker.core.registry import Tool
     from mcp_broker.core.routing import Routing
     from mcp_broker.core.wheel import Slot
+    from mcp_broker.wire import messages
 
 _CLOSED = ClientState.CLOSED
 
@@ -145,7 +143,7 @@ class Acceptance:
                 self._dispatcher.submit(batch, pool, now)
             else:
                 for call in batch:
-                    self._answer(call, now)
+                    self._routing.enquiries.take(call, now)
         return []
 
     def _take_special(
@@ -316,28 +314,6 @@ class Acceptance:
             return []
         visible = (known for known in self._registry.tools if session.grant.refusal(known, 0) is None)
         return self._registry.similar(name, visible)
-
-    def _answer(self, call: Call, now: float) -> None:
-        """Serve one of the broker's own tools."""
-        if call.bytes_held() > limits.OWN_ARGUMENTS_BYTES_MAX:
-            # they are read in the broker's own turn
-            text = f"the broker's own tools take at most {limits.OWN_ARGUMENTS_BYTES_MAX} bytes of arguments"
-            self._ledger.finish(call, fault(call.call_id, "INVALID_ARGUMENT", text))
-            return
-        if call.extra is not None and call.extra.encoding is not None:
-            text = "the broker's own tools take no encoded arguments"
-            self._ledger.finish(call, fault(call.call_id, "INVALID_ARGUMENT", text))
-            return
-        try:
-            arguments = payload.unpack_map(call.packed_arguments())
-        except MalformedFrame as malformed:
-            self._ledger.finish(call, fault(call.call_id, "INVALID_ARGUMENT", str(malformed)))
-            return
-        answer = own_tools.serve(self._routing, call, arguments, now)
-        # it may have changed what may be called, by the next call of the same message
-        call.session.allowed.clear()
-        if answer is not None:
-            self._ledger.finish(call, *answer)
 
 
 def _window_full(call_id: bytes) -> messages.Outcome:

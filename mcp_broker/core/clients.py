@@ -387,7 +387,7 @@ class ClientSession:
 
         Outcomes that the client does not acknowledge count too, or one that never reads could fill the broker.
         """
-        if self.unacked_bytes >= bounds.CLIENT_UNREAD_BYTES_MAX:
+        if self.unread_bytes >= bounds.CLIENT_UNREAD_BYTES_MAX:
             return 0
         return min(
             bounds.CLIENT_WINDOW_MAX - len(self.live),

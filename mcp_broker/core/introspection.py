@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any, Final
 
+from mcp_broker import limits
 from mcp_broker.core import condition
 from mcp_broker.core.dead_letters import described
 from mcp_broker.core.lifecycle import Treatment
 from mcp_broker.core.obituaries import is_wished
 from mcp_broker.core.workers import WorkerState
-from mcp_broker.errors import NotFound
-from mcp_broker.wire import codec, messages
+from mcp_broker.errors import NotFound, PayloadTooLarge
+from mcp_broker.wire import codec, messages, payload
 
 if TYPE_CHECKING:
     from mcp_broker.core.calls import Call
@@ -25,10 +26,15 @@ if TYPE_CHECKING:
 _DEATHS_TOLD: Final = 5
 
 
-def tools(routing: Routing, call: Call, wanted: dict[str, Any]) -> dict[str, Any]:
-    """List what the caller may call."""
+def tools(routing: Routing, call: Call, wanted: dict[str, Any]) -> bytes:
+    """List what the caller may call.
+
+    Raises:
+        PayloadTooLarge: one message does not hold it.
+    """
     grant = call.session.grant
-    listed = []
+    listed: list[bytes] = []
+    states: dict[Pool, str] = {}
     for tool in sorted(routing.registry.tools.values(), key=lambda tool: tool.name):
         definition = tool.definition
         if (
@@ -37,11 +43,25 @@ def tools(routing: Routing, call: Call, wanted: dict[str, Any]) -> dict[str, Any
             and ("capability" not in wanted or wanted["capability"] in definition.capabilities)
             and ("tag" not in wanted or wanted["tag"] in definition.tags)
         ):
-            listed.append(_described(routing, tool))
-    return {"tools": listed}
+            listed.append(_listed(routing, tool, states))
+    size = sum(map(len, listed))
+    if size > limits.BODY_BYTES_MAX:
+        text = f"{len(listed)} tools have {size:,} bytes with their schemas; ask by name, capability or tag"
+        raise PayloadTooLarge(text, {"limit_bytes": limits.BODY_BYTES_MAX})
+    return payload.pack_list_in_map("tools", listed)
 
 
-def _described(routing: Routing, tool: Tool) -> dict[str, Any]:
+def _listed(routing: Routing, tool: Tool, states: dict[Pool, str]) -> bytes:
+    """Return what is told of a tool, packed; it is packed anew when that has changed."""
+    pool = tool.pool
+    state = "ready" if pool is None else _tool_state(routing, tool, pool, states)
+    name = "system" if pool is None else pool.name
+    if tool.listing is None or tool.listing[:2] != (name, state):
+        tool.listing = name, state, payload.pack(_described(tool, name, state))
+    return tool.listing[2]
+
+
+def _described(tool: Tool, pool: str, state: str) -> dict[str, Any]:
     plain: dict[str, Any] = {
         key: list(value) if isinstance(value, tuple) else value
         for key in messages.ToolDefinition.__struct_fields__
@@ -49,8 +69,7 @@ def _described(routing: Routing, tool: Tool) -> dict[str, Any]:
     }
     plain["parameters"] = _schema(tool.definition.parameters)
     plain["returns"] = _schema(tool.definition.returns)
-    plain["pool"] = tool.pool.name if tool.pool is not None else "system"
-    plain["state"] = "ready" if tool.pool is None else _tool_state(routing, tool, tool.pool)
+    plain["pool"], plain["state"] = pool, state
     return plain
 
 
@@ -101,14 +120,20 @@ def _least(pool: Pool) -> int:
     return pool.report.wanted if pool.report.least is None else pool.report.least
 
 
-def _tool_state(routing: Routing, tool: Tool, pool: Pool) -> str:
-    """Tell what keeps a tool from serving: its own state, its breaker, or its pool's state."""
+def _tool_state(routing: Routing, tool: Tool, pool: Pool, states: dict[Pool, str]) -> str:
+    """Tell what keeps a tool from serving: its own state, its breaker, or its pool's state.
+
+    Args:
+        states: of pools, as far as they were found out for this answer.
+    """
     condition = tool.condition
     if condition is not None and condition.life.treatment is not Treatment.ACCEPT:
         return condition.life.state.name.lower()
     if condition is not None and condition.breaker is not None and not condition.is_plain:
         return f"breaker {condition.breaker.state.name.lower().replace('_', ' ')}"
-    return _pool_state(routing, pool)
+    if pool not in states:
+        states[pool] = _pool_state(routing, pool)
+    return states[pool]
 
 
 def _pool(routing: Routing, pool: Pool) -> dict[str, Any]:

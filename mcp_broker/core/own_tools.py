@@ -41,25 +41,34 @@ _TYPES: Final[dict[str, tuple[str, Callable[[Any], bool]]]] = {
 _FAULTS_MAX: Final = 16
 
 
+#: what makes a result of a call and its arguments
+Answer = Callable[["Routing", Call, dict[str, Any]], dict[str, Any] | bytes]
+
+
 @dataclass(frozen=True, slots=True)
 class OwnTool:
     """One of the broker's own tools.
 
     Args:
         definition: as it is listed.
-        answer: makes the result, here and now, or raises a CallError; None: the supervisor carries it out.
+        schema: of its parameters.
+        answer: makes the result, packed or not, or raises a CallError; None: the supervisor carries it out.
+        only_tells: its answer changes nothing that another call could count on, and may wait for a turn.
     """
 
     definition: messages.ToolDefinition
-    answer: Callable[[Routing, Call, dict[str, Any]], dict[str, Any]] | None
+    schema: dict[str, Any]
+    answer: Answer | None
+    only_tells: bool
 
 
 def _tool(
     name: str,
     description: str,
-    answer: Callable[[Routing, Call, dict[str, Any]], dict[str, Any]] | None,
+    answer: Answer | None,
     /,
     *,
+    changes: bool = False,
     required: tuple[str, ...] = (),
     **parameters: dict[str, Any],
 ) -> OwnTool:
@@ -76,7 +85,7 @@ def _tool(
         category="system",
         idempotent=True,
     )
-    return OwnTool(definition, answer)
+    return OwnTool(definition, schema, answer, answer is not None and not changes)
 
 
 _TABLE: Final = (
@@ -133,6 +142,7 @@ _STEERING: Final = tuple(
         f"system.tools.{name}",
         description,
         steering.answering(wish),
+        changes=True,
         required=("tool",),
         tool=_TEXT,
         **({} if name == "history" else {"reason": _TEXT}),
@@ -153,7 +163,7 @@ def serve(
         The outcome and, if the answer is large, its second frame; None if the supervisor is to answer.
     """
     tool = TOOLS[call.tool.name]
-    faults = list(_faults(json.loads(tool.definition.parameters), arguments))[:_FAULTS_MAX]
+    faults = list(_faults(tool.schema, arguments))[:_FAULTS_MAX]
     if faults:
         listed = "; ".join(f"{one['path']}: {one['message']}, got {one['received']}" for one in faults)
         text = f"the arguments of {call.tool.name} do not fit: {listed}"
@@ -162,7 +172,8 @@ def serve(
         refusal = routing.commands.begin(call, arguments, now)
         return None if refusal is None else (refusal, None)
     try:
-        packed = payload.pack(tool.answer(routing, call, arguments))
+        answer = tool.answer(routing, call, arguments)
+        packed = answer if isinstance(answer, bytes) else payload.pack(answer)
     except CallError as error:
         return fault(call.call_id, error.code, error.message, error.details), None
     except Exception as error:  # noqa: BLE001 (our bug costs this caller an answer, nobody the broker)

@@ -89,6 +89,7 @@ class Tool:
 
     Attributes:
         result_bytes: what its next result may have, where late ones were large; else 0.
+        listing: its pool, its state, and what is told of it in this state, packed; None: nobody has asked.
         is_recalled: known from an earlier time only; no worker of this broker has brought it yet.
     """
 
@@ -102,6 +103,7 @@ class Tool:
             "is_recalled",
             "is_streaming",
             "level",
+            "listing",
             "name",
             "pool",
         ),
@@ -128,6 +130,7 @@ class Tool:
     def define(self, definition: ToolDefinition) -> None:
         """Take another definition of the same name."""
         self.definition = definition
+        self.listing: tuple[str, str, bytes] | None = None
         self.level = definition.level
         self.is_streaming = definition.streaming
         self.fence()

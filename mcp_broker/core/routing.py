@@ -25,6 +25,7 @@ from mcp_broker.core.crew import Crew
 from mcp_broker.core.dead_letters import DeadLetters
 from mcp_broker.core.demand import Demands
 from mcp_broker.core.detached import Detached
+from mcp_broker.core.enquiries import Enquiries
 from mcp_broker.core.idempotency import Idempotency
 from mcp_broker.core.pools import Dispatcher
 from mcp_broker.core.rates import Rates
@@ -68,6 +69,7 @@ class Routing:
         self.ledger.failing = self.care.failing
         self.ledger.keyed = self.idempotency.finished
         self.commands = Commands(self)
+        self.enquiries = Enquiries(self)
         self.clientele = Clientele(self)
         self.crew = Crew(self)
         self._demands = Demands(self.dispatcher)
@@ -130,7 +132,7 @@ class Routing:
 
     def deadline(self) -> float:
         """Return when :meth:`expire` has something to do at the latest."""
-        at = self._heartbeat_at
+        at = self._heartbeat_at if not self.enquiries else self.now
         for other in (self.ledger.deadline(), self.timers.deadline(), self.care.deadline()):
             if other is not None and other < at:
                 at = other
@@ -168,6 +170,7 @@ class Routing:
             text = f"{call.tool.name} sent no part and no progress for {idle_s:g} s"
             details = {"which": "idle", "idle_timeout_s": idle_s}
             self.end(call, fault(call.call_id, "DEADLINE_EXCEEDED", text, details), "deadline", now)
+        self.enquiries.turn(now)
         self.timers.run(now)
         if self.crew.retiring:
             self.crew.dismiss_free(now)

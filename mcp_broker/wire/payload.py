@@ -6,11 +6,14 @@ types, so that no payload can name a class to build; a timestamp is read as the 
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgpack
 
 from mcp_broker.errors import MalformedFrame
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 #: One for all, since making a packer takes four times as long as packing a small payload. It takes exact types only,
 #: so that no code of theirs runs in the middle of a pack: the GIL keeps each one whole.
@@ -40,6 +43,13 @@ def pack(value: Any) -> bytes:  # noqa: ANN401 (any payload)
     except OverflowError as error:
         raise ValueError(str(error)) from error
     return packed
+
+
+def pack_list_in_map(key: str, packed: Sequence[bytes]) -> bytes:
+    """Pack a map of one list, whose items are packed already."""
+    # a map of one pair begins with its head and its key
+    head = _pack_exact({key: None})[:-1]
+    return b"".join((head, msgpack.Packer().pack_array_header(len(packed)), *packed))
 
 
 def unpack(data: bytes | memoryview) -> Any:  # noqa: ANN401 (any payload)

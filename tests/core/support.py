@@ -184,6 +184,7 @@ class World:
         doubts = {call_id for call_id in machine.reconciliation.doubts if call_id in machine.ledger.calls}
         assert not doubts & (queued | held), "no call is in doubt that waits or is held"
         queued |= doubts
+        queued |= {call.call_id for call in machine.enquiries}
         queued |= {one.call.call_id for one in machine.commands.pending.values()} & set(machine.ledger.calls)
         assert queued | held == set(machine.ledger.calls), "every live call waits or is held"
         assert not queued & held, "no call waits and is held"

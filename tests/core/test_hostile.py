@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 import mcp_broker.limits as bounds
 from mcp_broker.core import own_tools
 from mcp_broker.errors import NotFound
-from mcp_broker.wire import codec, messages, node
+from mcp_broker.wire import codec, messages, node, payload
 from tests.core.support import EPOCH, World, definition
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def test_own_tool_that_breaks_costs_its_caller_an_answer_and_is_told_to_the_shel
     def broken(_routing: Routing, _call: Call, _wanted: dict[str, Any]) -> dict[str, Any]:
         raise RecursionError("deep")
 
-    broken_tool = own_tools.OwnTool(own_tools.TOOLS["system.tools"].definition, broken)
+    broken_tool = replace(own_tools.TOOLS["system.tools"], answer=broken)
     monkeypatch.setitem(own_tools.TOOLS, "system.tools", broken_tool)
     world = World()
     session = world.hello()
@@ -150,3 +151,106 @@ def test_client_that_acknowledges_what_was_never_sent_is_refused(rides_in_calls:
     world.client_says("c1", messages.Ack(EPOCH, 1))
     assert session.unacked_count == 0
     world.check()
+
+
+# -- questions about the broker ---------------------------------------------------------------------------------
+
+
+def test_questions_beyond_a_turns_share_wait_for_the_next_turns() -> None:
+    world = World()
+    session = world.hello()
+    many = world.calls("c1", ["system.status"] * 100)
+    told: list[str] = []
+    turns = 0
+    while len(told) < len(many):
+        answered = list(world.outcomes(session).values())
+        assert 0 < len(answered) <= 2 * bounds.OWN_ANSWERS_MAX
+        told += answered
+        turns += 1
+        assert world.machine.deadline() <= world.now or len(told) == len(many), "the next turn comes at once"
+        world.check()
+        world.machine.expire(world.now)
+    assert told == ["OK"] * 100
+    assert turns >= 100 // bounds.OWN_ANSWERS_MAX - 1
+    assert not world.machine.enquiries
+
+
+def test_who_asks_once_waits_for_nobody_who_asks_a_thousand_times() -> None:
+    world = World()
+    world.hello("greedy")
+    modest = world.hello("modest")
+    for _ in range(4):
+        world.calls("greedy", ["system.tools"] * 250)
+    call_id = world.call("modest", tool="system.tools")
+    world.machine.expire(world.now)
+    assert world.outcomes(modest) == {call_id: "OK"}
+
+
+def test_large_answers_are_fewer_in_a_turn() -> None:
+    world = World()
+    session = world.hello()
+    world.serve("echo-1", 4, "echo", *large_tools(0, 4))
+    world.calls("c1", ["system.tools"] * 20)
+    assert len(world.outcomes(session)) == 2
+    world.machine.expire(world.now)
+    assert len(world.outcomes(session)) == 2
+
+
+def test_question_that_was_cancelled_before_its_turn_is_not_answered() -> None:
+    world = World()
+    session = world.hello()
+    ids = world.calls("c1", ["system.status"] * (bounds.OWN_ANSWERS_MAX + 2))
+    world.client_says("c1", messages.Cancel(EPOCH, (ids[-1],)))
+    world.machine.expire(world.now)
+    told = world.outcomes(session)
+    assert told == {**dict.fromkeys(ids, "OK"), ids[-1]: "CANCELLED"}
+    world.check()
+
+
+def test_what_changes_a_tool_counts_for_the_next_call_however_many_questions_wait() -> None:
+    world = World()
+    session = world.hello()
+    world.ready()
+    world.calls("c1", ["system.status"] * 50)
+    stop = messages.Call(b"s" * 16, "system.tools.stop", 1000, payload.pack({"tool": "echo.echo"}))
+    call = messages.Call(b"c" * 16, "echo.echo", 1000, b"\x80")
+    world.client_says("c1", messages.Calls(EPOCH, 0, (stop, call)))
+    told = world.outcomes(session)
+    assert (told[b"s" * 16], told[b"c" * 16]) == ("OK", "UNAVAILABLE")
+
+
+def test_client_that_does_not_read_its_answers_gets_no_more_of_them() -> None:
+    world = World()
+    session = world.hello()
+    world.serve("echo-1", 4, "echo", *large_tools(0, 15))
+    codes: list[str] = []
+    for _ in range(bounds.CLIENT_BEHIND_BYTES // bounds.REGISTER_BYTES_MAX + 10):
+        world.call(tool="system.tools")
+        world.machine.expire(world.now)
+        codes += world.outcomes(session).values()
+    assert session.unread_bytes < bounds.CLIENT_BEHIND_BYTES + 2 * bounds.BODY_BYTES_MAX
+    assert codes[-1] == "OVERLOADED"
+    world.client_says("c1", messages.Ack(EPOCH, session.sent))
+    call_id = world.call(tool="system.tools")
+    assert world.outcomes(session) == {call_id: "OK"}
+
+
+def test_list_of_tools_follows_their_states_and_definitions() -> None:
+    world = World()
+    session = world.hello()
+
+    def listed() -> tuple[str, str, str]:
+        world.call(tool="system.tools", arguments=payload.pack({"name": "echo.echo"}))
+        world.machine.expire(world.now)
+        message, _ = world.heard_by(session)[-1]
+        assert isinstance(message, messages.Outcomes)
+        (tool,) = payload.unpack(message.outcomes[0].body or b"")["tools"]
+        return tool["pool"], tool["state"], tool["version"]
+
+    world.ready()
+    assert listed() == ("echo", "ready", "1.0.0")
+    report = node.PoolReport(name="echo", state="closing", wanted=0, workers=(), reason="closed")
+    world.machine.from_node(node.Report((report,)), world.now)
+    assert listed() == ("echo", "closing", "1.0.0")
+    register(world, "echo-1", definition("echo.echo", version="2.0.0"))
+    assert listed()[2] == "2.0.0"
