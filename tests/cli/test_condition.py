@@ -119,21 +119,43 @@ def test_why_of_a_pool_tells_its_troubled_tools_and_deaths() -> None:
 @pytest.mark.parametrize("verb", tools.VERBS)
 def test_each_verb_asks_for_the_tool_of_its_name(run: Run, client: FakeClient, verb: str) -> None:
     client.answer = lambda _tool, _arguments: {**CONDITION, "state": "pausing"}
-    done = run("tools", verb, "text.word_count", "--reason", "spring")
-    asked = (
-        {"tool": "text.word_count"} if verb == "history" else {"tool": "text.word_count", "reason": "spring"}
-    )
+    reason = [] if verb == "history" else ["--reason", "spring"]
+    done = run("tools", verb, "text.word_count", *reason)
+    asked = {"tool": "text.word_count", **({"reason": "spring"} if reason else {})}
     assert client.calls == [(f"system.tools.{verb}", asked, None)]
     assert done.out.startswith("tool text.word_count: pausing")
     assert json.loads(run("tools", verb, "text.word_count", "--json").out)["state"] == "pausing"
 
 
-def test_every_wish_has_a_verb() -> None:
-    assert set(tools.VERBS) == set(WISHES)
+def test_every_wish_has_a_verb_in_its_own_words() -> None:
+    assert {verb: text for verb, (_, text) in WISHES.items()} == tools.VERBS
 
 
 def test_a_verb_that_there_is_not_is_a_mistake_on_the_command_line(run: Run, client: FakeClient) -> None:
     done = run("tools", "break", "text.word_count")
     assert done.code == 2
-    assert "pause" in done.err
+    assert "there is no command 'break'" in done.err
     assert not client.calls
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["pause"], "Missing argument 'TOOL'"),
+        (["puase", "text.word_count"], "did you mean pause"),
+        (["history", "text.word_count", "--reason", "x"], "No such option '--reason'"),
+        (["text.word_count", "--reason", "x"], "No such option '--reason'"),
+        (["--tag", "x", "pause", "text.word_count"], "are for the list"),
+    ],
+)
+def test_words_that_do_not_belong_together_are_mistakes_and_ask_nothing(
+    run: Run, client: FakeClient, words: list[str], said: str
+) -> None:
+    done = run("tools", *words)
+    assert (done.code, client.calls, client.tools_asked) == (2, [], 0)
+    assert said in done.err
+
+
+def test_a_tool_that_is_called_like_a_command_can_be_shown(run: Run, client: FakeClient) -> None:
+    client.definitions = [{**client.definitions[0], "name": "pause"}]
+    assert run("tools", "show", "pause").out.startswith("pause ")

@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING
 import click
 import pytest
 
-from mcp_broker.cli import root
+from mcp_broker.cli import root, tools
 
 if TYPE_CHECKING:
     from tests.cli.conftest import Run
 
-COMMANDS = [*root.MODULES, "credentials issue", "credentials list"]
+COMMANDS = [
+    *root.MODULES,
+    *("credentials issue", "credentials list", "tools show"),
+    *(f"tools {verb}" for verb in tools.VERBS),
+]
 
 
 def test_help_is_one_screen_and_names_every_command(run: Run) -> None:
@@ -94,10 +98,13 @@ def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
 
 
 def test_completion_knows_live_tool_names(client: object, monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
-    from mcp_broker.cli import call, tools
+    from mcp_broker.cli import call
 
-    for command in (call.call, tools.tools):
-        context = root.root.make_context("mcp-broker", [], resilient_parsing=True)
+    context = root.root.make_context("mcp-broker", [], resilient_parsing=True)
+    inner = click.Context(tools.tools, parent=context)
+    assert [item.value for item in tools.tools.shell_complete(inner, "te")] == ["text.word_count"]
+    assert [item.value for item in tools.tools.shell_complete(inner, "pa")] == ["pause"]
+    for command in (call.call, *tools.tools.commands.values()):
         (parameter,) = [each for each in command.params if each.name in {"tool", "name"}]
         assert [item.value for item in parameter.shell_complete(context, "te")] == ["text.word_count"]
 
