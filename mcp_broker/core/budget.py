@@ -1,7 +1,8 @@
 """What may wait at the broker: calls and bytes of their arguments, for a pool, for a principal, and in all.
 
-What is given to a worker at once does not wait, and is not counted here. What waits again because its worker died is
-counted, and never refused: it was accepted.
+What follows another call with its key waits too. What is given
+to a worker at once does not wait, and is not counted here. What waits again because its worker died is counted, and never
+refused: it was accepted.
 """
 
 from __future__ import annotations

@@ -271,13 +271,14 @@ class Ledger:
             self.failed[outcome.code] = self.failed.get(outcome.code, 0) + 1
             self.ended.append(Ended(call, outcome))
             self.failing(call, outcome)
-        call.arguments = call.body = None
         if call.expected_bytes:
             call.session.expected_bytes -= call.expected_bytes
             call.expected_bytes = 0
         call.session.deliver(outcome, body)
         if call.record is not None:
+            # another call may need its arguments
             self.keyed(call, outcome, body)
+        call.arguments = call.body = None
 
     def refuse(self, call: Call, outcome: messages.Outcome) -> None:
         """Take an acceptance back, before anything came of it: the call ends, and is counted as refused."""

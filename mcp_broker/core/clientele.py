@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from mcp_broker import limits
 from mcp_broker.core import uploads
 from mcp_broker.core.acceptance import Acceptance
-from mcp_broker.core.calls import fault
+from mcp_broker.core.calls import CallState, fault
 from mcp_broker.core.clients import (
     CLIENT_TABLE,
     EVENT_OF_KIND,
@@ -238,9 +238,10 @@ class Clientele:
         self._routing.detached.leave(session, now)
         session.state = ClientState.CLOSED
         for call in list(session.live.values()):
-            self._routing.end(
-                call, fault(call.call_id, "CANCELLED", f"cancelled, because {why}"), "cancel", now
-            )
+            if call.state is not CallState.ENDED:
+                # else it followed one that ended before it in this loop
+                outcome = fault(call.call_id, "CANCELLED", f"cancelled, because {why}")
+                self._routing.end(call, outcome, "cancel", now)
         session.release()
 
     def forget_allowed(self) -> None:

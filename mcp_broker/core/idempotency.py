@@ -12,24 +12,28 @@ All in memory: a broker that is restarted has forgotten the keys. Source: docs/p
 from __future__ import annotations
 
 import hashlib
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Final
 
 from mcp_broker import limits
-from mcp_broker.core.calls import Call, CallState, fault
+from mcp_broker.core import losses
+from mcp_broker.core.calls import Call, fault
+from mcp_broker.core.clients import ClientState
 from mcp_broker.core.shelf import Shelf
 from mcp_broker.wire import messages
 from mcp_broker.wire.structs import Slim
 
 if TYPE_CHECKING:
     from mcp_broker.core.outbox import Body
+    from mcp_broker.core.registry import Tool
     from mcp_broker.core.routing import Routing
-
-_ENDED = CallState.ENDED
 
 #: outcomes that say nothing of what the tool did
 _NOT_KEPT: Final = frozenset(
     {"CANCELLED", "DEADLINE_EXCEEDED", "UNAVAILABLE", "BROKER_LOST", "OVERLOADED", "RATE_LIMITED"}
 )
+#: those of them that would be any follower's too: there is no room for it, or nobody to run it
+_ALIKE: Final = frozenset({"OVERLOADED", "UNAVAILABLE"})
 #: outcomes after which an idempotent tool may run again
 _LOST: Final = frozenset({"WORKER_LOST", "POISONED"})
 
@@ -42,7 +46,8 @@ class Record(Slim):
     digest: bytes
     #: the call that runs for this key; None when it has ended
     call: Call | None
-    followers: list[Call]
+    #: by id, in their order
+    followers: OrderedDict[bytes, Call]
     outcome: messages.Outcome | None = None
     body: Body | None = None
 
@@ -82,7 +87,7 @@ class Idempotency:
                 }
                 self._ledger.finish(call, fault(call.call_id, "OVERLOADED", text, details))
                 return True
-            call.record = self.records[whole] = Record(whole, digest, call, [])
+            call.record = self.records[whole] = Record(whole, digest, call, OrderedDict())
             self._trim()
             return False
         if record.digest != digest:
@@ -91,9 +96,17 @@ class Idempotency:
         elif record.outcome is not None:
             self._ledger.finish(call, _again(record.outcome, call), record.body)
         else:
-            call.record = record
-            record.followers.append(call)
+            self._follow(record, call)
         return True
+
+    def _follow(self, record: Record, call: Call) -> None:
+        """Let a call wait for the outcome of another one, if there is room to wait; its arguments are the other one's."""
+        call.arguments = call.body = None
+        pool = call.tool.pool
+        if pool is not None and self._dispatcher.may_wait(call, pool):
+            call.record = record
+            record.followers[call.call_id] = call
+            pool.count_in(call)
 
     def finished(self, call: Call, outcome: messages.Outcome, body: Body | None) -> None:
         """A call with a record has ended; called by the ledger."""
@@ -101,7 +114,8 @@ class Idempotency:
         call.record = None
         if record.call is not call:
             # a follower that waited no longer
-            record.followers.remove(call)
+            del record.followers[call.call_id]
+            _waits_no_more(call)
             return
         record.call = None
         keeps = outcome.code not in _NOT_KEPT
@@ -109,23 +123,46 @@ class Idempotency:
             keeps = False
         if keeps:
             self._keep(record, outcome, body)
-            followers, record.followers = record.followers, []
-            for follower in followers:
-                follower.record = None
-                self._ledger.finish(follower, _again(outcome, follower), body)
-        elif outcome.code == "OVERLOADED":
-            # there is no room for it to wait, and none for those who follow it
-            del self.records[record.key]
-            for follower in record.followers:
-                follower.record = None
-                self._ledger.refuse(follower, _again(outcome, follower))
-        elif record.followers:
-            successor = record.call = record.followers.pop(0)
-            pool = successor.tool.pool
-            if pool is not None:
-                self._dispatcher.submit([successor], pool, self._routing.now)
         else:
             del self.records[record.key]
+        if not keeps and outcome.code not in _ALIKE:
+            self._hand_on(record, call)
+            return
+        while record.followers:
+            follower = _first(record)
+            if outcome.code == "OVERLOADED":
+                self._ledger.refuse(follower, _again(outcome, follower))
+            else:
+                self._ledger.finish(follower, _again(outcome, follower), body)
+
+    def _hand_on(self, record: Record, call: Call) -> None:
+        """Let the first follower that somebody waits for run in the place of a call that has ended."""
+        routing = self._routing
+        while record.followers:
+            successor = _first(record)
+            if (
+                routing.drained
+                or successor.session.state is ClientState.CLOSED
+                or successor.deadline <= routing.now
+            ):
+                # it ends in this turn: nobody waits for what it would begin
+                continue
+            pool = successor.tool.pool
+            if pool is None or routing.care.ends(successor):
+                continue
+            if pool.failure and not pool.closed:
+                self._ledger.finish(successor, losses.unavailable(successor.call_id, pool, pool.failure))
+                continue
+            successor.arguments, successor.body = call.arguments, call.body
+            successor.record, record.call = record, successor
+            self.records[record.key] = record
+            self._dispatcher.submit([successor], pool, routing.now)
+            return
+
+    def followers(self, tool: Tool) -> list[Call]:
+        """Return the calls of a tool that wait for others with their keys."""
+        every = (call for record in self.records.values() for call in record.followers.values())
+        return [call for call in every if call.tool is tool]
 
     def _keep(self, record: Record, outcome: messages.Outcome, body: Body | None) -> None:
         record.outcome, record.body = outcome, body
@@ -142,6 +179,19 @@ class Idempotency:
 
     def _forget(self, record: Record) -> None:
         del self.records[record.key]
+
+
+def _first(record: Record) -> Call:
+    """Take out the first of those who follow."""
+    _, call = record.followers.popitem(last=False)
+    call.record = None
+    _waits_no_more(call)
+    return call
+
+
+def _waits_no_more(call: Call) -> None:
+    if call.tool.pool is not None:
+        call.tool.pool.count_out(call)
 
 
 def _again(outcome: messages.Outcome, call: Call) -> messages.Outcome:

@@ -34,7 +34,8 @@ class Pool:
 
     Attributes:
         backlog: all calls of this pool that wait for a worker, by id.
-        waiting: how many they are, and those that wait for their client to read (core/arrears), and how large.
+        waiting: how many they are, with those that wait for their client to read (core/arrears) or for the outcome of another
+            call (core/idempotency), and how large.
         gates: of its tools that are bounded; empty for most pools.
         rate: what the operator lets each of its tools take.
         drain_per_s: waiting calls that its workers took of late; 0: none ever waited for long.
@@ -200,7 +201,7 @@ class Pool:
         # what waits behind closed gates waits for other calls
         if not self.backlog.count or not self.backlog.is_ready or self._waits_since is None:
             return 0.0
-        estimate = self.waiting.calls / self.drain_per_s if self.drain_per_s else 0.0
+        estimate = self.backlog.count / self.drain_per_s if self.drain_per_s else 0.0
         return max(estimate, min(now - self._waits_since, limits.DRAIN_SPAN_S_MAX))
 
     def retry_after_s(self, waiting: int) -> float:

@@ -65,7 +65,7 @@ class Dispatcher:
     def submit(self, calls: list[Call], pool: Pool, now: float) -> None:
         """Give accepted calls to workers with credit; let the rest wait, as many as may."""
         if self.arrears:
-            calls = self.arrears.sift(calls, self._may_wait)
+            calls = self.arrears.sift(calls, self.may_wait)
         if self.ceiling.limit is not None:
             # others may have waited longer
             self._queue(calls, pool, now)
@@ -100,10 +100,10 @@ class Dispatcher:
             self.pump(pool, now)
             left = pool.queue(left, now)
         for call in left:
-            if self._may_wait(call, pool):
+            if self.may_wait(call, pool):
                 pool.queue([call], now)
 
-    def _may_wait(self, call: Call, pool: Pool) -> bool:
+    def may_wait(self, call: Call, pool: Pool) -> bool:
         """Tell whether there is room for a call to wait; if not, it ends here."""
         refusal = self.budget.refusal(call, pool)
         if refusal is not None:

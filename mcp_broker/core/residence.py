@@ -81,6 +81,7 @@ class Residence:
         condition = self._lives.of(tool)
         waiting = [call for call in source.backlog.values() if call.tool is tool]
         aside = [call for call in self._routing.dispatcher.arrears.of_pool(source) if call.tool is tool]
+        aside += self._routing.idempotency.followers(tool)
         for call in waiting:
             source.unqueue(call)
         for call in aside:

@@ -186,10 +186,18 @@ class World:
         queued |= doubts
         queued |= {call.call_id for call in machine.enquiries}
         queued |= {one.call.call_id for one in machine.commands.pending.values()} & set(machine.ledger.calls)
+        following = [
+            call for record in machine.idempotency.records.values() for call in record.followers.values()
+        ]
+        assert not {call.call_id for call in following} & (queued | held), (
+            "no call follows that waits or is held"
+        )
+        queued |= {call.call_id for call in following}
         assert queued | held == set(machine.ledger.calls), "every live call waits or is held"
         assert not queued & held, "no call waits and is held"
         for pool in machine.dispatcher.pools.values():
-            waiting = [*pool.backlog.values(), *(call for call in aside if call.tool.pool is pool)]
+            others = [call for call in (*aside, *following) if call.tool.pool is pool]
+            waiting = [*pool.backlog.values(), *others]
             assert pool.backlog.count == len(list(pool.backlog.values()))
             assert pool.waiting.calls == len(waiting)
             assert pool.waiting.bytes == sum(call.bytes_held() for call in waiting)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import weakref
+from typing import TYPE_CHECKING
 
 import pytest
 
 import mcp_broker.limits as bounds
-from mcp_broker.wire import messages, payload
-from tests.core.support import EPOCH, FakeGrant, World
+from mcp_broker.core.budget import Bound
+from mcp_broker.wire import messages, node, payload
+from tests.core.support import EPOCH, FakeGrant, World, definition
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def keyed(
@@ -258,3 +263,171 @@ def test_dead_letters_are_bounded_by_count_and_time(monkeypatch: pytest.MonkeyPa
     assert len(letters) == 2
     world.later(bounds.DEAD_LETTER_TTL_S + 1)
     assert len(letters) == 0
+
+
+def several(world: World, *names: str, timeout_ms: int = 30_000, **extra: object) -> list[bytes]:
+    """Calls with one key, one after another, by these clients."""
+    more = messages.CallExtra(**{"idempotency_key": "k", **extra})  # type: ignore[arg-type] # what the tests give
+    call_ids = [b"s" * 15 + bytes([number]) for number in range(len(names))]
+    for name, call_id in zip(names, call_ids, strict=True):
+        request = messages.Call(call_id, "echo.echo", timeout_ms, payload.pack({}), more)
+        world.client_says(name, messages.Calls(EPOCH, 0, (request,)))
+    return call_ids
+
+
+@pytest.mark.parametrize("goodbye", [True, False])
+def test_session_that_ends_leaves_none_of_its_calls_to_run_for_nobody(goodbye: bool) -> None:
+    world = World()
+    world.hello("c1")
+    other = world.hello("c2")
+    world.ready("echo-1", depth=16)
+    calls = several(world, "c1", "c1", "c2", "c1", "c1")
+    assert world.dispatched("echo-1") == calls[:1]
+    world.check()
+    if goodbye:
+        world.client_says("c1", messages.Goodbye(EPOCH))
+    else:
+        world.machine.clientele.unreachable(b"c1", world.now)
+        world.later(bounds.RESUME_GRACE_S + 0.1)
+    assert world.dispatched("echo-1") == [calls[2]], "somebody waits for that one"
+    world.check()
+    world.answer("echo-1", calls[2])
+    assert world.outcomes(other) == {calls[2]: "OK"}
+    world.check()
+
+
+def test_calls_whose_time_is_over_together_begin_nothing() -> None:
+    world = World()
+    session = world.hello()
+    world.ready()
+    calls = several(world, "c1", "c1", "c1", timeout_ms=1000)
+    assert world.dispatched("echo-1") == calls[:1]
+    world.later(1.5)
+    assert world.dispatched("echo-1") == []
+    assert world.outcomes(session) == dict.fromkeys(calls, "DEADLINE_EXCEEDED")
+    assert not world.machine.idempotency.records
+    world.check()
+
+
+def test_broker_that_stops_begins_nothing() -> None:
+    world = World()
+    session = world.hello()
+    world.ready()
+    calls = several(world, "c1", "c1", "c1")
+    assert world.dispatched("echo-1") == calls[:1]
+    world.machine.from_node(node.Shutdown(0.1), world.now)
+    world.client_says("c1", messages.Cancel(EPOCH, (calls[0],)))
+    assert world.dispatched("echo-1") == calls[1:2], "what was accepted goes on while there is time"
+    world.later(bounds.PART_S + 0.2)
+    assert world.machine.drained
+    assert world.dispatched("echo-1") == []
+    assert world.outcomes(session) == {
+        calls[0]: "CANCELLED", calls[1]: "BROKER_LOST", calls[2]: "BROKER_LOST",
+    }  # fmt: skip
+
+
+def stop_tool(world: World) -> None:
+    operator = world.hello("operator")
+    arguments = payload.pack({"tool": "echo.echo"})
+    stop = messages.Call(b"o" * 16, "system.tools.stop", 30_000, arguments)
+    world.client_says("operator", messages.Calls(EPOCH, 0, (stop,)))
+    assert set(world.outcomes(operator).values()) <= {"OK"}
+
+
+def give_pool_up(world: World) -> None:
+    report = node.PoolReport(
+        name="echo", state="failed", wanted=1, workers=(), restarts=0, reason="no module"
+    )
+    world.machine.from_node(node.Report((report,)), world.now)
+
+
+@pytest.mark.parametrize("end", [stop_tool, give_pool_up])
+def test_followers_of_a_call_that_nobody_will_run_end_with_it(end: Callable[[World], None]) -> None:
+    world = World()
+    session = world.hello()
+    world.ready("echo-1", depth=1)
+    world.hello("busy")
+    busy = world.call("busy")
+    calls = several(world, "c1", "c1", "c1")
+    assert world.dispatched("echo-1") == [busy]
+    end(world)
+    assert world.outcomes(session) == dict.fromkeys(calls, "UNAVAILABLE")
+    world.answer("echo-1", busy)
+    assert world.dispatched("echo-1") == []
+    world.check()
+
+
+@pytest.mark.parametrize("end", [stop_tool, give_pool_up])
+def test_follower_is_not_given_to_a_tool_that_takes_none(end: Callable[[World], None]) -> None:
+    world = World()
+    session = world.hello()
+    world.ready("echo-1", depth=1)
+    calls = several(world, "c1", "c1", "c1")
+    assert world.dispatched("echo-1") == calls[:1]
+    end(world)
+    assert world.outcomes(session) == {}, "it runs, and they wait for it"
+    world.client_says("c1", messages.Cancel(EPOCH, (calls[0],)))
+    assert world.outcomes(session) == {
+        calls[0]: "CANCELLED", calls[1]: "UNAVAILABLE", calls[2]: "UNAVAILABLE",
+    }  # fmt: skip
+    world.answer("echo-1", calls[0])
+    assert world.dispatched("echo-1") == []
+    world.check()
+
+
+def test_followers_take_up_room_to_wait_and_hold_no_arguments() -> None:
+    world = World()
+    world.machine.dispatcher.budget.principal = Bound(5, 1_000_000)
+    world.ready("echo-1", depth=1)
+    refused = 0
+    large = payload.pack({"text": "x" * 900_000})
+    for number in range(20):
+        session = world.hello(f"c{number}")
+        extra = messages.CallExtra(idempotency_key="k", detach=True)
+        request = messages.Call(bytes([number]) * 16, "echo.echo", 30_000, None, extra)
+        world.client_says(f"c{number}", messages.Calls(EPOCH, 0, (request,)), large)
+        refused += list(world.outcomes(session).values()) == ["OVERLOADED"]
+        world.client_says(f"c{number}", messages.Goodbye(EPOCH))
+        world.check()
+    calls = world.machine.ledger.calls
+    assert (len(calls), refused) == (1 + 5, 20 - 6)
+    assert sum(call.bytes_held() for call in calls.values()) == len(large)
+    world.answer("echo-1", bytes(16), "CANCELLED")
+    worker = world.machine.crew.by_id["echo-1"]
+    (second,) = worker.held.values()
+    assert second.call_id == b"\1" * 16
+    assert second.packed_arguments() == large, "the one that runs in its place is given the arguments"
+    world.check()
+
+
+def test_session_that_ends_while_its_follower_is_refused_ends_each_call_once() -> None:
+    world = World()
+    world.machine.dispatcher.budget.principal = Bound(2, 1_000_000)
+    world.hello("c1", FakeGrant(principal="ada"))
+    other = world.hello("c2", FakeGrant(principal="ada"))
+    world.ready("echo-1", depth=1)
+    calls = several(world, "c1", "c2", "c1")
+    world.machine.dispatcher.budget.principal = Bound(0, 0)
+    world.client_says("c1", messages.Goodbye(EPOCH))
+    assert world.outcomes(other) == {calls[1]: "OVERLOADED"}
+    assert not world.machine.ledger.calls
+    world.check()
+
+
+def test_follower_whose_tool_gets_a_worker_of_its_own_counts_there() -> None:
+    world = World()
+    session = world.hello()
+    world.serve("echo-1", 1, "echo", definition("echo.echo"), definition("echo.other"))
+    world.call(tool="echo.other")
+    calls = several(world, "c1", "c1", "c1")
+    machine = world.machine
+    target = machine.dispatcher.pool("echo~echo.echo")
+    machine.care.residence.move(machine.registry.tools["echo.echo"], target, world.now)
+    world.check()
+    assert target.waiting.calls == 3
+    world.serve("own-1", 1, "echo~echo.echo", definition("echo.echo"))
+    assert world.dispatched("own-1") == calls[:1]
+    world.answer("own-1", calls[0])
+    assert world.outcomes(session) == dict.fromkeys(calls, "OK")
+    world.check()
+    assert machine.dispatcher.budget.total.calls == 0
