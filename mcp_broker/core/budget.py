@@ -1,6 +1,6 @@
 """What may wait at the broker: calls and bytes of their arguments, for a pool, for a principal, and in all.
 
-What follows another call with its key waits too. What is given
+What follows another call with its key waits too, and so does what may have started before this broker did. What is given
 to a worker at once does not wait, and is not counted here. What waits again because its worker died is counted, and never
 refused: it was accepted.
 """

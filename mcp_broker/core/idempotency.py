@@ -90,6 +90,10 @@ class Idempotency:
             call.record = self.records[whole] = Record(whole, digest, call, OrderedDict())
             self._trim()
             return False
+        if self._routing.reconciliation.is_known(call):
+            # it runs, since before this broker knew of its key
+            self._take_over(record, call, digest)
+            return False
         if record.digest != digest:
             text = f"the idempotency_key {key!r} was used for a call of {tool.name} with other arguments"
             self._ledger.finish(call, fault(call.call_id, "INVALID_ARGUMENT", text, {"idempotency_key": key}))
@@ -98,6 +102,15 @@ class Idempotency:
         else:
             self._follow(record, call)
         return True
+
+    def _take_over(self, record: Record, call: Call, digest: bytes) -> None:
+        """Let a call that runs already stand for its key, if the one that stands for it has yet to begin."""
+        first = record.call
+        if first is None or record.digest != digest or not self._routing.reconciliation.undoubt(first):
+            return
+        first.record = None
+        call.record, record.call = record, call
+        self._follow(record, first)
 
     def _follow(self, record: Record, call: Call) -> None:
         """Let a call wait for the outcome of another one, if there is room to wait; its arguments are the other one's."""

@@ -34,7 +34,8 @@ class Pool:
 
     Attributes:
         backlog: all calls of this pool that wait for a worker, by id.
-        waiting: how many they are, with those that wait for their client to read (core/arrears) or for the outcome of another
+        doubts: calls that may have started at a worker which has not spoken yet (core/reconciliation), by id.
+        waiting: how many both are, with those that wait for their client to read (core/arrears) or for the outcome of another
             call (core/idempotency), and how large.
         gates: of its tools that are bounded; empty for most pools.
         rate: what the operator lets each of its tools take.
@@ -50,6 +51,7 @@ class Pool:
         self.name = name
         self.workers: dict[str, Worker] = {}
         self.backlog: Backlog[Call] = Backlog()
+        self.doubts: dict[bytes, Call] = {}
         self.waiting = Waiting()
         self.gates: tuple[Gate, ...] = ()
         self.rate: Rate | None = None
@@ -112,8 +114,13 @@ class Pool:
 
     def unqueue(self, call: Call) -> None:
         """Take a call out of the queue, before its arguments are let go."""
-        if self.backlog.remove(call.call_id) is not None:
+        if self.backlog.remove(call.call_id) is not None or self.doubts.pop(call.call_id, None) is not None:
             self.count_out(call)
+
+    def doubt(self, call: Call) -> None:
+        """Let a call wait of which nobody can say yet whether it has started."""
+        self.doubts[call.call_id] = call
+        self.count_in(call)
 
     def take(self, most: int, now: float) -> list[Call]:
         """Take out the calls that are served now, up to ``most``; none, if all that wait are behind closed gates."""

@@ -10,7 +10,9 @@ what is true of a call that is sent again:
 - none of these, but its client had been given up, or nobody asked for its outcome in time, or a worker had
   no room to keep it: it ends as BROKER_LOST, or runs again if its tool is idempotent;
 - none of these, and every worker of the pool that could hold it has spoken or died: it has never started, and runs;
-- none of these yet: it is *in doubt*, and waits for the workers that have not spoken, or for its deadline.
+- none of these yet: it is *in doubt*, and waits for the workers that have not spoken, or for its deadline. So is one with an
+  idempotency key while a worker holds anything of its principal that nobody has asked for yet: that may be the call that runs for
+  its key.
 
 What workers hold and no client asks for in time is let go; a worker that does not speak in time, because it runs a
 call that nobody waits for, is ended. Source: docs/protocol.md, "Worker sessions"; ADR 5.
@@ -24,10 +26,10 @@ from typing import TYPE_CHECKING, Any
 from mcp_broker import limits
 from mcp_broker.core import losses
 from mcp_broker.core.calls import Call, CallState, fault
+from mcp_broker.core.orphans import Orphan, Orphans
 from mcp_broker.core.pool import APART
 from mcp_broker.core.workers import WorkerState
 from mcp_broker.wire import codec, messages
-from mcp_broker.wire.structs import Slim
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -42,24 +44,6 @@ if TYPE_CHECKING:
 _ENDED = CallState.ENDED
 
 
-class Orphan(Slim):
-    """A call that a worker holds and no client of this broker has asked for."""
-
-    worker: Worker
-    call_id: bytes
-    #: its number at that worker; 0: finished
-    seq: int
-    principal: str
-    outcome: messages.Outcome | None = None
-    body: Body | None = None
-    size: int = 0
-    receipt: Receipt | None = None
-    #: when it is let go, if nobody has asked for it
-    ends: float = math.inf
-    #: nobody asked for it in time: it is being stopped
-    is_unwanted: bool = False
-
-
 class Reconciliation:
     """Orphans, calls in doubt, and what the dead had started."""
 
@@ -67,10 +51,7 @@ class Reconciliation:
         self._routing = routing
         self._dispatcher = routing.dispatcher
         self._ledger = routing.ledger
-        #: by family of pools, which no worker can say of itself, and call id
-        self.orphans: dict[tuple[str, bytes], Orphan] = {}
-        #: worker -> bytes of outcomes that are kept for whoever asks for its orphans
-        self._kept_bytes: dict[Worker, int] = {}
+        self.orphans = Orphans()
         #: workers with a timer that lets go of their orphans
         self._timed: set[Worker] = set()
         #: accepted calls of which nobody can say yet whether they started
@@ -110,7 +91,7 @@ class Reconciliation:
 
     def _replace(self, worker: Worker, held: list[messages.Held], now: float) -> None:
         """Have the orphans of a worker be these, as far as they can be."""
-        before = [orphan for orphan in self.orphans.values() if orphan.worker is worker]
+        before = self.orphans.of(worker)
         for orphan in before:
             self._remove(orphan)
         running = len(worker.held)
@@ -119,7 +100,7 @@ class Reconciliation:
             running += bool(one.seq)
             key = (worker.pool.family, one.call_id)
             if key not in self.orphans and (running <= limits.WORKER_DEPTH_MAX or not one.seq):
-                self.orphans[key] = Orphan(worker, one.call_id, one.seq, one.principal, ends=ends)
+                self.orphans.add(Orphan(worker, one.call_id, one.seq, one.principal, ends=ends))
         self.were_abandoned({orphan.call_id for orphan in before}.difference(one.call_id for one in held))
         if held and worker not in self._timed:
             self._timed.add(worker)
@@ -132,7 +113,7 @@ class Reconciliation:
             return False
         call = self._asker(orphan)
         size = len(outcome.body or b"") + (len(body) if body is not None else 0)
-        kept = self._kept_bytes.get(worker, 0) + size
+        kept = self.orphans.kept_bytes[worker] + size
         if call is not None and call.state is _ENDED:
             # its caller has another outcome: nobody will ask for this one
             del self.doubts[outcome.call_id]
@@ -141,7 +122,7 @@ class Reconciliation:
             self._forget(orphan)
         else:
             if size:
-                self._kept_bytes[worker] = kept
+                self.orphans.kept_bytes[worker] = kept
             orphan.seq, orphan.outcome, orphan.body, orphan.size = 0, outcome, body, size
             orphan.receipt = receipt
             receipt.left += 1
@@ -151,9 +132,7 @@ class Reconciliation:
 
     def died(self, worker: Worker, now: float) -> None:
         """A worker's death is settled: what it held without an outcome had started, also where its marks forgot it."""
-        gone = [
-            orphan for orphan in self.orphans.values() if orphan.worker is worker and orphan.outcome is None
-        ]
+        gone = [orphan for orphan in self.orphans.of(worker) if orphan.outcome is None]
         for orphan in gone:
             self._remove(orphan)
         if worker.certificate is not None:
@@ -184,6 +163,18 @@ class Reconciliation:
         while len(self._unclaimed) > limits.STARTED_MAX:
             del self._unclaimed[next(iter(self._unclaimed))]
 
+    def is_known(self, call: Call) -> bool:
+        """Tell whether a worker holds a call that its client sends again."""
+        orphan = self._orphan_of(call)
+        return orphan is not None and orphan.principal == call.session.grant.caller.principal
+
+    def undoubt(self, call: Call) -> bool:
+        """Let go of a call that is in doubt; False: it is not."""
+        if self.doubts.pop(call.call_id, None) is None:
+            return False
+        self._dispatcher.release(call)
+        return True
+
     # -- what clients say ------------------------------------------------------------------------------
 
     def claims(self, call: Call) -> bool:
@@ -206,26 +197,50 @@ class Reconciliation:
 
     def _join(self, call: Call, orphan: Orphan) -> None:
         """Decide what becomes of a call of which a worker holds something."""
-        self.doubts.pop(call.call_id, None)
         if orphan.principal != call.session.grant.caller.principal:
             # ids are no secret between a principal and itself only
+            self.undoubt(call)
             text = "a call with this id is already under way"
             self._ledger.finish(call, fault(call.call_id, "INVALID_ARGUMENT", text))
         elif call.tool.is_streaming:
             # an earlier broker had its parts; what the worker still does is let go with its orphan
+            self.undoubt(call)
             self._ledger.finish(call, _cut(call))
-        elif orphan.outcome is None and not orphan.seq:
-            # finished: its outcome is on its way
-            self.doubts[call.call_id] = call
-        else:
+        elif orphan.outcome is not None or orphan.seq:
             self._claim(call, orphan)
+        elif self.doubts.get(call.call_id) is not call:
+            # finished: its outcome is on its way
+            self._wait(call)
 
     def _doubt(self, call: Call) -> bool:
         pool = call.tool.pool
-        if pool is None or not self._is_in_doubt(pool):
+        if pool is None or not (self._is_in_doubt(pool) or self._may_follow(call, pool)):
             return False
-        self.doubts[call.call_id] = call
+        self._wait(call)
         return True
+
+    def _wait(self, call: Call) -> None:
+        """Let a call wait until somebody can say what became of it, if there is room to wait."""
+        pool = call.tool.pool
+        if pool is None:
+            return
+        if self._dispatcher.budget.refusal(call, pool) is not None:
+            # to be told OVERLOADED would mean that it has not started
+            text = (
+                f"whether {call.tool.name} has started is not known yet, and no more calls may wait for that; look at what "
+                "it would have done before it is called again"
+            )
+            self._ledger.finish(call, fault(call.call_id, "BROKER_LOST", text, {"tool": call.tool.name}))
+            return
+        self.doubts[call.call_id] = call
+        pool.doubt(call)
+
+    def _may_follow(self, call: Call, pool: Pool) -> bool:
+        """Tell whether a worker may hold the call that runs for the key of this one: an earlier broker knew."""
+        return (
+            call.record is not None
+            and self.orphans.owners[pool.family, call.session.grant.caller.principal] > 0
+        )
 
     def _is_in_doubt(self, pool: Pool) -> bool:
         complete = self._routing.crew.admission_complete
@@ -270,7 +285,7 @@ class Reconciliation:
         """Join a call with what a worker holds of it."""
         outcome, body = orphan.outcome, orphan.body
         self._remove(orphan)
-        self.doubts.pop(call.call_id, None)
+        self.undoubt(call)
         if outcome is None:
             self._dispatcher.adopt(call, orphan.worker, orphan.seq)
             return
@@ -300,9 +315,9 @@ class Reconciliation:
             if orphan is not None:
                 self._join(call, orphan)
                 continue
-            if in_doubt:
+            if in_doubt or (call.tool.pool is not None and self._may_follow(call, call.tool.pool)):
                 continue
-            del self.doubts[call.call_id]
+            self.undoubt(call)
             if not (self._lost(call) or self._was_let_go(call) or self._routing.care.shuts_out(call)):
                 free.append(call)
         for call in free:
@@ -312,7 +327,7 @@ class Reconciliation:
     def _let_go(self, worker: Worker, now: float) -> None:
         """Nobody asked for some orphans of a worker in time."""
         self._timed.discard(worker)
-        for orphan in [orphan for orphan in self.orphans.values() if orphan.worker is worker]:
+        for orphan in self.orphans.of(worker):
             if orphan.ends > now:
                 continue
             orphan.ends = math.inf
@@ -327,9 +342,7 @@ class Reconciliation:
                 del self.doubts[orphan.call_id]
                 self._forget(orphan)
             # else somebody asks for it, and it is on its way
-        left = min(
-            (orphan.ends for orphan in self.orphans.values() if orphan.worker is worker), default=math.inf
-        )
+        left = min((orphan.ends for orphan in self.orphans.of(worker)), default=math.inf)
         if left < math.inf:
             self._timed.add(worker)
             self._routing.timers.add(left, self._let_go, worker)
@@ -341,12 +354,9 @@ class Reconciliation:
             orphan.receipt.left -= 1
 
     def _remove(self, orphan: Orphan) -> None:
-        worker = orphan.worker
-        del self.orphans[worker.pool.family, orphan.call_id]
-        if orphan.size:
-            self._kept_bytes[worker] -= orphan.size
-            if not self._kept_bytes[worker]:
-                del self._kept_bytes[worker]
+        if self.orphans.remove(orphan) and self.doubts:
+            # calls with keys may have waited for that; later in this turn, since who removes it is about to settle others
+            self._routing.timers.add(self._routing.now, self._settle, orphan.worker.pool)
 
     def _unheard(self, worker: Worker, now: float) -> None:
         """A worker has not spoken: the call that it runs keeps it from that, and nobody may be waiting for it."""

@@ -82,7 +82,8 @@ class Residence:
         waiting = [call for call in source.backlog.values() if call.tool is tool]
         aside = [call for call in self._routing.dispatcher.arrears.of_pool(source) if call.tool is tool]
         aside += self._routing.idempotency.followers(tool)
-        for call in waiting:
+        doubts = [call for call in source.doubts.values() if call.tool is tool]
+        for call in (*waiting, *doubts):
             source.unqueue(call)
         for call in aside:
             source.count_out(call)
@@ -96,6 +97,8 @@ class Residence:
         tool.meter()
         for call in aside:
             target.count_in(call)
+        for call in doubts:
+            target.doubt(call)
         for pool in (source, target):
             pool.regate(self._routing.registry.of(pool), now)
         target.queue_again(waiting, now)

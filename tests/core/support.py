@@ -197,7 +197,8 @@ class World:
         assert not queued & held, "no call waits and is held"
         for pool in machine.dispatcher.pools.values():
             others = [call for call in (*aside, *following) if call.tool.pool is pool]
-            waiting = [*pool.backlog.values(), *others]
+            waiting = [*pool.backlog.values(), *pool.doubts.values(), *others]
+            assert set(pool.doubts) <= doubts
             assert pool.backlog.count == len(list(pool.backlog.values()))
             assert pool.waiting.calls == len(waiting)
             assert pool.waiting.bytes == sum(call.bytes_held() for call in waiting)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 import mcp_broker.limits as bounds
+from mcp_broker.core.budget import Bound
 from mcp_broker.wire import messages, node, payload
 from tests.core.support import EPOCH, World, certificate, definition
 
@@ -29,8 +30,11 @@ def successor(*workers: str, started: dict[str, tuple[bytes, ...]] | None = None
     return world
 
 
-def again(world: World, call_id: bytes = ID, tool: str = "echo.echo", name: str = "c1") -> None:
-    request = messages.Call(call_id, tool, 30_000, payload.pack({}), messages.CallExtra(again=True))
+def again(
+    world: World, call_id: bytes = ID, tool: str = "echo.echo", name: str = "c1", key: str | None = None
+) -> None:
+    extra = messages.CallExtra(again=True, idempotency_key=key)
+    request = messages.Call(call_id, tool, 30_000, payload.pack({}), extra)
     world.client_says(name, messages.Calls(EPOCH, 0, (request,)))
 
 
@@ -557,7 +561,95 @@ def test_a_call_in_doubt_whose_tool_has_got_a_worker_of_its_own_is_settled_by_th
     world.hello()
     again(world)
     machine = world.machine
-    machine.registry.tools["echo.echo"].pool = machine.dispatcher.pool("echo~echo.echo")
+    target = machine.dispatcher.pool("echo~echo.echo")
+    machine.care.residence.move(machine.registry.tools["echo.echo"], target, world.now)
+    world.check()
     registers(world, "echo-1")
+    world.check()
     assert not machine.reconciliation.doubts
     assert list(machine.dispatcher.pool("echo~echo.echo").backlog) == [ID]
+
+
+OTHER = b"o" * 16
+
+
+@pytest.mark.parametrize("ran", ["running", "ended"])
+@pytest.mark.parametrize("spoke", ["before", "after"])
+def test_key_whose_call_still_runs_is_not_run_again_for_who_follows_it(ran: str, spoke: str) -> None:
+    world = successor("echo-1", "echo-2")
+    follower, first = world.hello("c1"), world.hello("c2")
+    held = messages.Held(ID, 5 if ran == "running" else 0, "tester")
+    if spoke == "before":
+        registers(world, "echo-1", held, seq=9)
+    # who follows comes first, and neither worker knows of keys
+    again(world, OTHER, key="k")
+    if spoke == "after":
+        registers(world, "echo-1", held, seq=9)
+    registers(world, "echo-2")
+    world.later(1)
+    assert world.dispatched("echo-1") + world.dispatched("echo-2") == []
+    world.check()
+    again(world, ID, name="c2", key="k")
+    world.check()
+    world.answer("echo-1", ID)
+    assert world.outcomes(first) == {ID: "OK"}
+    assert world.outcomes(follower) == {OTHER: "OK"}
+    assert world.dispatched("echo-1") + world.dispatched("echo-2") == []
+    world.check()
+
+
+def test_key_is_run_once_it_is_known_that_nothing_runs_for_it() -> None:
+    world = successor("echo-1")
+    world.hello("c1")
+    world.hello("c2")
+    registers(world, "echo-1", messages.Held(ID, 5, "tester"), messages.Held(OTHER, 0, "tester"), seq=9)
+    again(world, b"k" * 16, key="k")
+    again(world, ID, name="c2", key="another")
+    again(world, OTHER, name="c2")
+    assert world.dispatched("echo-1") == [], "what ended may be its outcome, until that is here"
+    world.answer("echo-1", OTHER)
+    world.later(0.1)
+    assert world.dispatched("echo-1") == [b"k" * 16]
+    world.check()
+
+
+def test_key_waits_no_longer_than_what_nobody_asks_for_is_kept() -> None:
+    world = successor("echo-1")
+    world.hello()
+    registers(world, "echo-1", messages.Held(ID, 5, "tester"), seq=9)
+    again(world, OTHER, key="k")
+    world.later(bounds.ORPHAN_S - 1)
+    assert world.dispatched("echo-1") == []
+    world.later(1.1)
+    world.answer("echo-1", ID, "CANCELLED")
+    world.later(0.1)
+    assert world.dispatched("echo-1") == [OTHER]
+    world.check()
+
+
+def test_what_workers_hold_of_another_principal_keeps_no_key_waiting() -> None:
+    world = successor("echo-1")
+    world.hello()
+    registers(world, "echo-1", messages.Held(ID, 5, "somebody"), seq=9)
+    again(world, OTHER, key="k")
+    assert world.dispatched("echo-1") == [OTHER]
+
+
+def test_calls_in_doubt_take_up_room_to_wait_and_one_beyond_it_is_not_said_to_have_never_started() -> None:
+    world = successor("echo-1", "echo-2")
+    world.machine.dispatcher.budget.principal = Bound(3, 1_000_000)
+    session = world.hello()
+    registers(world, "echo-1")
+    calls = [bytes([number]) * 16 for number in range(1, 6)]
+    for call_id in calls:
+        again(world, call_id)
+        world.check()
+    assert world.outcomes(session) == dict.fromkeys(calls[3:], "BROKER_LOST")
+    assert world.machine.dispatcher.budget.total.calls == 3
+    world.client_says("c1", messages.Cancel(EPOCH, (calls[0],)))
+    world.check()
+    assert world.machine.dispatcher.budget.total.calls == 2
+    registers(world, "echo-2", messages.Held(calls[1], 3, "tester"), seq=3)
+    world.check()
+    assert world.dispatched("echo-1") + world.dispatched("echo-2") == calls[2:3]
+    assert world.machine.dispatcher.budget.total.calls == 0
