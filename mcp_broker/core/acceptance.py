@@ -98,7 +98,7 @@ class Acceptance:
             if tool.pool is not pool:
                 batch, slot = self._take(batch, pool, now), None
                 pool = tool.pool
-                if pool is not None and pool.failure:
+                if pool is not None and pool.failure and not (extra is not None and extra.again):
                     self._refuse(session, unavailable(call_id, pool, pool.failure), now)
                     if session.state is _CLOSED:
                         return
@@ -122,6 +122,8 @@ class Acceptance:
             if extra is not None and extra.is_special:
                 # alone in its batch, since it was examined
                 batch, slot = self._take_special(call, extra, pool, now), None
+                # the next one asks again
+                pool = None
             elif pool is None:
                 # it may change what the next one may do
                 batch, slot = self._take(batch, pool, now), None
@@ -130,8 +132,8 @@ class Acceptance:
     def _too_fast(
         self, session: ClientSession, request: messages.Call, tool: Tool, now: float
     ) -> messages.Outcome | None:
-        """Return how a call ends that comes before its time; one that was sent before was asked when it came first."""
-        if request.extra is not None and request.extra.again:
+        """Return how a call ends that comes before its time; one that was sent before is asked when nobody knows of it."""
+        if request.extra is not None and request.extra.again and tool.pool is not None:
             return None
         return self._rates.refusal(request.call_id, tool, session.grant.caller.principal, now)
 
@@ -168,10 +170,26 @@ class Acceptance:
         key = extra.idempotency_key
         if key is not None and self._routing.idempotency.claims(call, key, now):
             return []
-        if extra.again and (self._routing.reconciliation.claims(call) or self._routing.care.shuts_out(call)):
-            return []
+        if extra.again:
+            if self._routing.reconciliation.claims(call):
+                return []
+            refusal = self._as_new(call, pool, now)
+            if refusal is not None:
+                self._ledger.refuse(call, refusal)
+                return []
         self._dispatcher.submit([call], pool, now)
         return []
+
+    def _as_new(self, call: Call, pool: Pool, now: float) -> messages.Outcome | None:
+        """Return how a call ends that was sent again, by its client's word only, and that would not be taken as a new one."""
+        if pool.failure:
+            return unavailable(call.call_id, pool, pool.failure)
+        principal = call.session.grant.caller.principal
+        refusal = self._routing.care.refusal(call.tool, call.call_id, principal, now)
+        if now < self._routing.began + limits.ORPHAN_S:
+            # what waited at an earlier broker passed its rates there, and comes all at once
+            return refusal
+        return refusal or self._rates.refusal(call.call_id, call.tool, principal, now)
 
     def _examine(
         self,
@@ -287,7 +305,7 @@ class Acceptance:
             session.allowed[tool.name] = tool
             return tool
         if request.extra is not None and request.extra.again:
-            # it was accepted once, and may run already: whether it does is asked when it is taken
+            # it may have been accepted once, and run already: whether it does is asked when it is taken
             return tool
         outcome = self._routing.care.refusal(tool, request.call_id, session.grant.caller.principal, now)
         if outcome is not None:

@@ -321,8 +321,11 @@ class Reconciliation:
             if not (self._lost(call) or self._was_let_go(call) or self._routing.care.shuts_out(call)):
                 free.append(call)
         for call in free:
-            if call.tool.pool is not None:
-                self._dispatcher.submit([call], call.tool.pool, now)
+            its = call.tool.pool
+            if its is not None and its.failure and not its.closed:
+                self._ledger.finish(call, losses.unavailable(call.call_id, its, its.failure))
+            elif its is not None:
+                self._dispatcher.submit([call], its, now)
 
     def _let_go(self, worker: Worker, now: float) -> None:
         """Nobody asked for some orphans of a worker in time."""

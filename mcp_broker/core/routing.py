@@ -48,6 +48,7 @@ class Routing:
 
     def __init__(self, epoch: int, now: float, ids: Callable[[int], bytes]) -> None:
         self.epoch = epoch
+        self.began = now
         #: the instant of the latest turn
         self.now = now
         self._ids = ids

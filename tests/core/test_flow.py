@@ -405,10 +405,22 @@ def test_call_that_is_sent_again_is_not_counted_twice() -> None:
     world = World()
     world.machine.from_node(boot(rate_per_s=1.0, burst=1), world.now)
     session = enter(world, "alice")
-    world.ready()
+    world.admit("echo-1")
+    sent = b"s" * 16
+    held = (messages.Held(sent, 1, "alice"),)
+    world.worker_says(
+        "echo-1", messages.Register(0, "MCPB", (1,), (definition("echo.echo"),), seq=1, held=held)
+    )
+    world.worker_says("echo-1", messages.Ready(EPOCH, 4))
     world.call("alice")
-    world.call("alice", again=True)
+    request = messages.Call(sent, "echo.echo", 30_000, b"\x80", messages.CallExtra(again=True))
+    world.client_says("alice", messages.Calls(EPOCH, 0, (request, request)))
     assert world.faults(session) == {}
+    assert sent in session.live
+    world.later(bounds.ORPHAN_S)
+    world.calls("alice", ["echo.echo"] * 2, again=True)
+    (fault,) = world.faults(session).values()
+    assert fault["code"] == "RATE_LIMITED", "its word alone is not enough"
 
 
 def test_refusals_for_the_rate_that_nobody_acknowledges_are_bounded() -> None:

@@ -9,7 +9,7 @@ import pytest
 import mcp_broker.limits as bounds
 from mcp_broker.core.budget import Bound
 from mcp_broker.wire import messages, node, payload
-from tests.core.support import EPOCH, World, certificate, definition
+from tests.core.support import EPOCH, FakeGrant, World, certificate, definition
 
 ID = b"i" * 16
 
@@ -235,6 +235,89 @@ def test_worker_of_a_new_broker_may_take_its_time_to_start() -> None:
     world.machine.from_node(node.Admit((late,)), world.now)
     world.later(bounds.ORPHAN_S * 3)
     assert world.interrupts() == []
+
+
+def test_call_sent_again_to_a_pool_that_closes_gets_the_outcome_that_its_worker_kept() -> None:
+    world = neighbours()
+    reports(world, good="closing", evil="ready")
+    session = world.hello()
+    comes(world, "good", messages.Held(ID, 0, "tester"), messages.Held(b"r" * 16, 4, "tester"))
+    world.answer("good-1", ID)
+    again(world, ID, "good.echo")
+    again(world, b"r" * 16, "good.echo")
+    unknown = b"u" * 16
+    again(world, unknown, "good.echo")
+    fresh = world.call(tool="good.echo")
+    assert world.outcomes(session) == {ID: "OK", unknown: "UNAVAILABLE", fresh: "UNAVAILABLE"}
+    world.answer("good-1", b"r" * 16)
+    assert world.outcomes(session) == {b"r" * 16: "OK"}
+    world.check()
+
+
+def test_fresh_call_after_one_that_was_sent_again_in_the_same_message_is_refused_by_a_closing_pool() -> None:
+    world = neighbours()
+    reports(world, good="closing", evil="ready")
+    session = world.hello()
+    comes(world, "good", messages.Held(ID, 4, "tester"))
+    requests = (
+        messages.Call(ID, "good.echo", 30_000, b"\x80", messages.CallExtra(again=True)),
+        messages.Call(b"f" * 16, "good.echo", 30_000, b"\x80"),
+    )
+    world.client_says("c1", messages.Calls(EPOCH, 0, requests))
+    assert world.outcomes(session) == {b"f" * 16: "UNAVAILABLE"}
+    world.check()
+
+
+def test_call_in_doubt_whose_pool_was_given_up_meanwhile_ends() -> None:
+    world = neighbours()
+    session = world.hello()
+    again(world, ID, "good.echo")
+    reports(world, good="failed", evil="ready")
+    world.died("good-1")
+    world.later(0.1)
+    assert world.outcomes(session) == {ID: "UNAVAILABLE"}
+    world.check()
+
+
+def test_call_that_nobody_knows_is_asked_like_a_new_one_though_it_says_that_it_was_sent_before() -> None:
+    world = World()
+    session = world.hello()
+    world.ready(depth=200, rate_per_s=1.0, burst=2)
+    waited = world.calls("c1", ["echo.echo"] * 5, again=True)
+    assert world.dispatched("echo-1") == waited, "they may have waited at an earlier broker"
+    world.later(bounds.ORPHAN_S)
+    sent = world.calls("c1", ["echo.echo"] * 10, again=True)
+    assert world.dispatched("echo-1") == sent[:2]
+    assert set(world.outcomes(session).values()) == {"RATE_LIMITED"}
+    assert world.machine.ledger.refused == {"RATE_LIMITED": 8}
+    world.check()
+
+
+def test_the_brokers_own_tools_are_asked_for_no_faster_by_who_says_that_he_asked_before() -> None:
+    world = World()
+    session = world.hello()
+    world.machine.from_node(node.Limits({"rate_per_s": 1.0, "burst": 2}), world.now)
+    world.calls("c1", ["system.tools"] * 5, again=True)
+    codes = list(world.outcomes(session).values())
+    assert (codes.count("OK"), codes.count("RATE_LIMITED")) == (2, 3)
+
+
+def test_call_that_nobody_knows_does_not_pass_an_open_breaker() -> None:
+    world = World()
+    world.ready(depth=200)
+    for name in ("a", "b"):
+        session = world.hello(name, FakeGrant(principal=name))
+        for _ in range(20):
+            call_id = world.call(name)
+            if call_id in world.dispatched("echo-1"):
+                world.answer("echo-1", call_id, "TOOL_FAILED")
+            world.heard_by(session)
+    session = world.hello("c", FakeGrant(principal="c"))
+    world.call("c", again=True)
+    (refused,) = world.faults(session).values()
+    assert (refused["code"], refused["reason"]) == ("UNAVAILABLE", "breaker open")
+    assert world.dispatched("echo-1") == []
+    world.check()
 
 
 @pytest.mark.parametrize(("tool", "code"), [("echo.echo", "BROKER_LOST"), ("echo.safe", None)])
