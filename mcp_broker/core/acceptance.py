@@ -202,7 +202,7 @@ class Acceptance:
         """Find a call's tool, or refuse it; the slow path, once a tool and session."""
         call_id = request.call_id
         if request.extra is not None and request.extra.attach:
-            self._attach(session, call_id, now)
+            self._attach(session, request, request.extra, now)
             return None
         is_known = call_id in self._ledger.calls
         if call_id in session.at_risk and not is_known:
@@ -227,12 +227,20 @@ class Acceptance:
         self._refuse(session, outcome, now)
         return None
 
-    def _attach(self, session: ClientSession, call_id: bytes, now: float) -> None:
+    def _attach(
+        self, session: ClientSession, request: messages.Call, extra: messages.CallExtra, now: float
+    ) -> None:
         """Give a session a detached call, unless it has it already."""
-        if call_id in session.live:
+        call_id = request.call_id
+        if call_id in session.live or (extra.again and call_id in session.at_risk):
+            # in the latter case its outcome is on its way, as that of any call that is sent again after a resume
             return
-        refusal = _window_full(call_id) if session.room() <= 0 else None
-        refusal = refusal or self._routing.detached.attach(session, call_id)
+        if now >= session.grant.expires_at:
+            refusal: messages.Outcome | None = _expired(call_id)
+        elif session.room() <= 0:
+            refusal = _window_full(call_id)
+        else:
+            refusal = self._routing.detached.attach(session, call_id)
         if refusal is not None:
             self._refuse(session, refusal, now)
 
@@ -249,8 +257,7 @@ class Acceptance:
         """Find the tool and ask the grant."""
         call_id, name = request.call_id, request.tool
         if now >= session.grant.expires_at:
-            text = "the token of this session has expired; make a new profile with `mcp-broker credentials issue`"
-            self._refuse(session, fault(call_id, "UNAUTHENTICATED", text, {"reason": "expired"}), now)
+            self._refuse(session, _expired(call_id), now)
             return None
         tool = self._registry.tools.get(name)
         if self._routing.draining and (tool is None or tool.pool is not None):
@@ -332,6 +339,11 @@ class Acceptance:
             return []
         visible = (known for known in self._registry.tools if session.grant.refusal(known, 0) is None)
         return self._registry.similar(name, visible)
+
+
+def _expired(call_id: bytes) -> messages.Outcome:
+    text = "the token of this session has expired; make a new profile with `mcp-broker credentials issue`"
+    return fault(call_id, "UNAUTHENTICATED", text, {"reason": "expired"})
 
 
 def _window_full(call_id: bytes) -> messages.Outcome:

@@ -18,6 +18,7 @@ from mcp_broker.wire.structs import Slim
 if TYPE_CHECKING:
     from mcp_broker.core.outbox import Body
     from mcp_broker.core.receipts import Receipt
+    from mcp_broker.core.registry import Tool
     from mcp_broker.core.routing import Routing
     from mcp_broker.wire import messages
 
@@ -27,6 +28,8 @@ class Waiting(Slim):
 
     outcome: messages.Outcome
     body: Body | None
+    #: whose it is
+    tool: Tool
 
 
 class _Adrift(ClientSession):
@@ -47,8 +50,8 @@ class _Adrift(ClientSession):
 
     def deliver(self, outcome: messages.Outcome, body: Body | None) -> None:
         """Keep the outcome."""
-        self.live.pop(outcome.call_id, None)
-        self._detached.keep(self.grant.caller.principal, outcome, body)
+        call = self.live.pop(outcome.call_id)
+        self._detached.keep(self.grant.caller.principal, call.tool, outcome, body)
 
 
 class Detached:
@@ -76,15 +79,15 @@ class Detached:
             # what the client had yet to read is no matter any more
             self._routing.dispatcher.relieve(adrift, now)
 
-    def keep(self, principal: str, outcome: messages.Outcome, body: Body | None) -> None:
+    def keep(self, principal: str, tool: Tool, outcome: messages.Outcome, body: Body | None) -> None:
         """Let an outcome wait to be fetched; past the bounds, the oldest of whoever has the most is dropped."""
         size = limits.RECORD_BYTES + len(body if body is not None else outcome.body or b"")
         key = principal, outcome.call_id
-        self.outcomes.put(key, Waiting(outcome, body), principal, size, self._routing.now)
+        self.outcomes.put(key, Waiting(outcome, body, tool), principal, size, self._routing.now)
         self.outcomes.trim(limits.DETACHED_MAX, limits.DETACHED_BYTES_MAX)
 
     def attach(self, session: ClientSession, call_id: bytes) -> messages.Outcome | None:
-        """Give a detached call, or its outcome, to a session of the same principal.
+        """Give a detached call, or its outcome, to a session of the same principal that may call its tool.
 
         Returns:
             None, or the refusal.
@@ -97,13 +100,18 @@ class Detached:
             and call.extra.detach
             and call.session.grant.caller.principal == principal
         ):
+            if (refusal := _forbidden(session, call_id, call.tool)) is not None:
+                return refusal
             # also from a session whose end nobody has noticed yet
             call.session.live.pop(call_id, None)
             self._routing.dispatcher.arrears.move(call, session)
             session.live[call_id] = call
             return None
-        waiting = self.outcomes.take((principal, call_id))
+        waiting = self.outcomes.get((principal, call_id))
         if waiting is not None:
+            if (refusal := _forbidden(session, call_id, waiting.tool)) is not None:
+                return refusal
+            self.outcomes.take((principal, call_id))
             session.deliver(waiting.outcome, waiting.body)
             return None
         text = (
@@ -111,3 +119,12 @@ class Detached:
             f"{limits.DETACHED_TTL_S / 60:g} minutes ago"
         )
         return fault(call_id, "NOT_FOUND", text, {"call_id": call_id.hex()})
+
+
+def _forbidden(session: ClientSession, call_id: bytes, tool: Tool) -> messages.Outcome | None:
+    """Return how it ends that a session wants the call of a tool that it may not call, or None."""
+    refusal = session.grant.refusal(tool.name, tool.level)
+    if refusal is None:
+        return None
+    details = {"tool": tool.name, "principal": session.grant.caller.principal}
+    return fault(call_id, "FORBIDDEN", refusal, details)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import pytest
 
 import mcp_broker.limits as bounds
 from mcp_broker.wire import messages, payload
 from tests.core.support import EPOCH, FakeGrant, World
 
-if TYPE_CHECKING:
-    import pytest
-
 ID = b"d" * 16
 
 
-def says(world: World, name: str = "c1", *, detach: bool = False, attach: bool = False) -> None:
-    extra = messages.CallExtra(detach=detach, attach=attach)
+def says(
+    world: World, name: str = "c1", *, detach: bool = False, attach: bool = False, again: bool = False
+) -> None:
+    extra = messages.CallExtra(detach=detach, attach=attach, again=again)
     request = messages.Call(ID, "system.attach" if attach else "echo.echo", 30_000, payload.pack({}), extra)
     world.client_says(name, messages.Calls(EPOCH, 0, (request,)))
 
@@ -76,6 +75,47 @@ def test_nobody_else_may_attach() -> None:
     world.answer("echo-1", ID)
     says(world, "c2", attach=True)
     assert world.outcomes(thief) == {ID: "NOT_FOUND"}
+
+
+@pytest.mark.parametrize("is_over", [True, False])
+def test_nobody_may_attach_to_the_call_of_a_tool_that_he_may_not_call(is_over: bool) -> None:
+    world = World()
+    world.hello("c1")
+    world.ready()
+    says(world, detach=True)
+    world.client_says("c1", messages.Goodbye(EPOCH))
+    if is_over:
+        world.answer("echo-1", ID)
+    narrow = world.hello("c2", FakeGrant("other.tool"))
+    says(world, "c2", attach=True)
+    assert world.outcomes(narrow) == {ID: "FORBIDDEN"}
+    expired = world.hello("c3", FakeGrant(expires_at=world.now))
+    says(world, "c3", attach=True)
+    assert world.outcomes(expired) == {ID: "UNAUTHENTICATED"}
+    later = world.hello("c4")
+    says(world, "c4", attach=True)
+    if not is_over:
+        world.answer("echo-1", ID)
+    assert world.outcomes(later) == {ID: "OK"}, "it is not lost by that"
+    world.check()
+
+
+def test_attaching_that_is_sent_again_after_a_resume_is_answered_once() -> None:
+    world = World()
+    world.hello("c1")
+    world.ready()
+    says(world, detach=True)
+    world.client_says("c1", messages.Goodbye(EPOCH))
+    world.answer("echo-1", ID)
+    session = world.hello("c2")
+    says(world, "c2", attach=True)
+    assert world.outcomes(session) == {ID: "OK"}, "and lost on its way"
+    world.machine.clientele.unreachable(b"c2", world.now)
+    session = world.hello("c2", session_id=session.session_id)
+    says(world, "c2", attach=True, again=True)
+    assert world.outcomes(session) == {ID: "OK"}
+    says(world, "c2", attach=True)
+    assert world.outcomes(session) == {ID: "NOT_FOUND"}, "a new question has an answer of its own"
 
 
 def test_detached_call_still_ends_at_its_deadline() -> None:
