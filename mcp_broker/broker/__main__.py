@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import os
 import signal
@@ -22,11 +21,11 @@ from mcp_broker.broker.loop import Loop
 from mcp_broker.broker.sockets import CLIENT_DOMAIN, listening_router
 from mcp_broker.broker.tokens import TokenVerifier
 from mcp_broker.broker.zap_handler import ZapHandler
+from mcp_broker.confine import kernel
 from mcp_broker.core.routing import Routing
 from mcp_broker.ids import UserId
 from mcp_broker.wire import node
 
-_PR_SET_PDEATHSIG = 1
 _BOOT_TIMEOUT_S = 10.0
 #: until BOOT names the configured one
 _FIRST_LEVEL = "info"
@@ -39,11 +38,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m mcp_broker.broker")
     parser.add_argument("--link-fd", type=int, required=True)
     link_fd: int = parser.parse_args().link_fd
-    parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        # the supervisor died before the kernel was told to take us with it
-        return 1
+    kernel.die_with_parent(os.getppid())
     # the supervisor decides when the broker ends; a Ctrl-C of its terminal is not for us
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logs.configure_child(_FIRST_LEVEL)

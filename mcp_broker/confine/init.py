@@ -14,7 +14,6 @@ Packets of the status socket: ``B``, with a pidfd of the worker (SCM_RIGHTS); ``
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
 import runpy
 import select
@@ -25,7 +24,7 @@ import sys
 from collections.abc import Sequence
 from typing import Final, NoReturn
 
-from mcp_broker.confine import privileges
+from mcp_broker.confine import kernel, privileges
 
 #: how an interpreter is told to be it
 PROGRAM: Final = ("-m", "mcp_broker.confine.init")
@@ -35,7 +34,6 @@ ENDED: Final = b"E"
 #: raw wait status, user and system time (us) and peak resident memory (KiB) of the worker
 END: Final = struct.Struct("<iqqq")
 
-_PR_SET_PDEATHSIG: Final = 1
 _PR_SET_DUMPABLE: Final = 4
 _MICROSECONDS: Final = 1_000_000
 #: the first descriptor that is neither standard input, output nor error
@@ -52,9 +50,9 @@ def main(arguments: Sequence[str]) -> NoReturn:
         # the last capabilities go with it
         privileges.become(given.uid)
     os.chdir(given.cwd)
-    libc = ctypes.CDLL(None, use_errno=True)
-    # a change of uid has undone what bubblewrap had set
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    # a change of uid has undone what bubblewrap had set; whether it still lives, the pipe of the status tells below: it is
+    # outside our namespace, where its pid is none
+    kernel.die_with_parent(os.getppid())
     status = socket.socket(fileno=given.status_fd)
     wake_read, wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
@@ -75,7 +73,7 @@ def main(arguments: Sequence[str]) -> NoReturn:
         os.setsid()
         _run(given.program)
     # the worker has the same uid, and must read nothing of ours in /proc nor trace us
-    libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+    kernel.prctl("dumpable", _PR_SET_DUMPABLE, 0)
     pidfd = os.pidfd_open(worker)
     try:
         socket.send_fds(status, [BORN], [pidfd])

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import os
 import platform
+import signal
 from collections.abc import Mapping
 from typing import Final
 
@@ -31,6 +32,7 @@ OLD_NUMBERS: Final[Mapping[str, Mapping[str, int]]] = {
 #: of what our callers pass: numbers, bytes (a pointer to them), and NULL
 Argument = int | bytes | None
 
+_PR_SET_PDEATHSIG: Final = 1
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 
@@ -73,6 +75,17 @@ def prctl(name: str, option: int, *arguments: Argument) -> int:
     """Change what this process is; ``name`` is for the error."""
     passed = [*map(_passed, arguments), *[ctypes.c_ulong(0)] * (4 - len(arguments))]
     return _checked(name, _libc.prctl(ctypes.c_int(option), *passed))
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends. A change of the uid undoes it.
+
+    Args:
+        parent: the parent's pid as it should be; another one means that it ended before the kernel knew.
+    """
+    prctl("pdeathsig", _PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(0)
 
 
 def unshare(flags: int) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import signal
 import struct
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +16,6 @@ from typing import Final
 
 from mcp_broker.confine import kernel
 
-_PR_SET_PDEATHSIG: Final = 1
 _PR_SET_DUMPABLE: Final = 4
 _PR_CAPBSET_READ: Final = 23
 _PR_CAPBSET_DROP: Final = 24
@@ -95,17 +93,6 @@ def drop_capabilities() -> None:
 def _set_capabilities_none() -> None:
     # version and pid (0: this one); three sets of 64 bits, all empty
     kernel.call("capset", struct.pack("<Ii", _CAPABILITY_VERSION, 0), bytes(24))
-
-
-def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends; call it last.
-
-    Args:
-        parent: the pid of the parent as it should be; another one means that it has ended already.
-    """
-    kernel.prctl("pdeathsig", _PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(0)
 
 
 def prefer_as_victim(score: int) -> None:

@@ -12,7 +12,6 @@ Traps, and what is done about them:
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import functools
 import logging
@@ -26,6 +25,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from mcp_broker import proctable
+from mcp_broker.confine import kernel
 from mcp_broker.errors import SupervisionError
 from mcp_broker.supervisor.output import Output
 
@@ -35,9 +35,6 @@ if TYPE_CHECKING:
 
     from mcp_broker.supervisor.poller import Poller
 
-
-_PR_SET_PDEATHSIG: Final = 1
-_libc: Final = ctypes.CDLL(None, use_errno=True)
 
 #: why a process could not be started that may pass by itself: the machine has nothing left just now
 SHORTAGES: Final = frozenset(
@@ -76,10 +73,7 @@ class Exit:
 
 def _tie(parent: int, prepare: Callable[[], None] | None) -> None:
     """Run in a child before its program: it dies with us."""
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        # we ended before the kernel knew that it wanted to hear of it
-        os._exit(0)
+    kernel.die_with_parent(parent)
     if prepare is not None:
         prepare()
 

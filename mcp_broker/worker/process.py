@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import faulthandler
 import functools
 import gc
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from mcp_broker import confine, logs
+from mcp_broker.confine import kernel
 from mcp_broker.core.metering import asked
 from mcp_broker.errors import ConfigError, WireError
 from mcp_broker.wire import codec
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 #: it cannot serve at all, and would not a second time: no module, no tool, tools refused
 EXIT_BOOT: Final = 3
-_PR_SET_PDEATHSIG: Final = 1
 #: which plugins pydantic leaves out
 _PLUGINS: Final = "PYDANTIC_DISABLE_PLUGINS"
 
@@ -56,16 +55,6 @@ def read_boot(fd: int) -> WorkerBoot:
         raise ConfigError(
             f"fd {fd} holds no boot record; workers are started by `mcp-broker start`"
         ) from error
-
-
-def die_with_parent() -> None:
-    """Have the kernel kill this process when its supervisor ends. Changing the uid undoes it."""
-    parent = os.getppid()
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        # it died before the kernel knew that we wanted to hear of it
-        os._exit(0)
 
 
 def open_marks(fd: int) -> Marks:
@@ -195,7 +184,8 @@ def run(boot_fd: int, tether_fd: int) -> NoReturn:
 def main(boot_fd: int, tether_fd: int) -> int:
     """Be a worker; return the exit code."""
     faulthandler.enable(all_threads=False)
-    die_with_parent()
+    supervisor = os.getppid()
+    kernel.die_with_parent(supervisor)
     pool = "?"
     try:
         boot = read_boot(boot_fd)
@@ -210,7 +200,7 @@ def main(boot_fd: int, tether_fd: int) -> int:
             keep=(boot.marks_fd, tether_fd),
         )
         # once more: taking another uid undoes it
-        die_with_parent()
+        kernel.die_with_parent(supervisor)
         serve(boot, tether)
     except ConfigError as error:
         print(f"mcp-broker worker: pool {pool}: {error}", file=sys.stderr)  # noqa: T201 (its log is its stderr)

@@ -25,6 +25,7 @@ import traceback
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from mcp_broker import limits
+from mcp_broker.confine import kernel
 from mcp_broker.proctable import WORKER_VARIABLE
 from mcp_broker.wire import codec, zygote
 from mcp_broker.worker import process
@@ -48,7 +49,7 @@ _FD_BYTES: Final = array.array("i").itemsize
 
 def main(orders_fd: int, be_worker: BeWorker = process.run, warm: Callable[[], None] = process.warm) -> int:
     """Be a zygote until the supervisor is gone; return the exit code."""
-    process.die_with_parent()
+    kernel.die_with_parent(os.getppid())
     plate = Nameplate(WORKER_VARIABLE)
     plate.show(sys.orig_argv, os.environ.get(WORKER_VARIABLE, "").rstrip())
     warm()
