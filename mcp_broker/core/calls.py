@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from mcp_broker import limits
 from mcp_broker.core.wheel import Slot, Wheel
-from mcp_broker.errors import CALL_ERRORS, InvalidTransition, MalformedFrame
+from mcp_broker.errors import CALL_ERRORS, InvalidTransition
 from mcp_broker.wire import messages, payload
 from mcp_broker.wire.structs import Slim
 
@@ -188,6 +188,10 @@ def fault(
     )
 
 
+#: codes of calls that ended with their worker; of the last one only some did
+_DEADLY: Final = frozenset({"WORKER_LOST", "POISONED", "RESOURCE_EXHAUSTED"})
+
+
 class Ended:
     """What `why` still knows of a call that failed. Successes are not kept: nobody asks why."""
 
@@ -198,15 +202,10 @@ class Ended:
         self.tool = call.tool.name
         self.principal = call.session.grant.caller.principal
         self.code = outcome.code
-        self.message = ""
-        self.certificate: Any = None
-        if outcome.fault is not None:
-            self.message = outcome.fault.message[:500]
-            try:
-                self.certificate = payload.unpack_map(outcome.fault.details).get("certificate")
-            except MalformedFrame:
-                # a worker's fault may carry anything; its caller will see that too
-                self.certificate = None
+        self.message = outcome.fault.message[:500] if outcome.fault is not None else ""
+        #: of the death that ended it. It is not read out of the outcome's details: these may be a worker's, which may have
+        #: put anything there
+        self.certificate = call.killers[-1] if call.killers and outcome.code in _DEADLY else None
 
 
 class Ledger:

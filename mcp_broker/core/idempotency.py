@@ -146,6 +146,7 @@ class Idempotency:
             if outcome.code == "OVERLOADED":
                 self._ledger.refuse(follower, _again(outcome, follower))
             else:
+                follower.killers = call.killers
                 self._ledger.finish(follower, _again(outcome, follower), body)
 
     def _hand_on(self, record: Record, call: Call) -> None:

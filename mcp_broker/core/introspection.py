@@ -287,7 +287,7 @@ def why(routing: Routing, _call: Call, arguments: dict[str, Any]) -> dict[str, A
                     "code": ended.code,
                     "message": ended.message,
                     "principal": ended.principal,
-                    "certificate": ended.certificate,
+                    "certificate": None if ended.certificate is None else codec.as_plain(ended.certificate),
                 }
     return {"found": False, "id": wanted}
 
@@ -322,7 +322,7 @@ def _ended_by(routing: Routing, worker_id: str) -> list[dict[str, str]]:
     return [
         {"call_id": ended.call_id.hex(), "tool": ended.tool, "code": ended.code}
         for ended in routing.ledger.ended
-        if isinstance(ended.certificate, dict) and ended.certificate.get("worker_id") == worker_id
+        if ended.certificate is not None and ended.certificate.worker_id == worker_id
     ]
 
 

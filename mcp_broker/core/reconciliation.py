@@ -261,6 +261,7 @@ class Reconciliation:
         )
         details: dict[str, Any] = {"worker": certificate.worker_id, "tool": call.tool.name, "attempts": 1}
         details["certificate"] = codec.as_plain(certificate)
+        call.killers = (certificate,)
         self._ledger.finish(call, fault(call.call_id, "WORKER_LOST", text, details))
         return True
 

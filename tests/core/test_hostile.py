@@ -254,3 +254,22 @@ def test_list_of_tools_follows_their_states_and_definitions() -> None:
     assert listed() == ("echo", "closing", "1.0.0")
     register(world, "echo-1", definition("echo.echo", version="2.0.0"))
     assert listed()[2] == "2.0.0"
+
+
+# -- what a worker says of its failures ----------------------------------------------------------------------------
+
+
+def test_details_of_a_workers_fault_are_not_taken_apart() -> None:
+    world = World()
+    session = world.hello()
+    world.ready()
+    call_id = world.call()
+    details = payload.pack({"certificate": [[] for _ in range(32_000)]})
+    fault = messages.Fault("no", False, details)
+    world.worker_says(
+        "echo-1",
+        messages.Outcomes(EPOCH, 1, (messages.Outcome(call_id, "RESOURCE_EXHAUSTED", None, None, fault),)),
+    )
+    assert world.outcomes(session) == {call_id: "RESOURCE_EXHAUSTED"}
+    (ended,) = world.machine.ledger.ended
+    assert (ended.code, ended.message, ended.certificate) == ("RESOURCE_EXHAUSTED", "no", None)

@@ -41,6 +41,19 @@ def test_a_death_is_told_with_the_calls_that_ended_by_it() -> None:
     assert told == [{"call_id": call_id.hex(), "tool": "echo.echo", "code": "WORKER_LOST"}]
 
 
+def test_calls_that_shared_one_execution_are_told_with_its_death() -> None:
+    world = World()
+    world.hello()
+    world.ready(depth=4)
+    first, second = world.call(idempotency_key="k"), world.call(idempotency_key="k")
+    world.died("echo-1", started_seq=1)
+    world.later(1)
+    assert {one["call_id"] for one in why(world, "echo-1")["calls"]} == {first.hex(), second.hex()}
+    told = why(world, first.hex())
+    assert (told["kind"], told["code"]) == ("call", "WORKER_LOST")
+    assert told["certificate"]["worker_id"] == "echo-1"
+
+
 def test_a_new_broker_knows_the_records_of_before() -> None:
     world = World()
     world.machine.from_node(node.Deaths((certificate("echo-1", 0),), {}, (RECORD,)), world.now)
