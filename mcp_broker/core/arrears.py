@@ -45,6 +45,12 @@ class Arrears:
         """The sessions that have calls here."""
         return list(self._aside)
 
+    def behind(self, calls: Iterable[Call | None]) -> Iterable[ClientSession]:
+        """Return those of these calls' sessions that have calls here."""
+        if not self._aside:
+            return ()
+        return dict.fromkeys(call.session for call in calls if call is not None and call.session.is_behind)
+
     def large(self, call: Call, size: int) -> messages.Outcome | None:
         """Take note of a large result of so many bytes.
 

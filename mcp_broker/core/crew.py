@@ -132,11 +132,13 @@ class Crew:
             self._disconnected(worker)
 
     def _outcomes(self, worker: Worker, message: messages.Outcomes, body: Body | None, now: float) -> None:
+        held = worker.held
+        behind = self._dispatcher.arrears.behind(held.get(outcome.call_id) for outcome in message.outcomes)
         self._dispatcher.outcomes(worker, message.outcomes, body)
         if worker.pool.backlog or self._dispatcher.ceiling.limit is not None:
             self._dispatcher.pump(worker.pool, now)
         # results that were smaller than expected leave room for others
-        for session in self._dispatcher.arrears.sessions if self._dispatcher.arrears else ():
+        for session in behind:
             self._dispatcher.relieve(session, now)
 
     def _register(self, worker: Worker, routing_id: bytes, message: messages.Register, now: float) -> bool:

@@ -178,6 +178,9 @@ class Routing:
         if now >= self._heartbeat_at:
             self._heartbeat_at = now + limits.HEARTBEAT_S
             self._beat()
+            # calls that ended otherwise than by their worker's word leave room too, and detached ones have no client to say so
+            for session in self.dispatcher.arrears.sessions:
+                self.dispatcher.relieve(session, now)
             for pool in self.dispatcher.pools.values():
                 pool.measure(now)
             self.to_node += self._demands.news(now)

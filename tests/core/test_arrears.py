@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import TYPE_CHECKING
 
 import pytest
 
 import mcp_broker.limits as bounds
 from mcp_broker.wire import messages, node, payload
-from tests.core.support import EPOCH, FakeGrant, World
+from tests.core.support import EPOCH, FakeGrant, World, definition
+
+if TYPE_CHECKING:
+    from mcp_broker.core.clients import ClientSession
 
 BODY = bytes(1024 * 1024)
 #: results after which a client is behind
@@ -167,7 +171,6 @@ def test_client_that_goes_away_leaves_nothing() -> None:
     world.client_says("c1", messages.Goodbye(EPOCH, "done"))
     assert world.machine.ledger.failed == {"CANCELLED": len(waiting)}
     assert len(world.machine.dispatcher.arrears) == 0
-    assert world.machine.dispatcher.arrears.sessions == []
     world.check()
 
 
@@ -249,3 +252,50 @@ def test_client_with_large_results_has_its_share_of_the_places_and_no_more(large
     assert abs(shares["large"] - 100) <= 10
     assert abs(shares["even"] - 100) <= 10
     assert abs(shares["heavy"] - 300) <= 10
+
+
+def test_outcomes_of_others_do_not_look_at_clients_that_are_behind() -> None:
+    world, _ = behind(100)
+    world.hello("c2")
+    world.serve("fast-1", 4, "fast", definition("fast.echo"))
+    looked: list[str] = []
+    relieve = world.machine.dispatcher.relieve
+
+    def look(session: ClientSession, now: float) -> None:
+        looked.append(session.routing_id.decode())
+        relieve(session, now)
+
+    world.machine.dispatcher.relieve = look  # type: ignore[method-assign]
+    call_id = world.call("c2", "fast.echo")
+    world.answer("fast-1", call_id)
+    assert looked == []
+    # one of its own had a place when it fell behind: its end is news
+    session = world.machine.clientele.open[b"c1"]
+    world.client_says("c1", messages.Ack(EPOCH, BEHIND))
+    looked.clear()
+    (given, *_) = world.dispatched("echo-1")
+    world.answer("echo-1", given)
+    assert looked == ["c1"]
+    assert session.is_behind
+    world.check()
+
+
+def test_calls_without_a_client_go_on_when_those_before_them_died_with_their_worker() -> None:
+    world = World()
+    session = world.hello()
+    world.ready(depth=64)
+    first = world.call()
+    answer_large(world, "echo-1", first)
+    world.heard_by(session)
+    world.client_says("c1", messages.Ack(EPOCH, 1))
+    ids = [world.call(detach=True) for _ in range(BEHIND + 10)]
+    given = world.dispatched("echo-1")[1:]
+    assert len(given) < len(ids)
+    world.client_says("c1", messages.Goodbye(EPOCH))
+    world.admit("echo-2")
+    world.died("echo-1", started_seq=1 + len(given))
+    world.later(0.1)
+    world.serve("echo-2", 64, "echo", definition("echo.echo"))
+    world.later(bounds.HEARTBEAT_S)
+    assert world.dispatched("echo-2") == ids[len(given) :]
+    world.check()
