@@ -18,6 +18,7 @@ from mcp_broker.worker.bytestream import ByteStream
 from mcp_broker.worker.execution import Execution, Finished, Run
 from mcp_broker.worker.interrupts import CallInterrupted, Interrupts
 from mcp_broker.worker.link import Link, LinkLost
+from mcp_broker.worker.outcomes import fault
 from mcp_broker.worker.shell import Shell
 from mcp_broker.worker.uploads import Received
 
@@ -88,9 +89,7 @@ class ConcurrentLoop(Shell):
             self.obey()
         self._drop_unwanted()
         while session.inbox and len(self._tasks) < concurrency and not self.interrupts.stopping:
-            pending = session.start()
-            task = asyncio.create_task(self._run(pending))
-            self._tasks[id(pending)] = pending, task
+            self._begin(session.start())
         session.flush()
         self.send()
         # the fd tells of changes only, and sending may have read ahead: ask once more before waiting
@@ -139,6 +138,23 @@ class ConcurrentLoop(Shell):
             task.cancel()
 
     # -- calls --------------------------------------------------------------------------------------------
+
+    def _begin(self, pending: Pending) -> None:
+        task = asyncio.create_task(self._run(pending))
+        task.add_done_callback(functools.partial(self._ended, pending))
+        self._tasks[id(pending)] = pending, task
+
+    def _ended(self, pending: Pending, task: asyncio.Task[None]) -> None:
+        """End a call too whose task was cancelled before its first step, and so ran nothing of what ends one."""
+        if self._tasks.pop(id(pending), None) is None or not task.cancelled():
+            return
+        call_id = pending.dispatch.call_id
+        if self.interrupts.stopping:
+            # its caller did not want that: it has not started, and will elsewhere
+            self.session.running.pop(call_id, None)
+        else:
+            self.session.finish(pending, fault(call_id, "CANCELLED", "cancelled before it started"))
+        self._stirred.set()
 
     async def _run(self, pending: Pending) -> None:
         started_ns = time.monotonic_ns()
