@@ -16,6 +16,7 @@ from mcp_broker import AsyncClient, errors
 from mcp_broker.wire import messages
 from tests.client.support.broker import USAGE, ScriptedBroker, ok
 from tests.support.proxy import TcpProxy
+from tests.support.waiting import wait_for_async
 
 if TYPE_CHECKING:
     from mcp_broker.client.awaitables import AsyncPartStream
@@ -29,12 +30,6 @@ def telling(broker: ScriptedBroker, session_id: bytes, call: messages.Call, _pac
 
 
 Body = Callable[[AsyncClient], Awaitable[None]]
-
-
-async def until(condition: Callable[[], object], seconds: float = 5.0) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110 (the scripted broker lives in a thread)
-            await asyncio.sleep(0.002)
 
 
 @asynccontextmanager
@@ -119,17 +114,17 @@ def test_calls_of_one_turn_go_out_in_one_batch(broker: ScriptedBroker) -> None:
 def test_cancelled_task_cancels_its_call(broker: ScriptedBroker) -> None:
     async def body(client: AsyncClient) -> None:
         task = asyncio.create_task(client.call("hold"))
-        await until(lambda: broker.held)
+        await wait_for_async(lambda: broker.held)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        await until(lambda: not broker.held)
+        await wait_for_async(lambda: not broker.held)
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.05):
                 await client.call("hold")
-        await until(lambda: len(broker.of_kind(messages.Cancel)) == 2)
+        await wait_for_async(lambda: len(broker.of_kind(messages.Cancel)) == 2)
         held = await client.submit("hold")
-        await until(lambda: broker.held)
+        await wait_for_async(lambda: broker.held)
         assert client.cancel(held.call_id)
         with pytest.raises(errors.Cancelled):
             await held
@@ -144,7 +139,7 @@ def test_stream_left_early_is_cancelled(broker: ScriptedBroker) -> None:
             if part == 3:
                 break
         await stream.aclose()
-        await until(lambda: not broker.streams)
+        await wait_for_async(lambda: not broker.streams)
 
     run(broker, body)
 
@@ -156,7 +151,7 @@ def test_loop_over_a_stream_that_is_left_early_cancels_the_call_without_more_ado
         async for part in client.stream("count", {"n": 1000}):
             if part == 3:
                 break
-        await until(lambda: not broker.streams)
+        await wait_for_async(lambda: not broker.streams)
         assert len(broker.of_kind(messages.Cancel)) == 1
 
     run(broker, body)
@@ -165,7 +160,7 @@ def test_loop_over_a_stream_that_is_left_early_cancels_the_call_without_more_ado
 def test_stream_that_was_entered_has_an_id_and_usage_and_can_be_cancelled(broker: ScriptedBroker) -> None:
     async def body(client: AsyncClient) -> None:
         async with client.stream("count", {"n": 3}) as parts:
-            await until(lambda: parts.call_id in broker.runs)
+            await wait_for_async(lambda: parts.call_id in broker.runs)
             assert [part async for part in parts] == [0, 1, 2]
             assert parts.usage == USAGE
             assert not client.cancel(parts)
@@ -176,7 +171,7 @@ def test_stream_that_was_entered_has_an_id_and_usage_and_can_be_cancelled(broker
                 [part async for part in parts]
         async with client.stream("count", {"n": 1000}) as parts:
             assert await anext(parts) == 0
-        await until(lambda: not broker.streams)
+        await wait_for_async(lambda: not broker.streams)
         assert len(broker.of_kind(messages.Cancel)) == 2
         assert [part async for part in parts] == [], "what came is dropped with the block"
 
@@ -215,7 +210,7 @@ def test_stream_waits_for_room_in_the_window_unless_it_is_cancelled_meanwhile() 
         assert [part async for part in late] == []
         parts, unwanted = (client.stream("count", {"n": 3}) for _ in range(2))
         reading = [asyncio.create_task(anext(stream)) for stream in (parts, unwanted)]
-        await until(lambda: sum(not one.done() for one in client._waiting) == 2)
+        await wait_for_async(lambda: sum(not one.done() for one in client._waiting) == 2)
         assert unwanted.cancel()
         await asyncio.to_thread(broker.release)
         assert await reading[0] == 0
@@ -250,7 +245,7 @@ def test_submit_waits_for_room_in_the_window() -> None:
         with pytest.raises(errors.Overloaded):
             await client.submit("echo", timeout_s=0.05)
         waiting = asyncio.create_task(client.call("echo", {"a": 1}))
-        await until(lambda: len(broker.held) == 4)
+        await wait_for_async(lambda: len(broker.held) == 4)
         assert not waiting.done()
         await asyncio.to_thread(broker.release)
         assert await waiting == {"a": 1}
@@ -289,9 +284,9 @@ def test_call_outlives_a_cut_connection(broker: ScriptedBroker) -> None:
         async def main() -> None:
             async with AsyncClient.connect(broker.profile(proxy.endpoint)) as client:
                 task = asyncio.create_task(client.call("hold"))
-                await until(lambda: broker.held)
+                await wait_for_async(lambda: broker.held)
                 proxy.cut()
-                await until(lambda: len(broker.of_kind(messages.Hello)) == 2)
+                await wait_for_async(lambda: len(broker.of_kind(messages.Hello)) == 2)
                 await asyncio.to_thread(broker.release)
                 assert await task == "released"
                 assert set(broker.runs.values()) == {1}

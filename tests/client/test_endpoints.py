@@ -13,8 +13,9 @@ import pytest
 from mcp_broker import AsyncClient, Client, NotReachable
 from mcp_broker.auth.profile import save_profile
 from mcp_broker.wire import messages
-from tests.client.support.broker import ScriptedBroker, until
+from tests.client.support.broker import ScriptedBroker
 from tests.support.proxy import TcpProxy
+from tests.support.waiting import wait_for
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -71,10 +72,10 @@ def test_call_goes_on_over_another_endpoint_with_the_same_session_and_id(broker:
         with Client.connect(profile_of(broker, path_that_ends.endpoint, proxy.endpoint)) as client:
             future = client.submit("hold", timeout_s=20)
             call_id = future.call_id
-            until(lambda: broker.held)
+            wait_for(lambda: broker.held)
             path_that_ends.stop()
-            until(lambda: proxy.accepted)
-            until(lambda: len(broker.of_kind(messages.Hello)) == 2)
+            wait_for(lambda: proxy.accepted)
+            wait_for(lambda: len(broker.of_kind(messages.Hello)) == 2)
             broker.release()
             assert future.result(10) == "released"
             assert client.call("echo", {"a": 1}) == {"a": 1}

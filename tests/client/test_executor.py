@@ -12,7 +12,8 @@ import pytest
 from mcp_broker import Client, ToolExecutor, errors
 from mcp_broker.client.sync import MAP_AHEAD
 from mcp_broker.wire import messages, payload
-from tests.client.support.broker import ScriptedBroker, ok, until
+from tests.client.support.broker import ScriptedBroker, ok
+from tests.support.waiting import wait_for
 
 
 @pytest.fixture
@@ -80,7 +81,9 @@ def test_map_stops_waiting_when_its_time_is_over(broker: ScriptedBroker, client:
     results = ToolExecutor(client).map("hold", [{}, {}], timeout=0.05)
     with pytest.raises(concurrent.futures.TimeoutError):
         next(results)
-    assert len(until(lambda: broker.of_kind(messages.Cancel))) > 0, "and cancels what it no longer waits for"
+    assert len(wait_for(lambda: broker.of_kind(messages.Cancel))) > 0, (
+        "and cancels what it no longer waits for"
+    )
 
 
 def test_map_whose_results_are_taken_after_the_block_has_them_all(client: Client) -> None:
@@ -107,11 +110,11 @@ def test_map_that_is_dropped_half_way_cancels_the_rest(broker: ScriptedBroker, c
 
     broker.script["half"] = half
     results = ToolExecutor(client).map("half", [{"hold": False}, {"hold": True}, {"hold": True}])
-    until(lambda: len(broker.held) == 2)
+    wait_for(lambda: len(broker.held) == 2)
     assert next(results) == "done"
     assert broker.of_kind(messages.Cancel) == []
     del results
-    until(lambda: not broker.held)
+    wait_for(lambda: not broker.held)
 
 
 def test_leaving_the_block_waits_for_all(broker: ScriptedBroker, client: Client) -> None:
@@ -119,7 +122,7 @@ def test_leaving_the_block_waits_for_all(broker: ScriptedBroker, client: Client)
     with ToolExecutor(client) as executor:
         future = executor.submit("hold")
         failed = executor.submit("fail")
-        until(lambda: broker.held)
+        wait_for(lambda: broker.held)
         release.start()
     assert future.done()
     assert future.result() == "released"
@@ -132,7 +135,7 @@ def test_shutdown_takes_no_more_calls_and_cancels_if_asked(broker: ScriptedBroke
     executor = ToolExecutor(client)
     done, held = executor.submit("echo"), executor.submit("hold")
     assert done.result(5) == {}
-    until(lambda: broker.held)
+    wait_for(lambda: broker.held)
     executor.shutdown(wait=False)
     assert not held.done()
     with pytest.raises(RuntimeError, match="shut down"):

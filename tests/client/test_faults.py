@@ -10,8 +10,9 @@ import pytest
 
 from mcp_broker import Client, errors
 from mcp_broker.wire import messages, payload
-from tests.client.support.broker import ScriptedBroker, fault, ok, until
+from tests.client.support.broker import ScriptedBroker, fault, ok
 from tests.support.proxy import TcpProxy
+from tests.support.waiting import wait_for
 
 
 @pytest.fixture
@@ -30,10 +31,10 @@ def test_call_outlives_a_cut_connection_and_runs_once(
     client: Client, broker: ScriptedBroker, proxy: TcpProxy
 ) -> None:
     future = client.submit("hold")
-    until(lambda: broker.held)
+    wait_for(lambda: broker.held)
     began = time.monotonic()
     proxy.cut()
-    until(lambda: len(broker.of_kind(messages.Hello)) == 2)
+    wait_for(lambda: len(broker.of_kind(messages.Hello)) == 2)
     assert time.monotonic() - began < 0.9, "noticed by the connection, not by silence"
     broker.release()
     assert future.result(5) == "released"
@@ -63,7 +64,7 @@ def test_stalled_path_that_comes_back_loses_nothing(
     proxy.stall()
     futures += [client.submit("echo", {"i": at}) for at in range(10, 20)]
     attempts = len(broker.of_kind(messages.Hello))
-    until(lambda: proxy.accepted > attempts)
+    wait_for(lambda: proxy.accepted > attempts)
     proxy.resume()
     assert [future.result(10)["i"] for future in futures] == list(range(20))
     assert set(broker.runs.values()) == {1}
@@ -83,7 +84,7 @@ def test_restarted_broker_loses_calls_that_were_sent_and_serves_new_ones() -> No
     keys, port = first.keys, first.port
     with Client.connect(first.profile()) as client:
         futures = [client.submit("hold") for _ in range(64)]
-        until(lambda: len(first.held) == 64)
+        wait_for(lambda: len(first.held) == 64)
         first.stop()
         with ScriptedBroker(port, keys=keys, epoch=8) as second:
             began = time.monotonic()
@@ -119,7 +120,7 @@ def test_goodbye_ends_calls_and_new_ones_find_the_next_session(
     client: Client, broker: ScriptedBroker
 ) -> None:
     future = client.submit("hold")
-    until(lambda: broker.held)
+    wait_for(lambda: broker.held)
     broker.say(messages.Goodbye(broker.epoch, "the broker is shutting down"))
     with pytest.raises(errors.BrokerLost, match="shutting down"):
         future.result(5)

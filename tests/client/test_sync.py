@@ -23,7 +23,8 @@ from mcp_broker.client.future import CallFuture
 from mcp_broker.client.options import CallOptions
 from mcp_broker.client.session import Wishes
 from mcp_broker.wire import messages, payload
-from tests.client.support.broker import USAGE, ScriptedBroker, ok, until
+from tests.client.support.broker import USAGE, ScriptedBroker, ok
+from tests.support.waiting import wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -104,7 +105,7 @@ def test_callback_that_raises_costs_nobody_a_result(
 
     broker.script["telling"] = telling
     assert client.submit("telling", on_progress=broken).result(5) == "done"
-    until(lambda: "an on_progress callback raised" in caplog.text)
+    wait_for(lambda: "an on_progress callback raised" in caplog.text)
     assert client.call("echo", {"a": 1}) == {"a": 1}
 
 
@@ -153,7 +154,7 @@ def test_done_callback_may_use_the_client(client: Client, broker: ScriptedBroker
 
     first.add_done_callback(again)
     behind.add_done_callback(lambda _: None)
-    until(lambda: len(broker.held) == 2)
+    wait_for(lambda: len(broker.held) == 2)
     broker.release()
     assert seen.result(5) == ({"again": True}, "released")
 
@@ -161,7 +162,7 @@ def test_done_callback_may_use_the_client(client: Client, broker: ScriptedBroker
 def test_submitted_calls_are_sent_though_nobody_waits(client: Client, broker: ScriptedBroker) -> None:
     for _ in range(5):
         client.submit("hold")
-    until(lambda: len(broker.held) == 5)
+    wait_for(lambda: len(broker.held) == 5)
 
 
 def test_result_with_a_timeout_lets_the_call_go_on(client: Client, broker: ScriptedBroker) -> None:
@@ -182,14 +183,14 @@ def test_calls_in_flight_are_batched(client: Client, broker: ScriptedBroker) -> 
 
 def test_cancel_tells_the_broker_and_result_raises_cancelled(client: Client, broker: ScriptedBroker) -> None:
     future = client.submit("hold")
-    until(lambda: broker.held)
+    wait_for(lambda: broker.held)
     assert future.cancel()
     assert future.cancel()
     assert future.cancelled()
     with pytest.raises(errors.Cancelled) as cancelled:
         future.result(5)
     assert isinstance(cancelled.value, standard.CancelledError)
-    [message] = until(lambda: broker.of_kind(messages.Cancel))
+    [message] = wait_for(lambda: broker.of_kind(messages.Cancel))
     assert message.call_ids == (future.call_id,)
     assert standard.wait([future], timeout=5).done == {future}
 
@@ -213,7 +214,7 @@ def test_cancel_by_id_from_another_thread_ends_a_waiting_call(client: Client, br
 
     thread = threading.Thread(target=run)
     thread.start()
-    [call_id] = until(lambda: list(broker.held))
+    [call_id] = wait_for(lambda: list(broker.held))
     assert client.cancel(call_id)
     thread.join(5)
     assert len(caught) == 1
@@ -228,7 +229,7 @@ def test_map_keeps_the_order_and_raises_at_the_place_of_the_failure(client: Clie
 def test_stream_gives_parts_under_credit(client: Client, broker: ScriptedBroker) -> None:
     stream = client.stream("count", {"n": 100})
     assert next(stream) == 0
-    until(lambda: broker.streams[stream.call_id][0] >= 16)
+    wait_for(lambda: broker.streams[stream.call_id][0] >= 16)
     assert broker.streams[stream.call_id][0] <= 16 + 8
     assert list(stream) == list(range(1, 100))
     assert stream.usage == USAGE
@@ -239,13 +240,13 @@ def test_stream_gives_parts_under_credit(client: Client, broker: ScriptedBroker)
 def test_stream_left_early_is_cancelled(client: Client, broker: ScriptedBroker) -> None:
     with client.stream("count", {"n": 1000}) as stream:
         assert next(stream) == 0
-    until(lambda: not broker.streams)
+    wait_for(lambda: not broker.streams)
     for part in client.stream("count", {"n": 1000}):
         if part == 3:
             break
     del part
     gc.collect()
-    until(lambda: not broker.streams)
+    wait_for(lambda: not broker.streams)
 
 
 def test_stream_raises_the_error_after_the_parts_before_it(client: Client, broker: ScriptedBroker) -> None:
@@ -330,7 +331,7 @@ def test_thread_whose_call_is_slow_does_not_hold_up_the_others(
 ) -> None:
     slow = threading.Thread(target=lambda: client.call("hold"))
     slow.start()
-    until(lambda: broker.held)
+    wait_for(lambda: broker.held)
     assert client.call("echo", {"a": 1}, timeout_s=5) == {"a": 1}
     broker.release()
     slow.join(5)
@@ -422,7 +423,7 @@ def test_profile_is_read_from_its_file_and_again_before_each_reconnection(tmp_pa
             first.say(messages.Goodbye(first.epoch, "moving"))
             arrived = client._link.connection
             assert arrived is not None
-            until(lambda: arrived.events() & zmq.POLLIN)
+            wait_for(lambda: arrived.events() & zmq.POLLIN)
             assert client.call("echo", {"a": 1}) == {"a": 1}
             assert len(second.of_kind(messages.Hello)) == 1
 
@@ -436,7 +437,7 @@ def test_closed_client_says_goodbye_and_takes_no_calls(broker: ScriptedBroker) -
         future.result(5)
     with pytest.raises(errors.ClientClosed, match="closed"):
         client.call("echo")
-    until(lambda: broker.of_kind(messages.Goodbye))
+    wait_for(lambda: broker.of_kind(messages.Goodbye))
 
 
 def test_close_wakes_threads_that_wait(broker: ScriptedBroker) -> None:
@@ -452,7 +453,7 @@ def test_close_wakes_threads_that_wait(broker: ScriptedBroker) -> None:
     threads = [threading.Thread(target=run) for _ in range(3)]
     for thread in threads:
         thread.start()
-    until(lambda: len(broker.held) == 3)
+    wait_for(lambda: len(broker.held) == 3)
     client.close()
     for thread in threads:
         thread.join(5)
@@ -464,7 +465,7 @@ def test_dropped_client_warns_and_lets_go(broker: ScriptedBroker) -> None:
     assert held[0].call("echo") == {}
     with pytest.warns(ResourceWarning, match="not closed"):
         held.clear()
-    until(lambda: broker.of_kind(messages.Goodbye))
+    wait_for(lambda: broker.of_kind(messages.Goodbye))
 
 
 @pytest.mark.process
@@ -492,12 +493,12 @@ def test_helper_thread_is_not_needed_for_plain_calls_and_ends_when_idle(client: 
     def helpers() -> list[str]:
         return [thread.name for thread in threading.enumerate() if thread.name == "mcp-broker-helper"]
 
-    until(lambda: not helpers())
+    wait_for(lambda: not helpers())
     client.call("echo")
     assert helpers() == []
     client.submit("echo").result(5)
     assert len(helpers()) == 1
-    until(lambda: not helpers())
+    wait_for(lambda: not helpers())
 
 
 def test_future_makes_no_condition_unless_somebody_asks(client: Client) -> None:
@@ -522,6 +523,6 @@ def test_ended_call_leaves_nothing_to_the_garbage_collector(client: Client) -> N
     try:
         gone = weakref.ref(client.submit("echo"))
         assert client.call("echo", {"a": 1}) == {"a": 1}
-        until(lambda: gone() is None)
+        wait_for(lambda: gone() is None)
     finally:
         gc.enable()

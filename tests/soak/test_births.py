@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mcp_broker import proctable
-from tests.supervisor.conftest import Node, is_running, of_instance, start, wait_for
+from tests.supervisor.conftest import Node, is_running, of_instance, start
+from tests.support.waiting import wait_for
 
 if TYPE_CHECKING:
     from tests.supervisor.conftest import Start
@@ -49,7 +50,7 @@ def wait_until_gone(node: Node, within_s: float) -> None:
         return not left
 
     try:
-        wait_for(is_gone, "the end of all", within_s)
+        wait_for(is_gone, what="the end of all", within_s=within_s)
     except AssertionError as error:
         error.add_note("\n".join(map(described, left)))
         raise

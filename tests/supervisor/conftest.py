@@ -16,18 +16,10 @@ from typing import Any
 
 import pytest
 
+from tests.support.waiting import wait_for
+
 NODE = Path(__file__).parent / "fakes" / "node.py"
 PATIENCE_S = 20.0
-
-
-def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = PATIENCE_S) -> Any:
-    """Return the condition's first true value."""
-    deadline = time.monotonic() + timeout_s
-    while not (value := condition()):
-        if time.monotonic() > deadline:
-            raise AssertionError(f"not within {timeout_s} s: {what}")
-        time.sleep(0.002)
-    return value
 
 
 def is_running(pid: int) -> bool:
@@ -113,11 +105,11 @@ class Node:
     def worker(self, pool: str = "fake") -> dict[str, Any]:
         """Return the first ready worker of a pool, as reported."""
 
-        def ready() -> dict[str, Any] | None:
+        def ready() -> dict[str, Any]:
             running = [one for one in self.pools()[pool]["workers"] if one["state"] == "running"]
-            return running[0] if running else None
+            return running[0] if running else {}
 
-        worker: dict[str, Any] = wait_for(ready, f"a ready worker of {pool}")
+        worker: dict[str, Any] = wait_for(ready, what=f"a ready worker of {pool}")
         return worker
 
     def stop(self, number: int = signal.SIGTERM) -> int:

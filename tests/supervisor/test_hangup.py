@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.supervisor.conftest import NODE, is_running, of_instance, wait_for
+from tests.supervisor.conftest import NODE, is_running, of_instance
+from tests.support.waiting import wait_for
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
@@ -65,7 +66,7 @@ def test_a_supervisor_ends_with_the_terminal_that_it_was_started_in(tmp_path: Pa
         assert "Reloaded" in process.stdout.readline(), "the terminal is still there"
         os.close(terminal)
         assert process.wait(20) == 0
-        wait_for(lambda: not of_instance(tmp_path / "state"), "no process is left")
+        wait_for(lambda: not of_instance(tmp_path / "state"), what="no process is left")
 
 
 def test_a_supervisor_that_was_started_by_nohup_outlives_its_terminal(tmp_path: Path) -> None:

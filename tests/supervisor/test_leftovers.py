@@ -13,13 +13,14 @@ import pytest
 
 from mcp_broker import proctable
 from mcp_broker.supervisor.reclaim import memory
-from tests.supervisor.conftest import Start, is_running, of_instance, wait_for
+from tests.supervisor.conftest import Start, is_running, of_instance
+from tests.support.waiting import wait_for
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
 
 def daemon_of(path: Path) -> int:
-    return int(wait_for(lambda: path.exists() and path.read_text(), "the daemon's pid"))
+    return int(wait_for(lambda: path.exists() and path.read_text(), what="the daemon's pid"))
 
 
 def test_a_double_forked_daemon_goes_with_its_worker(start: Start, tmp_path: Path) -> None:
@@ -30,7 +31,7 @@ def test_a_double_forked_daemon_goes_with_its_worker(start: Start, tmp_path: Pat
     assert is_running(daemon)
     os.kill(worker["pid"], signal.SIGKILL)
     node.event("WorkerDied")
-    wait_for(lambda: not is_running(daemon), "the end of the daemon", 2)
+    wait_for(lambda: not is_running(daemon), what="the end of the daemon", within_s=2)
 
 
 def test_a_daemon_of_a_live_worker_is_left_alone(start: Start, tmp_path: Path) -> None:
@@ -38,7 +39,7 @@ def test_a_daemon_of_a_live_worker_is_left_alone(start: Start, tmp_path: Path) -
     for _ in range(2):
         node.event("PoolReady")
     daemon = daemon_of(tmp_path / "daemon")
-    wait_for(lambda: proctable.read(daemon).ppid == node.pid, "the adoption")  # type: ignore[union-attr]
+    wait_for(lambda: proctable.read(daemon).ppid == node.pid, what="the adoption")  # type: ignore[union-attr]
     os.kill(node.worker("loud")["pid"], signal.SIGKILL)
     node.event("PoolReady", pool="loud")
     # the sweep of that death is over when the next death's is
@@ -56,7 +57,7 @@ def test_nothing_lives_a_second_after_the_supervisor_was_killed(start: Start) ->
     assert len(of_instance(node.state_dir)) == 4
     node.popen.kill()
     node.popen.wait()
-    wait_for(lambda: not of_instance(node.state_dir), "the end of all", 1.0)
+    wait_for(lambda: not of_instance(node.state_dir), what="the end of all", within_s=1.0)
 
 
 def test_the_tether_alone_ends_a_worker_without_death_signal(start: Start) -> None:
@@ -64,7 +65,7 @@ def test_the_tether_alone_ends_a_worker_without_death_signal(start: Start) -> No
     node.event("PoolReady")
     worker = node.worker()
     node.popen.kill()
-    wait_for(lambda: not is_running(worker["pid"]), "the end of the worker", 1.0)
+    wait_for(lambda: not is_running(worker["pid"]), what="the end of the worker", within_s=1.0)
 
 
 def test_the_death_signal_alone_ends_a_worker_that_has_not_come_to_ask_for_it(start: Start) -> None:
@@ -72,7 +73,7 @@ def test_the_death_signal_alone_ends_a_worker_that_has_not_come_to_ask_for_it(st
     node.event("PoolReady")
     worker = node.worker()
     node.popen.kill()
-    wait_for(lambda: not is_running(worker["pid"]), "the end of the worker", 1.0)
+    wait_for(lambda: not is_running(worker["pid"]), what="the end of the worker", within_s=1.0)
 
 
 def test_the_next_start_removes_what_a_killed_supervisor_left(start: Start, tmp_path: Path) -> None:
@@ -196,4 +197,4 @@ def test_a_child_that_ended_by_itself_is_reaped(start: Start, tmp_path: Path) ->
     node.event("PoolReady")
     daemon = daemon_of(tmp_path / "daemon")
     os.kill(daemon, signal.SIGKILL)
-    wait_for(lambda: not Path(f"/proc/{daemon}").exists(), "the reaping", 5)
+    wait_for(lambda: not Path(f"/proc/{daemon}").exists(), what="the reaping", within_s=5)

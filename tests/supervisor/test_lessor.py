@@ -15,8 +15,8 @@ from mcp_broker.supervisor import sieve
 from mcp_broker.supervisor.lessor import Lessor
 from mcp_broker.wire.confinement import Confinement
 from mcp_broker.wire.tether import Leased, LeasePort, LeaseRefused, ReturnPort, TetherMessage
-from tests.supervisor.conftest import wait_for
 from tests.support.ports import connect, free_span
+from tests.support.waiting import wait_for
 
 if TYPE_CHECKING:
     from mcp_broker.wire.ports import PortReport
@@ -91,7 +91,7 @@ def test_a_leased_socket_listens_already_and_what_goes_through_is_counted(lessor
         if seen.connections:  # a kernel that tells
             assert (seen.bytes_in, seen.connections_total) == (1000, 1)
             assert seen.last_wall > 0
-            wait_for(lambda: report(lessor, first).bytes_out == 300, "the bytes acknowledged")
+            wait_for(lambda: report(lessor, first).bytes_out == 300, what="the bytes acknowledged")
     worker.close()
 
 

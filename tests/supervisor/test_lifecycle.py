@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.supervisor.conftest import Start, is_running, of_instance, wait_for
+from tests.supervisor.conftest import Start, is_running, of_instance
+from tests.support.waiting import wait_for
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
@@ -25,7 +26,7 @@ def test_a_broker_is_told_all_before_it_serves_and_workers_become_ready(start: S
     assert [id_.split("-")[0] for id_ in told[3]["workers"]] == ["left", "right"], (
         "the first table is complete"
     )
-    wait_for(lambda: node.pools()["left"]["state"] == "ready", "the report of a ready pool")
+    wait_for(lambda: node.pools()["left"]["state"] == "ready", what="the report of a ready pool")
     assert is_running(serving["broker_pid"])
 
 
@@ -84,7 +85,8 @@ def test_a_death_is_told_within_100_ms_with_its_cause_and_the_worker_replaced(st
         assert not (node.state_dir / "run" / worker["id"]).exists()
     assert min(delays) < 0.1
     wait_for(
-        lambda: len(list(Path(f"/proc/{node.pid}/fd").iterdir())) == open_files, "no descriptor is left open"
+        lambda: len(list(Path(f"/proc/{node.pid}/fd").iterdir())) == open_files,
+        what="no descriptor is left open",
     )
     told = node.order()
     died = [one["certificate"]["worker_id"] for one in told if one["kind"] == "DIED"]
@@ -111,7 +113,7 @@ def test_an_import_error_ends_its_pool_at_once_with_the_reason_and_no_other(star
     if not any(event["event"] == "PoolReady" for event in node.events):
         node.event("PoolReady", pool="good")
     assert sum(event["event"] == "WorkerDied" for event in node.events) == 1
-    wait_for(lambda: node.pools()["bad"]["state"] == "failed", "the report")
+    wait_for(lambda: node.pools()["bad"]["state"] == "failed", what="the report")
     bad = node.pools()["bad"]
     assert (bad["wanted"], bad["reason"]) == (1, failed["reason"])
 
@@ -146,7 +148,7 @@ def test_a_worker_without_its_walls_is_killed_and_its_pool_given_up_while_others
     assert failed["reason"] == (
         "worker bare-1 is not confined: it may gain privileges (NoNewPrivs 0), which level process forbids"
     )
-    wait_for(lambda: node.pools()["good"]["state"] == "ready", "the other pool")
+    wait_for(lambda: node.pools()["good"]["state"] == "ready", what="the other pool")
     deaths = [event["certificate"] for event in node.events if event["event"] == "WorkerDied"]
     assert [death["kind"] for death in deaths] == ["boot_failure"]
 
@@ -237,7 +239,7 @@ def test_an_interrupt_raises_in_its_call_only_and_names_the_reason(start: Start,
     worker = node.worker()
     order = {"worker_id": worker["id"], "seq": 7, "why": "deadline"}
     node.order(interrupt={**order, "stage": "raise"})
-    assert wait_for(lambda: heard.exists() and heard.read_text(), "the signal") == "7"
+    assert wait_for(lambda: heard.exists() and heard.read_text(), what="the signal") == "7"
     node.order(interrupt={**order, "seq": 8, "stage": "kill"})  # has not started
     node.order(interrupt={**order, "seq": 6, "stage": "kill"})  # has ended
     node.order(interrupt={**order, "stage": "kill"})
@@ -265,7 +267,7 @@ def test_a_worker_past_its_deadline_says_what_it_was_doing(start: Start) -> None
     order = {"worker_id": worker["id"], "seq": 1, "why": "deadline"}
     node.order(interrupt={**order, "stage": "term"})
     files = [fd for fd in Path(f"/proc/{worker['pid']}/fd").iterdir() if "mcpb-marks" in str(fd.readlink())]
-    wait_for(lambda: b"most recent call first" in files[0].read_bytes(), "the worker's stacks")
+    wait_for(lambda: b"most recent call first" in files[0].read_bytes(), what="the worker's stacks")
     node.order(interrupt={**order, "stage": "kill"})
     certificate = node.event("WorkerDied")["certificate"]
     assert (certificate["kind"], certificate["signal"]) == ("deadline", "SIGKILL")

@@ -28,7 +28,8 @@ from mcp_broker.supervisor.process import Exit, Process
 from mcp_broker.supervisor.records import Counters, Deaths, Definitions
 from mcp_broker.wire import codec, messages, node
 from mcp_broker.wire.framing import FrameReader, frame
-from tests.supervisor.conftest import PATIENCE_S, is_running, wait_for
+from tests.supervisor.conftest import PATIENCE_S, is_running
+from tests.support.waiting import wait_for
 
 
 @pytest.fixture
@@ -273,7 +274,7 @@ def test_a_group_dies_with_its_leader(poller: Poller, tmp_path: Path) -> None:
     )
     run(poller, tmp_path, code)
     child = int((tmp_path / "pid").read_text())
-    wait_for(lambda: not is_running(child), "the end of the group")
+    wait_for(lambda: not is_running(child), what="the end of the group")
 
 
 def test_a_program_that_is_not_there_is_our_error(poller: Poller, tmp_path: Path) -> None:

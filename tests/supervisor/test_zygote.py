@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from mcp_broker import proctable
-from tests.supervisor.conftest import Node, Start, is_running, of_instance, wait_for
+from tests.supervisor.conftest import Node, Start, is_running, of_instance
+from tests.support.waiting import wait_for
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
@@ -33,7 +34,7 @@ def zygotes(node: Node) -> list[int]:
 
 
 def zygote_of(node: Node) -> int:
-    return int(wait_for(lambda: zygotes(node), "a zygote")[0])
+    return int(wait_for(lambda: zygotes(node), what="a zygote")[0])
 
 
 def fds_of(pid: int) -> list[str]:
@@ -87,7 +88,7 @@ def test_a_forked_worker_that_dies_is_told_with_its_cause_and_followed_by_anothe
     node = start({"started_seq": 41}, how="zygote")
     node.event("PoolReady")
     zygote = zygote_of(node)
-    wait_for(lambda: fds_of(node.pid) == fds_of(node.pid), "quiet")
+    wait_for(lambda: fds_of(node.pid) == fds_of(node.pid), what="quiet")
     before = len(fds_of(node.pid)), len(fds_of(zygote))
     for _ in range(4):
         worker = node.worker()
@@ -98,7 +99,9 @@ def test_a_forked_worker_that_dies_is_told_with_its_cause_and_followed_by_anothe
         node.event("PoolReady")
         assert node.worker()["start"] == "zygote"
     assert zygotes(node) == [zygote]
-    wait_for(lambda: (len(fds_of(node.pid)), len(fds_of(zygote))) == before, "no descriptor is left open")
+    wait_for(
+        lambda: (len(fds_of(node.pid)), len(fds_of(zygote))) == before, what="no descriptor is left open"
+    )
     assert node.stop() == 0
     assert of_instance(node.state_dir) == []
     assert list(node.runtime_dir.iterdir()) == []
@@ -118,10 +121,10 @@ def test_a_zygote_that_is_killed_harms_no_worker_and_is_replaced(start: Start) -
     # at once, so that the next worker finds it dying, dead or on its way up
     os.kill(worker["pid"], signal.SIGKILL)
     node.event("PoolReady")
-    wait_for(lambda: zygotes(node) not in ([], [zygote]), "another zygote")
+    wait_for(lambda: zygotes(node) not in ([], [zygote]), what="another zygote")
     os.kill(node.worker()["pid"], signal.SIGKILL)
     node.event("PoolReady")
-    wait_for(lambda: node.worker()["start"] == "zygote", "a worker of the new zygote")
+    wait_for(lambda: node.worker()["start"] == "zygote", what="a worker of the new zygote")
     assert sum(event["event"] == "WorkerDied" for event in node.events) == 2, "nobody else died"
 
 
@@ -134,7 +137,7 @@ def test_a_zygote_that_hangs_is_replaced_and_its_worker_started_without_it(start
     node.event("WorkerDied")
     node.event("PoolReady")
     assert node.worker()["start"] == "exec"
-    wait_for(lambda: zygotes(node) not in ([], [zygote]), "another zygote")
+    wait_for(lambda: zygotes(node) not in ([], [zygote]), what="another zygote")
 
 
 def test_a_stop_does_not_wait_for_a_worker_that_was_never_born(start: Start) -> None:
@@ -154,7 +157,7 @@ def test_without_a_zygote_that_can_start_workers_start_all_the_same(start: Start
     node.event("PoolReady")
     assert node.worker()["start"] == "exec"
     log = Path(node._log.name)
-    wait_for(lambda: "no room for a zygote here" in log.read_text(), "the reason")
+    wait_for(lambda: "no room for a zygote here" in log.read_text(), what="the reason")
 
 
 @pytest.mark.parametrize("left", [0, 6])
@@ -194,7 +197,7 @@ def test_a_worker_that_was_forked_and_is_not_known_never_runs(
         broker = next(event["broker_pid"] for event in node.events if event["event"] == "Serving")
         return set(of_instance(node.state_dir)) - {worker["pid"], broker, *zygotes(node)}
 
-    wait_for(lambda: not others(), "the end of whoever was forked")
+    wait_for(lambda: not others(), what="the end of whoever was forked")
     told = [one["workers"] for one in node.order() if one["kind"] == "ADMIT"]
     assert told == [[worker["id"]]], "one life, one key"
 
@@ -205,7 +208,7 @@ def kill_within_a_birth(node: Node) -> None:
     time.sleep(random.uniform(0, 0.008))  # the point in time is what is tried
     node.popen.kill()
     node.popen.wait()
-    wait_for(lambda: not of_instance(node.state_dir), "the end of all", 1.0)
+    wait_for(lambda: not of_instance(node.state_dir), what="the end of all", within_s=1.0)
 
 
 def test_nothing_lives_a_second_after_the_supervisor_was_killed_in_the_middle_of_forks(start: Start) -> None:

@@ -208,16 +208,3 @@ def start(broker: ScriptedBroker, tmp_path: Path) -> Iterator[Start]:
     yield begin
     for worker in started:
         worker.close()
-
-
-@pytest.fixture
-def until() -> Callable[[Callable[[], bool]], None]:
-    """Wait for a condition, with a deadline."""
-
-    def wait(holds: Callable[[], bool]) -> None:
-        end = time.monotonic() + PATIENCE_S
-        while not holds():
-            assert time.monotonic() < end, "it never became true"
-            select.select([], [], [], 0.002)
-
-    return wait

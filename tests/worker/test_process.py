@@ -5,17 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from mcp_broker.wire import codec, messages, payload, tether
+from tests.support.waiting import wait_for
 
 if TYPE_CHECKING:
     from tests.worker.conftest import ScriptedBroker, Start
 
-    Until = Callable[[Callable[[], bool]], None]
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
@@ -174,14 +173,14 @@ def test_large_payloads_take_the_second_frame_both_ways(broker: ScriptedBroker, 
 
 
 def test_signal_stops_the_call_that_it_is_meant_for(
-    broker: ScriptedBroker, start: Start, until: Until, tmp_path: Any
+    broker: ScriptedBroker, start: Start, tmp_path: Any
 ) -> None:
     worker = start(PLAIN)
     broker.welcome()
     spin = broker.dispatch("try.spin", {"mark": str(tmp_path / "spins")})
     add = broker.dispatch("try.add", {"left": 1})
     broker.give(spin, add)
-    until((tmp_path / "spins").exists)
+    wait_for((tmp_path / "spins").exists)
     assert worker.marks.started_seq == spin.seq
     worker.marks.interrupt_seq = add.seq
     os.kill(worker.pid, signal.SIGUSR1)
@@ -193,13 +192,13 @@ def test_signal_stops_the_call_that_it_is_meant_for(
 
 
 def test_a_call_that_was_cancelled_behind_a_long_one_does_not_run(
-    broker: ScriptedBroker, start: Start, until: Until, tmp_path: Any
+    broker: ScriptedBroker, start: Start, tmp_path: Any
 ) -> None:
     worker = start(PLAIN)
     broker.welcome()
     spin = broker.dispatch("try.spin", {"mark": str(tmp_path / "spins")})
     broker.give(spin)
-    until((tmp_path / "spins").exists)
+    wait_for((tmp_path / "spins").exists)
     # both wait in the socket while the first call runs
     unwanted = broker.dispatch("try.add", {"left": 1})
     broker.give(unwanted)
@@ -249,12 +248,12 @@ def test_drain_finishes_what_it_holds_and_leaves(broker: ScriptedBroker, start: 
 
 
 def test_sigterm_stops_the_running_call_and_the_worker(
-    broker: ScriptedBroker, start: Start, until: Until, tmp_path: Any
+    broker: ScriptedBroker, start: Start, tmp_path: Any
 ) -> None:
     worker = start(PLAIN)
     broker.welcome()
     broker.give(broker.dispatch("try.spin", {"mark": str(tmp_path / "spins")}))
-    until((tmp_path / "spins").exists)
+    wait_for((tmp_path / "spins").exists)
     os.kill(worker.pid, signal.SIGTERM)
     assert broker.outcomes(1)[0].code == "CANCELLED"
     broker.hear(messages.Goodbye)
@@ -354,12 +353,12 @@ def test_async_tools_run_at_the_same_time(broker: ScriptedBroker, start: Start) 
     assert [value(outcome) for outcome in broker.outcomes(3)] == [3, 3, 3]
 
 
-def test_signal_stops_one_async_call_of_several(broker: ScriptedBroker, start: Start, until: Until) -> None:
+def test_signal_stops_one_async_call_of_several(broker: ScriptedBroker, start: Start) -> None:
     worker = start(ASYNC, concurrency=3)
     broker.welcome()
     first, second = broker.dispatch("try.wait"), broker.dispatch("try.wait")
     broker.give(first, second)
-    until(lambda: worker.marks.started_seq == second.seq)
+    wait_for(lambda: worker.marks.started_seq == second.seq)
     worker.marks.interrupt_seq = first.seq
     os.kill(worker.pid, signal.SIGUSR1)
     (outcome,) = broker.outcomes(1)

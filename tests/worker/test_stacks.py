@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from tests.support.waiting import wait_for
 
+if TYPE_CHECKING:
     from tests.worker.conftest import ScriptedBroker, Start
 
 pytestmark = [pytest.mark.process]
@@ -27,18 +27,18 @@ def match(mark: str) -> None:
 
 
 def test_the_stack_of_a_call_whose_c_code_holds_the_interpreter_can_be_read(
-    start: Start, broker: ScriptedBroker, until: Callable[[Callable[[], bool]], None]
+    start: Start, broker: ScriptedBroker
 ) -> None:
     worker = start(STUCK)
     broker.welcome()
     mark = worker.scratch / "mark"
-    until(lambda: worker.marks.is_resting)
+    wait_for(lambda: worker.marks.is_resting)
     broker.give(broker.dispatch("try.match", {"mark": str(mark)}))
-    until(mark.exists)
+    wait_for(mark.exists)
     assert not worker.marks.is_resting
     worker.page.clear()
     os.kill(worker.pid, signal.SIGUSR2)
-    until(lambda: "in main" in worker.page.stack())
+    wait_for(lambda: "in main" in worker.page.stack())
     assert "tried_tools.py" in worker.page.stack()
     assert "in match" in worker.page.stack()
     worker.page.clear()

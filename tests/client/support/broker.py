@@ -22,15 +22,6 @@ USAGE = messages.Usage(1_700_000_000_000, 120, 90, 20_480)
 Answer = Callable[["ScriptedBroker", bytes, messages.Call, bytes], None]
 
 
-def until(condition: Callable[[], Any], seconds: float = 5.0) -> Any:
-    """Wait until a condition holds, and return what it gave."""
-    ends = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < ends, "the condition did not come true in time"
-        time.sleep(0.002)
-    return found
-
-
 class Session:
     """What this broker knows of one session."""
 
