@@ -154,12 +154,11 @@ class Idempotency:
         routing = self._routing
         while record.followers:
             successor = _first(record)
-            if (
-                routing.drained
-                or successor.session.state is ClientState.CLOSED
-                or successor.deadline <= routing.now
-            ):
-                # it ends in this turn: nobody waits for what it would begin
+            if routing.drained or successor.session.state is ClientState.CLOSED:
+                # it ends with all others, now: nobody waits for what it would begin
+                continue
+            if successor.deadline <= routing.now:
+                routing.end_late(successor, routing.now)
                 continue
             pool = successor.tool.pool
             if pool is None or routing.care.ends(successor):

@@ -97,6 +97,21 @@ class Routing:
             self.dispatcher.ghosts.add(call.call_id)
             self.crew.stop_call(worker, call.call_id, seq, why, now)
 
+    def end_late(self, call: Call, now: float) -> None:
+        """End a call whose deadline has passed."""
+        text = f"{call.tool.name} had no outcome within its time"
+        if call.tool.pool is None:
+            state = "being carried out by the supervisor, which goes on with it"
+        elif call.state is not CallState.QUEUED:
+            state = "running"
+        elif call.tool.is_held and call.tool.condition is not None:
+            state = f"waiting: its tool is {call.tool.condition.standing}"
+        else:
+            state = "waiting for a worker"
+        details = {"which": "timeout", "was": state}
+        outcome = fault(call.call_id, "DEADLINE_EXCEEDED", f"{text}; it was {state}", details)
+        self.end(call, outcome, "deadline", now)
+
     def new_id(self) -> bytes:
         """Return 16 random bytes, for a session."""
         return self._ids(16)
@@ -146,26 +161,7 @@ class Routing:
         self.now = now
         for call in self.ledger.due(now):
             if call.state is not CallState.ENDED:
-                text = f"{call.tool.name} had no outcome within its time"
-                if call.tool.pool is None:
-                    state = "being carried out by the supervisor, which goes on with it"
-                elif call.state is not CallState.QUEUED:
-                    state = "running"
-                elif call.tool.is_held and call.tool.condition is not None:
-                    state = f"waiting: its tool is {call.tool.condition.standing}"
-                else:
-                    state = "waiting for a worker"
-                self.end(
-                    call,
-                    fault(
-                        call.call_id,
-                        "DEADLINE_EXCEEDED",
-                        f"{text}; it was {state}",
-                        {"which": "timeout", "was": state},
-                    ),
-                    "deadline",
-                    now,
-                )
+                self.end_late(call, now)
         for call in self.ledger.silent(now):
             idle_s = call.idle.timeout_s if call.idle is not None else 0.0
             text = f"{call.tool.name} sent no part and no progress for {idle_s:g} s"
