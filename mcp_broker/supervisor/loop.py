@@ -133,9 +133,9 @@ class Supervisor:
         self._abandoned = Abandoned()
         self.instance = self._counters.instance
         self._lineage = secrets.token_hex(8)
-        self.warden = Warden(self._state_dir)
         self._runtime = Runtime(self._state_dir, self.instance)
         self.run_dir = self._runtime.folder
+        self.warden = Warden(self._state_dir, self.run_dir)
         left_over = self._runtime.clear(lambda folder: reclaim.remove_leftovers(folder, self.instance))
         if left_over:
             _log.warning("killed %d processes that an earlier supervisor left over", left_over)

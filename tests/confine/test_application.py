@@ -191,6 +191,19 @@ def test_tools_may_stand_beside_the_state_directory_which_stays_closed(cage: Cag
     assert found in (["here", "ENOENT"], ["here", "EACCES"])
 
 
+def test_a_scratch_folder_in_a_hidden_one_is_open_and_those_beside_it_are_not(cage: Cage) -> None:
+    """As where the tools stand beside the runtime folder."""
+    own, other = cage.folder / "run" / "a-1", cage.folder / "run" / "b-2"
+    other.mkdir(parents=True)
+    (other / "file").write_text("x")
+    cage.scratch.rename(own)
+    cage.scratch = own
+    keys: dict[str, Any] = {"path": (str(cage.folder),), "hidden": (str(cage.folder / "run"),)}
+    assert cage.run(lambda: (own / "mine").write_text("mine"), **keys) == 4
+    assert cage.run((other / "file").read_text, **keys) in {"ENOENT", "EACCES"}
+    assert cage.run(lambda: (other / "file").write_text("y"), **keys) in {"ENOENT", "EACCES"}
+
+
 def test_a_folder_that_is_not_there_is_named(cage: Cage) -> None:
     gone = str(cage.folder / "gone")
     said = cage.run(lambda: 1, read=(gone,))

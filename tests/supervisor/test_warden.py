@@ -90,7 +90,8 @@ def test_uids_of_people_and_containers_are_left_alone(
 @pytest.fixture
 def warden(tmp_path: Path) -> Warden:
     (tmp_path / "state").mkdir(mode=0o700)
-    warden = Warden(tmp_path / "state")
+    (tmp_path / "runtime" / "abc").mkdir(parents=True)
+    warden = Warden(tmp_path / "state", tmp_path / "runtime" / "abc")
     # as an ordinary user of a machine that can do everything
     warden._probes = {
         name: probe.Probe(name, works=True, detail="", errno=None, ms=0.0) for name in probe.PRIMITIVES
@@ -157,6 +158,17 @@ def test_a_folder_that_would_show_our_keys_is_refused(
     (tmp_path / "link").symlink_to(tmp_path / folder)
     for name in (tmp_path / folder, tmp_path / "link"):
         with pytest.raises(Unattainable, match="which holds the state directory"):
+            prepare(warden, tmp_path, isolation="restricted", **{key: (str(name),)})
+
+
+@pytest.mark.parametrize("key", ["read", "write"])
+@pytest.mark.parametrize("folder", ["runtime", "runtime/abc", "runtime/abc/m-2"])
+def test_a_folder_that_would_show_what_other_workers_hold_is_refused(
+    warden: Warden, tmp_path: Path, key: str, folder: str
+) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / folder)
+    for name in (tmp_path / folder, tmp_path / "link"):
+        with pytest.raises(Unattainable, match="which holds the runtime directory"):
             prepare(warden, tmp_path, isolation="restricted", **{key: (str(name),)})
 
 

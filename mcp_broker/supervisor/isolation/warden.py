@@ -58,10 +58,13 @@ class Warden:
 
     Args:
         state_dir: holds what was probed, and is closed to every worker.
+        run_dir: holds the scratch folders of all workers, and the records of who runs: closed to every worker but for
+            its own scratch folder.
     """
 
-    def __init__(self, state_dir: Path) -> None:
+    def __init__(self, state_dir: Path, run_dir: Path) -> None:
         self._state_dir = state_dir
+        self._run_dir = run_dir
         self._probes: dict[str, probe.Probe] = {}
         self._uids: Uids | None = None
 
@@ -124,7 +127,7 @@ class Warden:
             uid=uid,
             read=table.read,
             write=table.write,
-            hidden=(str(self._state_dir),),
+            hidden=(str(self._state_dir), str(self._run_dir)),
             network=walls.network,
             own_mounts=walls.own_mounts,
             own_network=walls.own_network,
@@ -142,13 +145,15 @@ class Warden:
         return self._uids.lease()
 
     def _check_folder(self, folder: str) -> None:
-        """Refuse what would show a worker our keys."""
-        real, ours = os.path.realpath(folder), os.path.realpath(self._state_dir)
-        if folders.is_within(real, ours) or folders.is_within(ours, real):
-            raise plan.Unattainable(
-                f"its read or write lists {folder}, which holds the state directory {ours} or is in it;"
-                " name the folders that its tools need"
-            )
+        """Refuse what would show a worker our keys, or what other workers hold."""
+        real = os.path.realpath(folder)
+        for what, ours in (("state", self._state_dir), ("runtime", self._run_dir)):
+            closed = os.path.realpath(ours)
+            if folders.is_within(real, closed) or folders.is_within(closed, real):
+                raise plan.Unattainable(
+                    f"its read or write lists {folder}, which holds the {what} directory {closed} or is in it;"
+                    " name the folders that its tools need"
+                )
 
 
 def _read(files: dict[str, str]) -> dict[str, str]:
