@@ -101,12 +101,11 @@ class Gauge:
         """Read memory and CPU of the tree; return its processes.
 
         Args:
-            adopted: finds processes that lost their parent and say that they are this worker's; asked where no group
-                tells.
+            adopted: finds processes that lost their parent and say that they are this worker's.
         """
         members = None if self.quota is None else self.quota.members()
-        # whoever may write the groups may also leave them
-        pids = members if members and self._pid in members else tree(self._pid, adopted())
+        # whoever may write the groups may also leave them, and a child may have escaped when the worker entered
+        pids = tree(self._pid, (*adopted(), *(members or ())))
         rss_kib = cpu_s = 0.0
         for pid in pids:
             cost = read(pid)
@@ -213,10 +212,8 @@ def _add(sizes: dict[tuple[int, int], float], path: str) -> None:
 
 def tree(pid: int, adopted: Iterable[int] = ()) -> list[int]:
     """Return a process, and all that descend from it or from those that are adopted, the process first."""
-    found = [pid]
-    seen = {pid}
-    found += [one for one in adopted if one not in seen]
-    seen.update(found)
+    found = list(dict.fromkeys((pid, *adopted)))
+    seen = set(found)
     for parent in found:  # grows meanwhile
         for child in children(parent):
             if child not in seen:

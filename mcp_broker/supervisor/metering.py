@@ -96,10 +96,10 @@ class Metered:
         self.next_at = now + (limits.METER_IDLE_S if throttled else limits.METER_RESTING_S)
         return has_changed
 
-    def enter(self, quotas: Quotas, worker_id: str) -> None:
-        """Have the kernel hold the worker to its bounds, too."""
+    def enter(self, quotas: Quotas, worker_id: str, adopted: Callable[[], list[int]]) -> None:
+        """Have the kernel hold the worker, and all that it has started, to its bounds, too."""
         self._quotas = quotas
-        self.gauge.quota = quotas.enter(worker_id, self.gauge.pids, self.meter.bounds)
+        self.gauge.quota = quotas.enter(worker_id, lambda: self.gauge.look(adopted), self.meter.bounds)
 
     def close(self) -> None:
         """Let go of it; the process is gone."""
@@ -207,7 +207,9 @@ class Metering:
             return
         bounds = self._allowance(pool, slot).bounds
         metered = life.metered = Metered(life, life.process.main_pid, bounds, slot.table, now)
-        metered.enter(self._quotas, life.worker_id)
+        # what lost its parent before now is looked for anew
+        self._adopted = None
+        metered.enter(self._quotas, life.worker_id, lambda: self._orphans(life))
         # the broker waits for it
         self._owner.changed()
 

@@ -16,7 +16,7 @@ from mcp_broker.core.metering import LIMITS
 from mcp_broker.supervisor import cgroups
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from mcp_broker.config import PoolTable
     from mcp_broker.core.metering import Bounds
@@ -27,6 +27,8 @@ _log = logging.getLogger("mcp_broker.supervisor")
 _MIB: Final = 1024 * 1024
 #: of a list of processes: thousands of them
 _PROCS_BYTES: Final = 65536
+#: a process may start others while it is moved in; what is in the group starts them there
+_ROUNDS_MAX: Final = 20
 #: file of the first generation, file of the second
 _MEMORY_MAX: Final = ("memory.limit_in_bytes", "memory.max")
 _MEMORY_PEAK: Final = ("memory.max_usage_in_bytes", "memory.peak")
@@ -76,9 +78,27 @@ class Quota:
     def __init__(self, memory: Group | None, pids: Group | None) -> None:
         self._memory = memory
         self._pids = pids
-        group = pids or memory
-        self._procs = None if group is None else str(group.path / "cgroup.procs")
+        #: set when it is known which groups take processes
+        self._procs: str | None = None
         self._generation = 0 if memory is None else int((memory.path / _MEMORY_MAX[1]).exists())
+
+    def take_in(self, tree: Callable[[], Iterable[int]]) -> None:
+        """Move processes in, and what they start meanwhile; a group that not even the first one may enter is given up.
+
+        Args:
+            tree: finds them; asked until there is none that is not in the groups yet.
+        """
+        known: set[int] = set()
+        for _ in range(_ROUNDS_MAX):
+            new = [pid for pid in tree() if pid not in known]
+            for pid in new:
+                self._memory = _entered(self._memory, pid, is_first=not known)
+                self._pids = _entered(self._pids, pid, is_first=not known)
+                known.add(pid)
+            if not new:
+                break
+        group = self._pids or self._memory
+        self._procs = None if group is None else str(group.path / "cgroup.procs")
 
     def hold_to(self, bounds: Bounds) -> None:
         """Set what the kernel allows."""
@@ -152,14 +172,17 @@ class Quotas:
         #: of lives that have ended, and still have a zombie in them
         self._left: list[Quota] = []
 
-    def enter(self, worker_id: str, pids: Iterable[int], bounds: Bounds) -> Quota:
-        """Put a worker's processes into groups of its own, as far as there are any."""
+    def enter(self, worker_id: str, tree: Callable[[], Iterable[int]], bounds: Bounds) -> Quota:
+        """Put a worker's processes into groups of its own, as far as there are any.
+
+        Args:
+            tree: finds them, the worker first; asked more than once.
+        """
         self.tidy()
-        members = list(pids)
         quota = Quota(
-            _entered(self._memory, worker_id, members, _MEMORY_MAX),
-            _entered(self._pids, worker_id, members, ("pids.max",)),
+            _made(self._memory, worker_id, _MEMORY_MAX), _made(self._pids, worker_id, ("pids.max",))
         )
+        quota.take_in(tree)
         quota.hold_to(bounds)
         return quota
 
@@ -179,10 +202,8 @@ class Quotas:
                 groups.close()
 
 
-def _entered(
-    groups: Groups | None, worker_id: str, pids: Iterable[int], files: Iterable[str]
-) -> Group | None:
-    """Make a worker's group and put its processes there; None where that cannot be done."""
+def _made(groups: Groups | None, worker_id: str, files: Iterable[str]) -> Group | None:
+    """Make a worker's group; None where that cannot be done."""
     if groups is None:
         return None
     group = groups.of(worker_id)
@@ -190,16 +211,30 @@ def _entered(
         # an empty folder may have been taken for abandoned
         groups.top.make()
         group.make()
-        if not any((group.path / name).exists() for name in files):
-            # of the second generation, and nobody handed the controller down
-            group.remove()
-            return None
-        for pid in pids:
-            group.add(pid)
     except OSError as error:
         _log.debug("no control group for %s: %s", worker_id, error)
+        return None
+    if not any((group.path / name).exists() for name in files):
+        # of the second generation, and nobody handed the controller down
         group.remove()
         return None
+    return group
+
+
+def _entered(group: Group | None, pid: int, *, is_first: bool) -> Group | None:
+    """Move a process into a group; return the group, or None where not even the first one may enter it."""
+    if group is None:
+        return None
+    try:
+        group.add(pid)
+    except ProcessLookupError:
+        # it has ended meanwhile: a short-lived child is no reason to do without walls
+        pass
+    except OSError as error:
+        _log.debug("process %d does not enter %s: %s", pid, group.path, error)
+        if is_first:
+            group.remove()
+            return None
     return group
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
@@ -14,6 +15,9 @@ from mcp_broker import limits, proctable
 from mcp_broker.supervisor.gauge import Gauge, tree
 from mcp_broker.supervisor.scratch import Scratch
 from tests.support.waiting import wait_for
+
+if TYPE_CHECKING:
+    from mcp_broker.supervisor.quota import Quota
 
 MIB = 1 << 20
 
@@ -64,6 +68,16 @@ class Holder:
         for pipe in (self.popen.stdin, self.popen.stdout):
             assert pipe is not None
             pipe.close()
+
+
+class Members:
+    """Groups that tell of these processes."""
+
+    def __init__(self, pids: list[int]) -> None:
+        self._pids = pids
+
+    def members(self) -> list[int]:
+        return self._pids
 
 
 @pytest.fixture
@@ -126,6 +140,15 @@ def test_a_process_without_parent_is_counted_where_it_says_it_belongs(holder: Ho
     finally:
         other.kill()
         other.wait()
+
+
+def test_a_child_that_is_in_no_group_counts_too_and_nobody_counts_twice(holder: Holder) -> None:
+    holder.does("one = subprocess.Popen(['sleep', '60'])")
+    child = holder.gauge.look()[1]
+    holder.gauge.quota = cast("Quota", Members([holder.popen.pid]))
+    assert holder.gauge.look() == [holder.popen.pid, child]
+    holder.gauge.quota = cast("Quota", Members([child, holder.popen.pid]))
+    assert holder.gauge.look(lambda: [child]) == [holder.popen.pid, child]
 
 
 def test_a_process_that_is_gone_holds_nothing(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_a_worker_is_told_what_its_limits_may_become() -> None:
 def test_without_groups_nothing_is_held_and_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cgroups, "hierarchies", lambda *_: [])
     quotas = Quotas(INSTANCE)
-    one = quotas.enter("w-1", [os.getpid()], BOUNDS)
+    one = quotas.enter("w-1", lambda: [os.getpid()], BOUNDS)
     one.hold_to(BOUNDS)
     assert (one.members(), one.oom_kills, one.peak_mb, one.shared_kib) == (None, 0, 0.0, 0.0)
     quotas.leave(one)
@@ -92,7 +92,7 @@ def held(quotas: Quotas, code: str, bounds: Bounds = BOUNDS) -> tuple[subprocess
     popen = subprocess.Popen(
         [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    return popen, quotas.enter("w-1", [popen.pid], bounds)
+    return popen, quotas.enter("w-1", lambda: [popen.pid], bounds)
 
 
 @pytest.mark.process
@@ -146,11 +146,33 @@ def test_a_fork_bomb_meets_a_wall(quotas: Quotas) -> None:
 
 
 @pytest.mark.process
+def test_a_child_that_ends_at_the_wrong_moment_takes_no_wall_away(quotas: Quotas) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    worker, late = (subprocess.Popen(["sleep", "60"]) for _ in range(2))
+    # the worker starts another one while the first are moved in
+    looks = iter([[gone.pid, worker.pid], [worker.pid, late.pid]])
+    one = quotas.enter("w-1", lambda: next(looks, [worker.pid, late.pid]), BOUNDS)
+    assert set(one.members() or ()) == {worker.pid, late.pid}
+    walls = [
+        file.read_text().strip()
+        for hierarchy in cgroups.hierarchies()
+        for name in ("memory.max", "memory.limit_in_bytes", "pids.max")
+        if (file := hierarchy.own / f"mcpb-{INSTANCE}" / "w-1" / name).exists()
+    ]
+    assert sorted(walls) == sorted([str((40 + 64) << 20), str(quota.tasks(2))])
+    for popen in (worker, late):
+        popen.kill()
+        popen.wait()
+    quotas.leave(one)
+
+
+@pytest.mark.process
 def test_groups_that_a_killed_supervisor_left_go_at_the_next_start(quotas: Quotas) -> None:
     popen, _ = held(quotas, "sys.stdin.read()")
     popen.kill()
     popen.communicate()
     # as another process would, which knows nothing of the first one's workers
     again = Quotas(INSTANCE)
-    assert again.enter("w-1", [], BOUNDS).members() == []
+    assert again.enter("w-1", list, BOUNDS).members() == []
     again.close()
