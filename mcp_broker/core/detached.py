@@ -2,7 +2,7 @@
 
 A call that asked for it (``extra.detach``) is not cancelled with its session. Its outcome waits here, for a time and
 within bounds, until a session of the same principal *attaches* to the call by its id. In memory: a broker that is
-restarted knows them only while a client or a worker does. Source: docs/protocol.md, "Detached calls".
+restarted knows them only while a client or a worker does; a worker that registers tells of those that it holds. Source: docs/protocol.md, "Detached calls".
 """
 
 from __future__ import annotations
@@ -10,17 +10,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mcp_broker import limits
+from mcp_broker.core import losses
 from mcp_broker.core.calls import Call, fault
 from mcp_broker.core.clients import ClientSession
 from mcp_broker.core.shelf import Shelf
+from mcp_broker.wire import messages
 from mcp_broker.wire.structs import Slim
 
 if TYPE_CHECKING:
+    from mcp_broker.core.orphans import Orphan
     from mcp_broker.core.outbox import Body
     from mcp_broker.core.receipts import Receipt
     from mcp_broker.core.registry import Tool
     from mcp_broker.core.routing import Routing
-    from mcp_broker.wire import messages
+    from mcp_broker.core.workers import Worker
+    from mcp_broker.wire.node import Certificate
 
 
 class Waiting(Slim):
@@ -86,6 +90,30 @@ class Detached:
         self.outcomes.put(key, Waiting(outcome, body, tool), principal, size, self._routing.now)
         self.outcomes.trim(limits.DETACHED_MAX, limits.DETACHED_BYTES_MAX)
 
+    def tool_of(self, worker: Worker, held: messages.Held) -> Tool | None:
+        """Return the tool of a detached call that a worker holds, if that is one of its pool's."""
+        tool = self._routing.registry.tools.get(held.tool) if held.tool else None
+        is_its = tool is not None and tool.pool is not None and tool.pool.family == worker.pool.family
+        return tool if is_its else None
+
+    def inherit(self, orphan: Orphan, outcome: messages.Outcome, body: Body | None = None) -> None:
+        """Keep the outcome of a call that nobody has asked for since the broker was replaced, if it is detached."""
+        if orphan.tool is not None and not orphan.is_unwanted:
+            self.keep(orphan.principal, orphan.tool, outcome, body)
+
+    def bereaved(self, orphans: list[Orphan], certificate: Certificate) -> None:
+        """Their worker has died."""
+        for orphan in orphans:
+            if orphan.tool is not None:
+                self.inherit(orphan, losses.forsaken(orphan.call_id, orphan.tool, certificate))
+
+    def late(self, orphan: Orphan) -> None:
+        """A call that runs, and that nobody has asked for, is stopped: its time is over."""
+        if orphan.tool is not None:
+            text = f"{orphan.tool.name} had no outcome within its time; it was running"
+            details = {"which": "timeout", "was": "running"}
+            self.inherit(orphan, fault(orphan.call_id, "DEADLINE_EXCEEDED", text, details))
+
     def attach(self, session: ClientSession, call_id: bytes) -> messages.Outcome | None:
         """Give a detached call, or its outcome, to a session of the same principal that may call its tool.
 
@@ -114,11 +142,32 @@ class Detached:
             self.outcomes.take((principal, call_id))
             session.deliver(waiting.outcome, waiting.body)
             return None
+        reconciliation = self._routing.reconciliation
+        orphan = reconciliation.orphans.detached(principal, call_id) if call is None else None
+        if orphan is not None and orphan.tool is not None:
+            if (refusal := _forbidden(session, call_id, orphan.tool)) is None:
+                self._adopt(session, orphan, orphan.tool)
+            return refusal
+        if call is None and reconciliation.is_waiting():
+            text = "whether there is such a call is not known yet: workers have yet to tell this broker what they hold"
+            details = {"reason": "starting", "retry_after_s": limits.RETRY_AFTER_S}
+            return fault(call_id, "UNAVAILABLE", text, details, retryable=True)
         text = (
             f"there is no detached call {call_id.hex()}: it never was detached, it was fetched, or it ended over "
             f"{limits.DETACHED_TTL_S / 60:g} minutes ago"
         )
         return fault(call_id, "NOT_FOUND", text, {"call_id": call_id.hex()})
+
+    def _adopt(self, session: ClientSession, orphan: Orphan, tool: Tool) -> None:
+        """Make a call of what a worker holds."""
+        deadline = max(orphan.ends, self._routing.now + limits.ORPHAN_S)
+        call_id, extra, slot = orphan.call_id, messages.CallExtra(detach=True), self._ledger.slot(deadline)
+        call = Call(call_id, b"", extra, None, session, tool, deadline, slot)
+        # its arguments are with its worker: it cannot run again
+        call.attempts = limits.ATTEMPTS_MAX - 1
+        session.live[call_id] = call
+        self._ledger.accept([call])
+        self._routing.reconciliation.claims(call)
 
 
 def _forbidden(session: ClientSession, call_id: bytes, tool: Tool) -> messages.Outcome | None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from mcp_broker.core.outbox import Body
     from mcp_broker.core.pool import Pool
+    from mcp_broker.core.registry import Tool
     from mcp_broker.core.workers import Worker
     from mcp_broker.wire.messages import Outcome
     from mcp_broker.wire.node import Certificate
@@ -46,6 +47,18 @@ def lost(call: Call, certificate: Certificate, code: str) -> Outcome:
         sentence = f"worker {worker} was lost while it ran {call.tool.name}: {cause}; {ran}"
     details = _details(call, certificate)
     return fault(call.call_id, code, sentence, details, retryable=idempotent and code == "WORKER_LOST")
+
+
+def forsaken(call_id: bytes, tool: Tool, certificate: Certificate) -> Outcome:
+    """Make the outcome of a call that a worker had started for an earlier broker, or for nobody any more, when it died."""
+    worker, cause = certificate.worker_id, certificate.cause
+    text = (
+        f"worker {worker} was lost after it had started {tool.name}: {cause}; it was not run again, because "
+        + ("nobody asked for it" if tool.definition.idempotent else "the tool is not declared idempotent")
+    )
+    details: dict[str, Any] = {"worker": worker, "tool": tool.name, "attempts": 1}
+    details["certificate"] = codec.as_plain(certificate)
+    return fault(call_id, "WORKER_LOST", text, details)
 
 
 def exhausted(call: Call, certificate: Certificate, *, among: int = 1) -> Outcome:

@@ -11,6 +11,7 @@ from mcp_broker.wire.structs import Slim
 if TYPE_CHECKING:
     from mcp_broker.core.outbox import Body
     from mcp_broker.core.receipts import Receipt
+    from mcp_broker.core.registry import Tool
     from mcp_broker.core.workers import Worker
     from mcp_broker.wire import messages
 
@@ -29,6 +30,8 @@ class Orphan(Slim):
     receipt: Receipt | None = None
     #: when it is let go, if nobody has asked for it
     ends: float = math.inf
+    #: whose it is, if it is detached
+    tool: Tool | None = None
     #: nobody asked for it in time: it is being stopped
     is_unwanted: bool = False
 
@@ -44,6 +47,18 @@ class Orphans(dict[tuple[str, bytes], Orphan]):
     def __init__(self) -> None:
         self.kept_bytes: Counter[Worker] = Counter()
         self.owners: Counter[tuple[str, str]] = Counter()
+
+    def detached(self, principal: str, call_id: bytes) -> Orphan | None:
+        """Return a principal's detached call; None also if workers of several families say that it is theirs."""
+        found = [
+            orphan
+            for family in {family for family, _ in self.owners}
+            if (orphan := self.get((family, call_id))) is not None
+            and orphan.principal == principal
+            and orphan.tool is not None
+            and not orphan.is_unwanted
+        ]
+        return found[0] if len(found) == 1 else None
 
     def of(self, worker: Worker) -> list[Orphan]:
         """Return what a worker holds."""

@@ -21,7 +21,7 @@ call that nobody waits for, is ended. Source: docs/protocol.md, "Worker sessions
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mcp_broker import limits
 from mcp_broker.core import losses
@@ -29,7 +29,6 @@ from mcp_broker.core.calls import Call, CallState, fault
 from mcp_broker.core.orphans import Orphan, Orphans
 from mcp_broker.core.pool import APART
 from mcp_broker.core.workers import WorkerState
-from mcp_broker.wire import codec, messages
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from mcp_broker.core.receipts import Receipt
     from mcp_broker.core.routing import Routing
     from mcp_broker.core.workers import Worker
+    from mcp_broker.wire import messages
     from mcp_broker.wire.node import Certificate
 
 _ENDED = CallState.ENDED
@@ -100,7 +100,10 @@ class Reconciliation:
             running += bool(one.seq)
             key = (worker.pool.family, one.call_id)
             if key not in self.orphans and (running <= limits.WORKER_DEPTH_MAX or not one.seq):
-                self.orphans.add(Orphan(worker, one.call_id, one.seq, one.principal, ends=ends))
+                tool = self._routing.detached.tool_of(worker, one)
+                its_end = ends if tool is None or not one.seq else max(ends, now + one.left_ms * 0.001)
+                orphan = Orphan(worker, one.call_id, one.seq, one.principal, ends=its_end, tool=tool)
+                self.orphans.add(orphan)
         self.were_abandoned({orphan.call_id for orphan in before}.difference(one.call_id for one in held))
         if held and worker not in self._timed:
             self._timed.add(worker)
@@ -119,6 +122,7 @@ class Reconciliation:
             del self.doubts[outcome.call_id]
             self._forget(orphan)
         elif call is None and (orphan.is_unwanted or kept > limits.HELD_BYTES_MAX):
+            self._routing.detached.inherit(orphan, *losses.checked(worker, outcome, body))
             self._forget(orphan)
         else:
             if size:
@@ -128,15 +132,20 @@ class Reconciliation:
             receipt.left += 1
             if call is not None:
                 self._claim(call, orphan)
+            elif orphan.tool is not None:
+                # who made the call may still ask for it; later, who knows of it
+                orphan.ends = self._routing.now + limits.ORPHAN_S
+                self._routing.timers.add(orphan.ends, self._let_go, worker)
         return True
 
     def died(self, worker: Worker, now: float) -> None:
         """A worker's death is settled: what it held without an outcome had started, also where its marks forgot it."""
         gone = [orphan for orphan in self.orphans.of(worker) if orphan.outcome is None]
+        if worker.certificate is not None:
+            self._routing.detached.bereaved(gone, worker.certificate)
+            self.had_started(worker.certificate, tuple(orphan.call_id for orphan in gone))
         for orphan in gone:
             self._remove(orphan)
-        if worker.certificate is not None:
-            self.had_started(worker.certificate, tuple(orphan.call_id for orphan in gone))
         worker.is_silent = False
         self._settle(worker.pool, now)
 
@@ -247,6 +256,11 @@ class Reconciliation:
         kin = (other for other in self._dispatcher.pools.values() if other.family == pool.family)
         return not complete or any(worker.is_silent for one in kin for worker in one.workers.values())
 
+    def is_waiting(self) -> bool:
+        """Tell whether some worker has yet to say what it holds."""
+        crew = self._routing.crew
+        return not crew.admission_complete or any(worker.is_silent for worker in crew.by_id.values())
+
     def _lost(self, call: Call) -> bool:
         """End a call that a dead worker had started; False: none had, or it may run again."""
         certificate = self._started.get(call.call_id)
@@ -255,14 +269,8 @@ class Reconciliation:
         if call.tool.pool is None or certificate.pool.partition(APART)[0] != call.tool.pool.family:
             # which calls it had started was its own word
             return False
-        text = (
-            f"worker {certificate.worker_id} was lost after it had started {call.tool.name}: {certificate.cause}; "
-            "it was not run again, because the tool is not declared idempotent"
-        )
-        details: dict[str, Any] = {"worker": certificate.worker_id, "tool": call.tool.name, "attempts": 1}
-        details["certificate"] = codec.as_plain(certificate)
         call.killers = (certificate,)
-        self._ledger.finish(call, fault(call.call_id, "WORKER_LOST", text, details))
+        self._ledger.finish(call, losses.forsaken(call.call_id, call.tool, certificate))
         return True
 
     def _was_let_go(self, call: Call) -> bool:
@@ -337,10 +345,14 @@ class Reconciliation:
             orphan.ends = math.inf
             call = self._asker(orphan)
             if orphan.seq:
+                self._routing.detached.late(orphan)
                 # it occupies its worker until that says so
                 orphan.is_unwanted = True
                 self._routing.crew.stop_call(worker, orphan.call_id, orphan.seq, "cancel", now)
             elif call is None:
+                if orphan.outcome is not None:
+                    kept = losses.checked(worker, orphan.outcome, orphan.body)
+                    self._routing.detached.inherit(orphan, *kept)
                 self._forget(orphan)
             elif call.state is _ENDED:
                 del self.doubts[orphan.call_id]

@@ -199,6 +199,10 @@ class Held(Item, frozen=True):
     seq: Count
     #: whose call it is
     principal: ShortText
+    #: of a detached call, its tool: somebody may ask for it who knows its id only
+    tool: ShortText = ""
+    #: of a detached call that runs, what is left of its time
+    left_ms: Count = 0
 
 
 class ToolDefinition(Record, kw_only=True, frozen=True):

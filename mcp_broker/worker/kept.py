@@ -21,12 +21,20 @@ class Kept(Slim):
     #: the number of its last outcome in this session
     last: int
     outcomes: tuple[messages.Outcome, ...]
-    #: whose calls they were, packed
-    callers: list[codec.Raw]
+    #: whose calls they were, packed; of detached ones, what a later broker is told
+    callers: list[codec.Raw | messages.Held]
     body: bytes | None
     size: int
     #: the latest deadline of their calls, on the loop's clock: nobody asks for them after it
     deadline: float
+
+
+def held(dispatch: messages.Dispatch, seq: int, left_s: float = 0.0) -> messages.Held:
+    """Say that a call is held: it runs under this number, or has ended (0)."""
+    principal = codec.decode_caller(dispatch.caller).principal
+    if dispatch.extra is None or not dispatch.extra.detach:
+        return messages.Held(dispatch.call_id, seq, principal)
+    return messages.Held(dispatch.call_id, seq, principal, dispatch.tool, max(0, int(left_s * 1000)))
 
 
 class KeptOutcomes:
@@ -66,7 +74,10 @@ class KeptOutcomes:
         """Say what is kept."""
         for kept in self._messages:
             for outcome, caller in zip(kept.outcomes, kept.callers, strict=True):
-                yield messages.Held(outcome.call_id, 0, codec.decode_caller(caller).principal)
+                if isinstance(caller, messages.Held):
+                    yield caller
+                else:
+                    yield messages.Held(outcome.call_id, 0, codec.decode_caller(caller).principal)
 
     def let_go_ms(self, now: float) -> int:
         """Return for how long yet somebody may ask for an outcome that was let go, in milliseconds."""

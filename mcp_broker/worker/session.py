@@ -25,7 +25,7 @@ from mcp_broker import limits
 from mcp_broker.errors import WireError
 from mcp_broker.wire import codec, encoding, messages
 from mcp_broker.wire.structs import Slim
-from mcp_broker.worker.kept import Kept, KeptOutcomes
+from mcp_broker.worker.kept import Kept, KeptOutcomes, held
 from mcp_broker.worker.outcomes import fault
 from mcp_broker.worker.pace import Pace
 
@@ -119,7 +119,7 @@ class Session:
         self._epoch = 0
         self._numbered = 0
         self._outbox: list[messages.Outcome] = []
-        self._callers: list[codec.Raw] = []
+        self._callers: list[codec.Raw | messages.Held] = []
         self._outbox_bytes = 0
         #: the latest deadline of their calls
         self._outbox_deadline = 0.0
@@ -147,16 +147,14 @@ class Session:
             ("streaming", "zstd"),
             self._agent,
             self._seq,
-            tuple(self._held()),
+            (*self.kept.held(), *self._running(now)),
             self._traits,
             self.kept.let_go_ms(now),
         )
 
-    def _held(self) -> Iterator[messages.Held]:
-        yield from self.kept.held()
-        for call_id, pending in self.running.items():
-            dispatch = pending.dispatch
-            yield messages.Held(call_id, dispatch.seq, codec.decode_caller(dispatch.caller).principal)
+    def _running(self, now: float) -> Iterator[messages.Held]:
+        for pending in self.running.values():
+            yield held(pending.dispatch, pending.dispatch.seq, pending.deadline - now)
 
     def lost(self) -> None:
         """The connection is gone, and with it all that was on its way."""
@@ -301,7 +299,9 @@ class Session:
         ):
             self.flush()
         outbox.append(outcome)
-        self._callers.append(pending.dispatch.caller)
+        dispatch = pending.dispatch
+        is_detached = dispatch.extra is not None and dispatch.extra.detach
+        self._callers.append(held(dispatch, 0) if is_detached else dispatch.caller)
         self._outbox_bytes += size
         self._outbox_deadline = max(self._outbox_deadline, pending.deadline)
         if body is not None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 import mcp_broker.limits as bounds
-from mcp_broker.wire import messages, payload
-from tests.core.support import EPOCH, FakeGrant, World
+from mcp_broker.wire import messages, node, payload
+from tests.core.support import EPOCH, FakeGrant, World, definition
 
 ID = b"d" * 16
 
@@ -219,3 +219,132 @@ def test_outcomes_of_one_principal_do_not_drive_out_those_of_another(monkeypatch
         world.answer("echo-1", bytes([number]) * 16)
     kept = [(principal, call_id[0]) for principal, call_id in world.machine.detached.outcomes]
     assert kept == [("bob", 0), ("ada", 16), ("ada", 17), ("ada", 18), ("ada", 19)]
+
+
+# -- over a broker that follows another ---------------------------------------------------------------------
+
+
+def follows(*held: messages.Held) -> World:
+    """A broker that follows another, and whose one worker has told what it holds."""
+    world = World()
+    world.admit("echo-1")
+    tools = (definition("echo.echo"), definition("echo.safe", idempotent=True))
+    world.worker_says("echo-1", messages.Register(0, "MCPB", (1,), tools, seq=9, held=held))
+    world.worker_says("echo-1", messages.Ready(EPOCH, 4))
+    return world
+
+
+RUNS = messages.Held(ID, 9, "tester", "echo.echo", 60_000)
+HAS_ENDED = messages.Held(ID, 0, "tester", "echo.echo")
+
+
+def test_detached_call_that_runs_is_taken_over_at_the_broker_that_follows() -> None:
+    world = follows(RUNS)
+    session = world.hello()
+    says(world, attach=True)
+    world.check()
+    assert world.outcomes(session) == {}
+    world.client_says("c1", messages.Goodbye(EPOCH))
+    assert world.interrupts() == [], "it is still detached"
+    later = world.hello("c2")
+    says(world, "c2", attach=True)
+    world.later(bounds.ORPHAN_S + 1)
+    world.answer("echo-1", ID)
+    assert world.outcomes(later) == {ID: "OK"}
+    assert world.dispatched("echo-1") == []
+    world.check()
+
+
+def test_detached_call_that_nobody_asks_for_at_the_broker_that_follows_goes_on_until_its_own_deadline() -> (
+    None
+):
+    world = follows(RUNS)
+    world.later(50)
+    assert world.interrupts() == []
+    world.later(11)
+    assert [order.seq for order in world.interrupts()][:1] == [9]
+    session = world.hello()
+    says(world, attach=True)
+    assert world.outcomes(session) == {ID: "DEADLINE_EXCEEDED"}
+    world.answer("echo-1", ID, "CANCELLED")
+    says(world, attach=True)
+    assert world.outcomes(session) == {ID: "NOT_FOUND"}
+    assert not world.machine.reconciliation.orphans
+
+
+@pytest.mark.parametrize("held", [RUNS, HAS_ENDED])
+@pytest.mark.parametrize("after_s", [0.0, bounds.ORPHAN_S + 1, 600.0])
+def test_outcome_of_a_detached_call_waits_at_the_broker_that_follows(
+    held: messages.Held, after_s: float
+) -> None:
+    world = follows(held)
+    world.answer("echo-1", ID)
+    world.later(after_s)
+    session = world.hello()
+    says(world, attach=True)
+    assert world.outcomes(session) == {ID: "OK"}
+    world.client_says("c1", messages.Ack(EPOCH, 1))
+    assert world.machine.crew.by_id["echo-1"].receipts.advance() == 1, "its worker need not keep it"
+    world.later(bounds.ORPHAN_S)
+    assert not world.machine.reconciliation.orphans
+    world.check()
+
+
+def test_outcome_of_a_detached_call_may_still_be_on_its_way_to_the_broker_that_follows() -> None:
+    world = follows(HAS_ENDED)
+    session = world.hello()
+    says(world, attach=True)
+    assert world.outcomes(session) == {}
+    world.answer("echo-1", ID)
+    assert world.outcomes(session) == {ID: "OK"}
+    world.check()
+
+
+@pytest.mark.parametrize("tool", ["echo.echo", "echo.safe"])
+@pytest.mark.parametrize("attached", [True, False])
+def test_detached_call_dies_with_its_worker_also_at_the_broker_that_follows(
+    tool: str, attached: bool
+) -> None:
+    world = follows(messages.Held(ID, 9, "tester", tool, 60_000))
+    session = world.hello()
+    if attached:
+        says(world, attach=True)
+    world.died("echo-1", started_seq=9)
+    world.later(0.1)
+    if not attached:
+        says(world, attach=True)
+    assert world.outcomes(session) == {ID: "WORKER_LOST"}, "its arguments died with it"
+    world.check()
+
+
+def test_nobody_else_may_attach_at_the_broker_that_follows_either() -> None:
+    world = follows(RUNS)
+    thief = world.hello("c1", FakeGrant(principal="bob"))
+    says(world, "c1", attach=True)
+    assert world.outcomes(thief) == {ID: "NOT_FOUND"}
+    narrow = world.hello("c2", FakeGrant("other.tool"))
+    says(world, "c2", attach=True)
+    assert world.outcomes(narrow) == {ID: "FORBIDDEN"}
+
+
+@pytest.mark.parametrize("tool", ["echo.echo", "evil.echo"])
+def test_no_worker_can_make_itself_the_one_that_holds_another_pools_detached_call(tool: str) -> None:
+    world = follows(RUNS)
+    world.admit("evil-1", "evil")
+    held = (messages.Held(ID, 0, "tester", tool),)
+    world.worker_says("evil-1", messages.Register(0, "MCPB", (1,), (definition("evil.echo"),), held=held))
+    world.worker_says("evil-1", messages.Ready(EPOCH, 4))
+    world.answer("evil-1", ID)
+    session = world.hello()
+    says(world, attach=True)
+    assert world.outcomes(session) == ({} if tool == "echo.echo" else {ID: "NOT_FOUND"})
+
+
+def test_whoever_attaches_before_all_workers_have_spoken_is_told_to_come_back() -> None:
+    world = World()
+    admitted = (node.Admitted(thumbprint="key-echo-1", worker_id="echo-1", pool="echo"),)
+    world.machine.from_node(node.Admit(admitted), world.now)
+    session = world.hello()
+    says(world, attach=True)
+    (told,) = world.faults(session).values()
+    assert (told["code"], told["reason"]) == ("UNAVAILABLE", "starting")

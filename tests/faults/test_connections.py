@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mcp_broker import AsyncClient
-from mcp_broker.errors import Cancelled, DeadlineExceeded, InvalidArgument, NotFound, WorkerLost
+from mcp_broker.errors import Cancelled, DeadlineExceeded, InvalidArgument, NotFound, Unavailable, WorkerLost
 from tests.support.proxy import TcpProxy
 from tests.support.running import Running
 from tests.support.waiting import wait_for
@@ -141,6 +141,29 @@ def test_detached_call_outlives_its_client_and_is_taken_up_by_another(
         assert isinstance(client.attach(call_id).result(10), int)
         with pytest.raises(NotFound):
             client.attach(call_id).result(10)
+    assert marks.read_text() == "ran\n"
+
+
+@pytest.mark.parametrize("seconds", [0.2, 3.0])
+def test_detached_call_outlives_its_client_and_its_broker(
+    running: Running, tmp_path: Path, seconds: float
+) -> None:
+    marks = tmp_path / "marks"
+    with running.client() as client:
+        arguments = {"path": str(marks), "seconds": seconds}
+        call_id = client.submit("t.mark", arguments, timeout_s=60, detach=True).call_id
+        wait_for(lambda: marks.exists() and marks.read_text(), what="the tool having started")
+        os.kill(running.status()["broker"]["pid"], signal.SIGKILL)
+
+    def take() -> int | None:
+        with running.client() as client:
+            try:
+                return int(client.attach(call_id).result(10))
+            except Unavailable:
+                # its worker has yet to find the new broker
+                return None
+
+    assert isinstance(wait_for(take, what="the call's outcome"), int)
     assert marks.read_text() == "ran\n"
 
 

@@ -244,6 +244,22 @@ def test_old_outcomes_that_nobody_acknowledges_are_let_go(
     assert said(session)[0].let_go_ms == 0
 
 
+def test_worker_tells_the_tools_of_detached_calls_for_whoever_knows_their_ids_only(session: Session) -> None:
+    for number in (1, 2):
+        call = messages.Dispatch(
+            number, bytes([number]) * 16, "try.it", 1000, b"\x80", CALLER, messages.CallExtra(detach=True)
+        )
+        session.receive(*frames(messages.Dispatches(EPOCH, 0, (call,))), 0.0)
+    ended = session.start()
+    session.finish(ended, ok(ended))
+    session.start()
+    session.opened(0.25)
+    assert said(session)[0].held == (
+        messages.Held(b"\1" * 16, 0, "ada", "try.it"),
+        messages.Held(b"\2" * 16, 2, "ada", "try.it", 750),
+    )
+
+
 def test_worker_that_keeps_all_it_may_and_runs_all_it_may_can_register(session: Session) -> None:
     many = limits.HELD_MAX + limits.WORKER_DEPTH_MAX
     for number in range(1, many + 1):
