@@ -19,9 +19,9 @@ from mcp_broker import limits
 
 _OURS: Final = "mcp_broker"
 #: attribute of a record whose news whoever starts the supervisor prints in words of its own
-ANNOUNCED: Final = "announced"
+ANNOUNCED: Final = "mcp_broker_announced"
 #: attribute of a record that holds its fields in a mapping, for names that `extra` may not have
-FIELDS: Final = "fields"
+FIELDS: Final = "mcp_broker_fields"
 _STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", ANNOUNCED, FIELDS}
 #: how a record of a child begins, and hardly anything else
 _BEGINS: Final = b'{"wall_at": '

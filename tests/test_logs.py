@@ -96,12 +96,21 @@ def test_of_a_long_traceback_the_end_is_kept() -> None:
 
 def test_a_text_line_has_a_date_a_level_and_who_wrote_and_stays_one_line() -> None:
     said = record(
-        "two\nlines \x1b[31m", fields={"source": "t-1", "worker_id": "t-1", "tool": "t.a", "x": "a b"}
+        "two\nlines \x1b[31m",
+        **{logs.FIELDS: {"source": "t-1", "worker_id": "t-1", "tool": "t.a", "x": "a b"}},
     )
     at, level, *rest = logs.TextLines().format(said).split(" ", 2)
     assert level == "INFO"
     assert len(at) == len("2026-01-01T00:00:00+0000")
     assert rest == ['t-1: two\\nlines \\x1b[31m tool=t.a x="a b"']
+
+
+def test_whatever_a_tool_calls_its_fields_they_arrive_and_say_nothing_else() -> None:
+    names = {"fields": "a", "announced": True, "level": "x", "event": "y", "wall_at": 0, "source": "broker-1"}
+    found = logs.parse(logs.JsonLines({}, HELD).format(record("it rains", **names)).encode())
+    assert found is not None
+    assert (found.level, found.event) == (logging.INFO, "it rains")
+    assert {"fields": "a", "announced": True}.items() <= found.fields.items()
 
 
 def test_the_supervisor_logs_a_child_s_record_at_its_own_level_and_prints_as_warnings(
