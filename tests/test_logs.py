@@ -32,7 +32,7 @@ def _restored() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def record(text: str, level: int = logging.INFO, **extra: Any) -> logging.LogRecord:
+def record(text: str, level: int = logging.INFO, /, **extra: Any) -> logging.LogRecord:
     return logging.makeLogRecord({"name": "a.b", "msg": text, "levelno": level,
                                   "levelname": logging.getLevelName(level), **extra})  # fmt: skip
 
@@ -106,7 +106,14 @@ def test_a_text_line_has_a_date_a_level_and_who_wrote_and_stays_one_line() -> No
 
 
 def test_whatever_a_tool_calls_its_fields_they_arrive_and_say_nothing_else() -> None:
-    names = {"fields": "a", "announced": True, "level": "x", "event": "y", "wall_at": 0, "source": "broker-1"}
+    names: dict[str, Any] = {
+        "fields": "a",
+        "announced": True,
+        "level": "x",
+        "event": "y",
+        "wall_at": 0,
+        "source": "broker-1",
+    }
     found = logs.parse(logs.JsonLines({}, HELD).format(record("it rains", **names)).encode())
     assert found is not None
     assert (found.level, found.event) == (logging.INFO, "it rains")
