@@ -65,6 +65,9 @@ DEATH_SETTLE_S: Final = 0.02
 #: After the cooperative cancel (at once): SIGTERM, then SIGKILL. The outcome has been sent by then; the kill goes on behind it.
 CANCEL_TERM_S: Final = 0.1
 CANCEL_KILL_S: Final = 0.25
+#: A worker that lets go of no ended call is killed then, whatever it says it runs: longer than hooks may run in between
+#: (HOOK_S), and than a worker takes to notice that its connection is dead.
+KILL_UNHEEDED_S: Final = 6.0
 #: CURVE handshake: a silent connection is closed after it.
 HANDSHAKE_MS: Final = 1000
 DRAIN_S: Final = 10.0
@@ -74,8 +77,7 @@ CONNECT_S: Final = 5.0
 #: A worker that retires waits so long after its last outcome for the clients to say that they have it: four heartbeats,
 #: which a client answers unless it is idle.
 ARRIVE_S: Final = 1.0
-#: A worker that retires may finish its calls for so long: most calls time out after CALL_TIMEOUT_S, and longer ones are
-#: worth some waiting.
+#: A worker that retires may finish its calls for so long: most time out after CALL_TIMEOUT_S, and some are worth waiting for.
 RETIRE_S: Final = 300.0
 
 #: A wait for a worker that makes a pool grow: a person notices it, and a worker is up about as soon.
@@ -106,8 +108,7 @@ RETRY_AFTER_S_MIN: Final = 0.05
 RETRY_AFTER_S_MAX: Final = 30.0
 #: A broker that measured a pool's drain longer ago than this measures anew.
 DRAIN_SPAN_S_MAX: Final = 5.0
-#: A waiting call counts as one of the next higher class after this long: twice, it is of the highest well within the
-#: default timeout.
+#: A waiting call counts as one of the next higher class after this long: twice it is well within the default timeout.
 PRIORITY_AGE_S: Final = 5.0
 #: A principal's share of a busy pool, against that of one with weight 1.
 WEIGHT_MAX: Final = 100
@@ -165,8 +166,7 @@ HELD_BYTES_MAX: Final = 32 * 1024 * 1024
 ORPHAN_S: Final = 10.0
 #: Calls that the dead had started, as a broker remembers them: 64 workers' rings.
 STARTED_MAX: Final = 64 * 240
-#: Messages that one loop turn takes from one socket, so that timers are never starved.
-#: Each may carry BATCH_MAX calls, of a few µs each.
+#: Messages that one loop turn takes from one socket, so that timers are never starved; each may carry BATCH_MAX calls.
 TURN_MESSAGES_MAX: Final = 64
 #: Messages that wait in our own queue for a peer whose socket is full; past it, the session ends.
 PEER_BACKLOG_MAX: Final = 4096
@@ -175,8 +175,7 @@ PEER_BACKLOG_BYTES_MAX: Final = 64 * 1024 * 1024
 #: Bytes of results that a client has yet to acknowledge, or that its workers are expected to make, before calls of tools
 #: with large results wait: 16 of the largest keep a connection of 1 GB/s busy for 16 ms.
 CLIENT_BEHIND_BYTES: Final = 16 * 1024 * 1024
-#: The same before results are dropped. A worker may hold 256 calls (WORKER_DEPTH_MAX) of a tool whose results were small
-#: until now.
+#: The same before results are dropped. A worker may hold WORKER_DEPTH_MAX calls of a tool whose results were small yet.
 CLIENT_UNREAD_BYTES_MAX: Final = 256 * 1024 * 1024
 #: libzmq's own queues are a fuse, several times our windows.
 SOCKET_HWM: Final = 4096
@@ -216,8 +215,7 @@ WARNING_SHARE: Final = 0.8
 THROTTLE_SHARE: Final = 0.95
 #: A level is left this share below where it was entered, so that what sways about it does not flap.
 RELIEF_SHARE: Final = 0.05
-#: A worker that runs something is looked at this often, one that rests so often: what grows by a gigabyte a second
-#: passes a limit by some 50 MB before it is seen.
+#: A worker that runs something is looked at this often, one that rests so often: 1 GB/s passes a limit by some 50 MB.
 METER_S: Final = 0.05
 METER_RESTING_S: Final = 1.0
 #: With no worker at work, the supervisor looks this often whether one is.
@@ -242,6 +240,8 @@ MEMORY_SLACK_SHARE: Final = 0.5
 MEMORY_SLACK_MB_MIN: Final = 64
 #: A throttled worker that has rested so long has not let go of what it holds, and is replaced.
 THROTTLED_REST_S: Final = 2.0
+#: A worker that says that it rests, and uses so many cores all the while since the last look, does not.
+RESTING_CORES_MAX: Final = 0.5
 #: Share by which a worker may be recycled before its configured calls, memory or age.
 RECYCLE_JITTER: Final = 0.2
 #: Adaptive limits look back and ahead so far, add so much, change so often; use is kept in such steps.
@@ -276,11 +276,10 @@ RECLAIM_STOP_S: Final = 5.0
 
 # -- leased ports ---------------------------------------------------------------------------------------
 
-#: The range by default: below that from which Linux takes ports for outgoing connections (32768), and nobody's by
-#: registration.
+#: The range by default: below that from which Linux takes ports for outgoing connections (32768), registered for nobody.
 PORT_MIN: Final = 18_000
 PORT_MAX: Final = 18_099
-#: Leases of one worker at a time: a tool needs one or two, and a hundred are for all.
+#: Leases of one worker at a time: a tool needs one or two.
 PORTS_PER_WORKER: Final = 8
 #: Connections of a port whose lease is over may take this long to end.
 PORT_DRAIN_S: Final = 10.0
@@ -337,8 +336,7 @@ ISOLATE_WINDOW_S: Final = 3600.0
 UNREGISTER_PRINCIPALS: Final = 2
 #: How long without a failure takes a tool one step down the ladder of recovery.
 LADDER_QUIET_S: Final = 600.0
-#: How long a tool's calls wait after its second failure in a row, and at most, doubling between: seconds that a
-#: caller's usual timeout survives.
+#: How long a tool's calls wait after its second failure in a row, and at most, doubling: a usual timeout survives it.
 PENALTY_S: Final = 0.25
 PENALTY_S_MAX: Final = 5.0
 #: How long a worker's hooks may take from when nothing else runs there: a caller's usual timeout survives it.

@@ -1,4 +1,4 @@
-"""The workers' side of the broker's machine: registration, outcomes, deaths, and the stopping of calls.
+"""The workers' side of the broker's machine: registration, outcomes and deaths.
 
 A worker's lease belongs to its node: what is true of a worker's process comes from the supervisor (Admit, Died),
 what is true of its connection from its messages.
@@ -16,6 +16,7 @@ from mcp_broker.core.calls import CallState
 from mcp_broker.core.clients import Verdict
 from mcp_broker.core.obituaries import keep
 from mcp_broker.core.registry import Registration
+from mcp_broker.core.stops import Stops
 from mcp_broker.core.workers import EVENT_OF_KIND, WORKER_TABLE, Worker, WorkerEvent, WorkerState
 from mcp_broker.errors import InvalidArgument, InvalidTransition
 from mcp_broker.wire import messages, node, payload
@@ -37,6 +38,7 @@ class Crew:
 
     def __init__(self, routing: Routing) -> None:
         self._routing = routing
+        self._stops = Stops(routing)
         self._dispatcher = routing.dispatcher
         #: all and only workers whose state is not GONE
         self.by_id: dict[str, Worker] = {}
@@ -333,35 +335,11 @@ class Crew:
     def stop_call(self, worker: Worker, call_id: bytes, seq: int, why: node.Why, now: float) -> None:
         """Have a worker drop a call that has ended: by message if it waits there, by signal if it runs."""
         worker.send(messages.Cancel(self._routing.epoch, (call_id,)))
-        self._interrupt(worker, seq, "raise", why)
-        self._stop_later(worker, call_id, seq, why, now)
-
-    def _stop_later(self, worker: Worker, call_id: bytes, seq: int, why: node.Why, now: float) -> None:
-        timers = self._routing.timers
-        timers.add(now + limits.CANCEL_TERM_S, self._escalate, (worker, call_id, seq, "term", why))
-        timers.add(now + limits.CANCEL_KILL_S, self._escalate, (worker, call_id, seq, "kill", why))
-
-    def _escalate(self, subject: tuple[Worker, bytes, int, node.Stage, node.Why], now: float) -> None:
-        worker, call_id, seq, stage, why = subject
-        call = worker.held.get(call_id)
-        is_held = call.seq == seq if call is not None else self._is_orphan(worker, call_id, seq)
-        if not is_held or worker.state >= WorkerState.DYING:
-            return
-        self._interrupt(worker, seq, stage, why)
-        if stage == "kill":
-            # the supervisor spares a call that has not started: it waits behind another, and may start before the
-            # worker reads that it need not
-            self._stop_later(worker, call_id, seq, why, now)
+        self._stops.begin(worker, call_id, seq, why, now)
 
     def give_up(self, worker: Worker) -> None:
         """End a worker that an earlier broker had, and that does not speak to this one."""
-        self._interrupt(worker, node.WHATEVER, "kill", "silence")
-
-    def _is_orphan(self, worker: Worker, call_id: bytes, seq: int) -> bool:
-        return self._routing.reconciliation.is_running(worker, call_id, seq)
-
-    def _interrupt(self, worker: Worker, seq: int, stage: node.Stage, why: node.Why) -> None:
-        self._routing.to_node.append(node.Interrupt(worker.worker_id, seq, stage, why))
+        self._stops.end(worker, "silence")
 
     def beat(self, beat: messages.Heartbeat, *, everyone: bool) -> None:
         """Say to workers that the broker lives, and which outcomes it has."""

@@ -4,7 +4,8 @@ Rules
     1. A level is entered at its share of a limit (80, 95, 100 %) and left 5 % of the limit below it, so that what sways
        about a threshold does not flap. EXCEEDED is never left: that worker is killed.
     2. Memory, descriptors, sockets and processes count above what the worker held when it was ready.
-    3. CPU counts for the call that runs: it begins anew with each call, and a worker that rests uses none.
+    3. CPU counts for the call that runs: it begins anew with each call, and a worker that rests uses none. That it rests is its
+       own word, which any tool can give in its name: it is believed once for each call, then as long as it uses little.
     4. A count may reach its limit: the share is taken of the first number that is too many.
 
 ::
@@ -132,6 +133,33 @@ class Reading:
 
 
 _NOTHING: Final = Reading(Level.NORMAL, "", 0.0, 0.0, 0.0)
+
+
+class Rest:
+    """Whether a worker rests: by its word, and by what it uses."""
+
+    def __init__(self, now: float) -> None:
+        self._cpu_s, self._at = 0.0, now
+        #: the call after which it rested
+        self._seq = -1
+
+    def observe(self, cpu_s: float, seq: int, now: float, *, is_resting: bool) -> bool:
+        """Return whether it rests.
+
+        Args:
+            cpu_s: used since it started.
+            seq: of the call that it started last.
+            is_resting: by its word, that call has ended.
+        """
+        used_s, passed_s = cpu_s - self._cpu_s, now - self._at
+        self._cpu_s, self._at = cpu_s, now
+        if not is_resting:
+            return False
+        if seq != self._seq:
+            # what was used since the last look was this call's, or of others before it
+            self._seq = seq
+            return True
+        return used_s <= limits.RESTING_CORES_MAX * passed_s
 
 
 class Meter:

@@ -154,6 +154,10 @@ class Reconciliation:
         orphan = self.orphans.get((worker.pool.family, call_id))
         return orphan is not None and orphan.worker is worker and orphan.seq == seq
 
+    def may_run(self, worker: Worker, last: int) -> bool:
+        """Tell whether a worker may run a call, up to this number, that somebody may yet ask for."""
+        return any(0 < one.seq <= last and not one.is_unwanted for one in self.orphans.of(worker))
+
     def holds(self, worker: Worker) -> bool:
         """Tell whether a worker runs, or keeps an outcome of, a call that nobody has asked for yet."""
         return any(orphan.worker is worker for orphan in self.orphans.values())

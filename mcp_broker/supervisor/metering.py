@@ -2,7 +2,8 @@
 
 Rules
 
-1. Who runs something is looked at every 50 ms; who rests, once a second, and once when it comes to rest.
+1. Who runs something is looked at every 50 ms; who rests, once a second, and once when it comes to rest. Who says that it
+   rests, and goes on using CPU, runs something.
 2. Measuring takes a twentieth of a core at most: with many at work, each is looked at more rarely.
 3. Who is over a limit writes down what it is doing, for 20 ms; then it is killed with all that it started.
 4. A level is part of the report: a worker that is throttled gets no calls by the broker's hand.
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from mcp_broker import limits
 from mcp_broker.core.adaptive import Adaptive
-from mcp_broker.core.metering import LIMITS, Bounds, Level, Meter, asked
+from mcp_broker.core.metering import LIMITS, Bounds, Level, Meter, Rest, asked
 from mcp_broker.core.recycling import Policy, Recycling
 from mcp_broker.supervisor import gauge
 from mcp_broker.supervisor.certificates import Exceeded
@@ -62,6 +63,7 @@ class Metered:
         policy = Policy(table.limits.recycle_calls, table.limits.recycle_rss_mb, table.limits.recycle_age_s)
         self.recycling = Recycling(policy, random.random(), now)  # noqa: S311 (spreads replacements)
         self.was_resting = True
+        self._rest = Rest(now)
         self.next_at = now
         self.files_at = self.shared_at = now
         #: set when it is to be killed: when to look whether it has said what it was doing, and when not to wait longer
@@ -89,8 +91,9 @@ class Metered:
         if not instruments.is_exact and sample.memory_mb - meter.ready_mb >= meter.bounds.memory_mb * _NEAR:
             sample = instruments.sample(with_files=with_files, exactly=True)
         life.rss_kib, life.cpu_s = int(instruments.cost.rss_kib), instruments.cost.cpu_s
-        has_changed = meter.observe(sample, life.marks.started_seq, is_resting=is_resting)
-        self.was_resting = is_resting
+        seq = life.marks.started_seq
+        self.was_resting = self._rest.observe(sample.cpu_s, seq, now, is_resting=is_resting)
+        has_changed = meter.observe(sample, seq, is_resting=self.was_resting)
         # who is throttled gets calls again as soon as it has let go
         throttled = meter.reading.level >= Level.THROTTLE
         self.next_at = now + (limits.METER_IDLE_S if throttled else limits.METER_RESTING_S)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from mcp_broker.core.metering import LIMITS, TABLE, Band, Bounds, Level, Meter, Sample, band
+from mcp_broker.core.metering import LIMITS, TABLE, Band, Bounds, Level, Meter, Rest, Sample, band
 
 READY = Sample(memory_mb=40.0, cpu_s=1.0, processes=0, open_files=0, connections=2, scratch_mb=0.0)
 BOUNDS = Bounds(memory_mb=100, cpu_s=10, open_files=20, connections=4, processes=2, scratch_mb=50)
@@ -102,6 +102,25 @@ def test_cpu_counts_for_the_call_that_runs() -> None:
     meter.observe(replace(READY, cpu_s=19.45), 2, is_resting=True)
     assert (meter.reading.level, meter.used["cpu_s"]) == (Level.NORMAL, 0.0)
     assert meter.peaks["cpu_s"] == pytest.approx(9.9)
+
+
+def test_a_worker_that_says_that_it_rests_and_burns_cpu_does_not_rest() -> None:
+    rest = Rest(now=0.0)
+    assert rest.observe(5.0, 1, 1.0, is_resting=True), "what it used was the call's, which has just ended"
+    assert not rest.observe(6.0, 1, 2.0, is_resting=True)
+    assert not rest.observe(6.1, 1, 2.1, is_resting=True)
+    assert not rest.observe(6.2, 1, 2.2, is_resting=False)
+    assert not rest.observe(6.3, 1, 2.3, is_resting=True), "it says so for the second time of the same call"
+    assert rest.observe(6.7, 1, 3.3, is_resting=True), "a little is used by who rests, too"
+    assert rest.observe(8.0, 9, 4.3, is_resting=True), "others have run since"
+
+
+def test_cpu_of_a_worker_that_does_not_rest_as_it_says_counts_from_where_it_was_believed() -> None:
+    meter, rest = metered(), Rest(now=0.0)
+    for second in range(12):
+        sample = replace(READY, cpu_s=1.0 + second)
+        meter.observe(sample, 1, is_resting=rest.observe(sample.cpu_s, 1, float(second), is_resting=True))
+    assert (meter.reading.level, meter.reading.limit) == (Level.EXCEEDED, "cpu_s")
 
 
 def test_a_call_among_several_since_the_last_look_is_not_charged_what_they_used() -> None:

@@ -103,6 +103,41 @@ def test_a_call_that_starts_after_its_end_is_stopped_too() -> None:
     assert len(world.machine.timers) == 0
 
 
+def whatever(world: World) -> list[node.Interrupt]:
+    return [order for order in world.interrupts() if order.seq == node.WHATEVER]
+
+
+def test_a_worker_that_never_lets_go_of_an_ended_call_is_killed_whatever_it_says_it_runs() -> None:
+    world = World()
+    world.hello()
+    world.ready()
+    world.call(timeout_s=0.1)
+    world.later(bounds.KILL_UNHEEDED_S)
+    assert whatever(world) == []
+    # what it was given since then waits behind, and is no reason to spare it
+    world.call(timeout_s=60)
+    world.later(1)
+    order = whatever(world)[0]
+    assert (order.worker_id, order.stage, order.why) == ("echo-1", "kill", "deadline")
+
+
+def test_a_worker_is_not_killed_for_an_ended_call_while_one_that_it_had_beside_it_may_run() -> None:
+    world = World()
+    session = world.hello()
+    world.ready()
+    # its outcome may wait in the worker for that of the next one, which takes its time
+    ended, long = world.call(timeout_s=0.1), world.call(timeout_s=30)
+    world.later(29)
+    assert whatever(world) == []
+    assert world.outcomes(session) == {ended: "DEADLINE_EXCEEDED"}
+    world.answer("echo-1", ended)
+    world.answer("echo-1", long)
+    assert world.outcomes(session) == {long: "OK"}
+    world.later(bounds.KILL_UNHEEDED_S * 2)
+    assert whatever(world) == []
+    assert len(world.machine.timers) == 0
+
+
 def test_outcome_that_was_on_its_way_when_the_worker_died_still_counts() -> None:
     world = World()
     session = world.hello()

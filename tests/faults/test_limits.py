@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.process, pytest.mark.slow]
 
 TOOLS = '''
 """Tools that use too much of something."""
-import hashlib, mmap, os, re, socket, subprocess, sys, time
+import hashlib, mmap, os, re, signal, socket, subprocess, sys, time
 from pathlib import Path
 from mcp_broker.worker import tool, ToolContext
 
@@ -55,6 +55,27 @@ def bomb() -> None:
     """Start processes that start processes."""
     while True:
         os.fork()
+
+def page():
+    """Find what this worker shares with its supervisor."""
+    for path in Path("/proc/self/fd").iterdir():
+        if path.is_symlink() and "mcpb-marks" in os.readlink(path):
+            return mmap.mmap(int(path.name), 4096)
+
+@tool(name="{pool}.feign_rest")
+def feign_rest() -> None:
+    """Compute, and say that nothing runs."""
+    shared = page()
+    shared[16 + 240 * 16 : 16 + 240 * 16 + 8] = shared[:8]
+    while True:
+        hashlib.sha256(b"x" * 100000).digest()
+
+@tool(name="{pool}.feign_other")
+def feign_other() -> None:
+    """Hear nothing, and say that another call runs by now."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})
+    page()[:8] = (2**40).to_bytes(8, sys.byteorder)
+    time.sleep(60)
 
 @tool(name="{pool}.open_many", open_files=90)
 def open_many(count: int) -> int:
@@ -219,6 +240,7 @@ CPU: list[tuple[str, dict[str, Any], str]] = [
     ("spin", {}, "cpu_s"),
     ("match", {}, "cpu_s"),
     ("child_spin", {}, "cpu_s"),
+    ("feign_rest", {}, "cpu_s"),
 ]
 OTHERS = [
     ("connect", {"count": 12, "seconds": 20}, "connections"),
@@ -253,6 +275,25 @@ def test_a_sandboxed_worker_has_the_same_limits(
     sandboxed: Running, tool: str, arguments: dict[str, Any], limit: str
 ) -> None:
     check(sandboxed, tool, arguments, limit)
+
+
+def test_a_tool_that_claims_that_another_call_runs_is_killed_for_its_deadline_all_the_same(
+    running: Running,
+) -> None:
+    with running.client() as client:
+
+        def workers() -> set[str]:
+            pools = client.call("system.status", {})["pools"]
+            return {one["id"] for pool in pools if pool["name"] == "modest" for one in pool["workers"]}
+
+        before = workers()
+        with pytest.raises(CallError) as late:
+            client.call("modest.feign_other", {}, timeout_s=0.5)
+        assert late.value.code == "DEADLINE_EXCEEDED"
+        wait_for(lambda: workers() and not workers() & before, what="another worker has taken its place")
+        assert client.call("modest.echo", {"value": 1}, timeout_s=10) == 1
+        certificate = client.call("system.why", {"id": before.pop()})["certificate"]
+    assert certificate["kind"] == "deadline"
 
 
 def check(running: Running, tool: str, arguments: dict[str, Any], limit: str) -> None:
