@@ -135,10 +135,16 @@ def _of_broker_error(error: errors.BrokerError, chosen: Settings) -> Failure:
         error.code,
         message.removesuffix(f"; {given}") if given else message,
         more=_more(error, call_id),
-        hint=given or _next(error, call_id, chosen),
+        hint=_completed(given, chosen) or _next(error, call_id, chosen),
         retryable=error.retryable,
         details=details,
     )
+
+
+def _completed(hint: str, chosen: Settings) -> str:
+    """Return a hint; one that is a bare command, by who does not know where its reader is, leads to the same broker."""
+    program, _, command = hint.partition(" ")
+    return chosen.again(command) if program == "mcp-broker" and command.isalpha() else hint
 
 
 def _next(error: errors.BrokerError, call_id: bytes | None, chosen: Settings) -> str:

@@ -69,6 +69,15 @@ def test_hint_leads_to_the_same_broker() -> None:
     assert "tools add --state-dir /s" in hint
 
 
+def test_a_bare_command_that_the_broker_hints_at_leads_to_the_same_broker() -> None:
+    error = errors.NotFound("there is no worker 't-9'", {"hint": "mcp-broker ps"})
+    (_, hint) = failures.explain(error, Settings(state_dir_given="/s")).lines()
+    assert hint.endswith("ps --state-dir /s")
+    error = errors.NotFound("no", {"hint": "mcp-broker start makes one"})
+    (_, hint) = failures.explain(error, Settings(state_dir_given="/s")).lines()
+    assert hint.endswith("mcp-broker start makes one")
+
+
 def test_json_error_is_one_document_and_the_message_goes_to_standard_error(
     run: Run, client: FakeClient
 ) -> None:
