@@ -233,6 +233,9 @@ STACK_S_MAX: Final = 0.1
 SCRATCH_ENTRIES_A_LOOK: Final = 1024
 SCRATCH_DEPTH_MAX: Final = 64
 SCRATCH_ENTRY_KIB: Final = 4
+#: Bytes of lists of mappings that one look reads (about 2 ms): a worker with a large library has 100,000 of them, a hostile
+#: one millions.
+MAPPINGS_BYTES_A_LOOK: Final = 262_144
 #: The kernel's own bound of memory lies this share above the limit, and so much at least (what is taken between two looks
 #: at a gigabyte a second): a worker is usually seen, and its stacks written, before the kernel kills it, or one of its
 #: processes, without a word.

@@ -15,23 +15,22 @@ from typing import TYPE_CHECKING, Final
 
 from mcp_broker import proctable
 from mcp_broker.core.metering import Sample
+from mcp_broker.supervisor.mappings import DELETED, SHARED, Mappings
 from mcp_broker.supervisor.scratch import Scratch
 
 if TYPE_CHECKING:
+    from mcp_broker.supervisor.mappings import Key, Mapped
     from mcp_broker.supervisor.quota import Quota
 
 _TICKS_A_SECOND: Final = os.sysconf("SC_CLK_TCK")
 _PAGE_KIB: Final = os.sysconf("SC_PAGE_SIZE") / 1024
 #: standard input, output and error: every process has them
 _STANDARD: Final = 3
-#: memory that resident sets do not show while nobody maps it
-_SHARED: Final = ("/memfd:", "/dev/shm/", "/SYSV", "/dev/zero")  # noqa: S108 (looked for, not made)
-_DELETED: Final = " (deleted)"
 
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """What a tree's descriptors hold.
+    """What a tree's descriptors and mappings hold.
 
     Args:
         most: descriptors of the process with most of them, above those that every process has, or the worker had.
@@ -52,10 +51,12 @@ class Cost:
 
     Args:
         rss_kib: memory that processes share counts once for each.
+        size_kib: of their address spaces.
     """
 
     rss_kib: float
     cpu_s: float
+    size_kib: float = 0.0
 
 
 class Gauge:
@@ -75,6 +76,9 @@ class Gauge:
         self._pid = pid
         self._folder = str(scratch)
         self.scratch = Scratch(scratch)
+        self._mappings = Mappings(self._folder)
+        #: of the address spaces, since mappings were read
+        self._least_kib = 0.0
         self._own_files = 0
         self.files = Files(0, 0, 0.0, 0.0)
         self.cost = Cost(0.0, 0.0)
@@ -106,14 +110,15 @@ class Gauge:
         members = None if self.quota is None else self.quota.members()
         # whoever may write the groups may also leave them, and a child may have escaped when the worker entered
         pids = tree(self._pid, (*adopted(), *(members or ())))
-        rss_kib = cpu_s = 0.0
+        rss_kib = cpu_s = size_kib = 0.0
         for pid in pids:
             cost = read(pid)
             if cost is not None:
                 rss_kib += cost.rss_kib
                 cpu_s += cost.cpu_s
+                size_kib += cost.size_kib
         # what a process used that has ended unreaped is not seen any more, but was used
-        self.cost = Cost(rss_kib, max(self.cost.cpu_s, cpu_s))
+        self.cost = Cost(rss_kib, max(self.cost.cpu_s, cpu_s), size_kib)
         self.processes = len(pids) - 1
         self.pids = pids
         return pids
@@ -123,12 +128,15 @@ class Gauge:
         if self.quota is not None:
             self._charged_kib = self.quota.shared_kib
 
-    def look_at_files(self) -> int:
-        """Read the tree's descriptors; return how many the worker itself has."""
+    def look_at_files(self, *, rarely: bool = True) -> int:
+        """Read the tree's descriptors; return how many the worker itself has.
+
+        Args:
+            rarely: read its mappings, too, which costs ten times as much. If not, that is done only when more is mapped.
+        """
         own = most = 0
         sockets: set[str] = set()
-        shared: dict[tuple[int, int], float] = {}
-        deleted: dict[tuple[int, int], float] = {}
+        shared, deleted = Sizes(), Sizes()
         for pid in self.pids:
             links = descriptors(pid)
             if pid == self._pid:
@@ -139,13 +147,24 @@ class Gauge:
             for path, link in links:
                 if link.startswith("socket:"):
                     sockets.add(link)
-                elif link.startswith(_SHARED):
-                    _add(shared, path)
-                elif link.endswith(_DELETED) and link.startswith(self._folder):
-                    _add(deleted, path)
-        shared_kib = max(sum(shared.values()), self._ready_shared_kib + self._charged_kib)
-        self.files = Files(most, len(sockets), shared_kib, sum(deleted.values()))
+                elif link.startswith(SHARED):
+                    shared.add_open(path, link)
+                elif link.endswith(DELETED) and link.startswith(self._folder):
+                    deleted.add_open(path, link)
+        if rarely or self.cost.size_kib > self._least_kib:
+            self._mappings.look(self.pids)
+            self._least_kib = self.cost.size_kib
+        self._least_kib = min(self._least_kib, self.cost.size_kib)
+        for key, one in self._mappings.files.items():
+            (shared if one.path.startswith(SHARED) else deleted).add_mapped(key, one)
+        shared_kib = max(shared.total, self._ready_shared_kib + self._charged_kib)
+        self.files = Files(most, len(sockets), shared_kib, deleted.total)
         return own
+
+    def close(self) -> None:
+        """Let go of what is half read."""
+        self.scratch.close()
+        self._mappings.close()
 
     def sample(self, *, with_files: bool = True, exactly: bool = False) -> Sample:
         """Make a sample of what was looked at.
@@ -202,12 +221,34 @@ class Gauge:
         return total, mapped
 
 
-def _add(sizes: dict[tuple[int, int], float], path: str) -> None:
-    try:
-        info = os.stat(path)  # noqa: PTH116 (a Path costs more than the call)
-    except OSError:
-        return
-    sizes[info.st_dev, info.st_ino] = info.st_blocks / 2
+class Sizes:
+    """How large files are that may be open and mapped, several times: each counts once."""
+
+    def __init__(self) -> None:
+        self._kib: dict[Key, float] = {}
+        #: what is open -> which files have this path
+        self._open: dict[str, list[Key]] = {}
+
+    @property
+    def total(self) -> float:
+        """KiB."""
+        return sum(self._kib.values())
+
+    def add_open(self, path: str, link: str) -> None:
+        """Count what a descriptor leads to."""
+        try:
+            info = os.stat(path)  # noqa: PTH116 (a Path costs more than the call)
+        except OSError:
+            return
+        key = (info.st_dev, info.st_ino)
+        self._kib[key] = info.st_blocks / 2
+        self._open.setdefault(link, []).append(key)
+
+    def add_mapped(self, key: Key, one: Mapped) -> None:
+        """Count what is mapped, unless it is open, too."""
+        # file systems in layers give a file one device where it is mapped and another where it is looked at
+        if key not in self._kib and all(device == key[0] for device, _ in self._open.get(one.path, ())):
+            self._kib[key] = one.kib
 
 
 def tree(pid: int, adopted: Iterable[int] = ()) -> list[int]:
@@ -266,7 +307,7 @@ def read(pid: int) -> Cost | None:
         # it holds nothing any more, and its time is its parent's when it is reaped
         return Cost(0.0, 0.0)
     cpu_s = sum(map(int, fields[11:15])) / _TICKS_A_SECOND
-    return Cost(int(fields[21]) * _PAGE_KIB, cpu_s)
+    return Cost(int(fields[21]) * _PAGE_KIB, cpu_s, int(fields[20]) / 1024)
 
 
 def of_worker(pid: int) -> str:

@@ -81,10 +81,11 @@ class Metered:
         instruments.look(adopted)
         with_files = is_resting or now >= self.files_at
         if with_files:
-            if now >= self.shared_at:
+            rarely = now >= self.shared_at
+            if rarely:
                 instruments.look_at_shared()
                 self.shared_at = now + limits.METER_RESTING_S
-            instruments.look_at_files()
+            instruments.look_at_files(rarely=rarely)
             instruments.scratch.look()
             self.files_at = now + limits.METER_FILES_S
         sample = instruments.sample(with_files=with_files)
@@ -106,7 +107,7 @@ class Metered:
 
     def close(self) -> None:
         """Let go of it; the process is gone."""
-        self.gauge.scratch.close()
+        self.gauge.close()
         if self._quotas is not None and self.gauge.quota is not None:
             self._quotas.leave(self.gauge.quota)
 

@@ -153,6 +153,32 @@ def write(context: ToolContext, mb: int) -> int:
         (context.scratch / str(number)).write_bytes(b"x" * (1 << 20))
         time.sleep(0.002)
     return mb
+
+def hide(fd: int, mb: int = 4) -> None:
+    """Take room for a file, and hold it by a mapping that nobody touches, without descriptor or name."""
+    import ctypes
+    libc = ctypes.CDLL(None)
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    os.posix_fallocate(fd, 0, mb << 20)
+    libc.mmap(None, mb << 20, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
+    os.close(fd)
+    time.sleep(0.01)
+
+@tool(name="{pool}.map_removed")
+def map_removed(context: ToolContext, mb: int) -> int:
+    """Fill the scratch folder with files that have no name any more."""
+    for _ in range(mb // 4):
+        fd = os.open(context.scratch / "x", os.O_RDWR | os.O_CREAT)
+        os.unlink(context.scratch / "x")
+        hide(fd)
+    return mb
+
+@tool(name="{pool}.map_memory")
+def map_memory(mb: int) -> int:
+    """Fill memory with files that no process has open."""
+    for _ in range(mb // 4):
+        hide(os.memfd_create("x"))
+    return mb
 '''
 
 POOL = """
@@ -235,6 +261,7 @@ MEMORY = [
     ("memory", {"mb": 300}, "memory_mb"),
     ("memory_file", {"mb": 300}, "memory_mb"),
     ("child_memory", {"mb": 300}, "memory_mb"),
+    ("map_memory", {"mb": 800}, "memory_mb"),
 ]
 CPU: list[tuple[str, dict[str, Any], str]] = [
     ("spin", {}, "cpu_s"),
@@ -246,6 +273,7 @@ OTHERS = [
     ("connect", {"count": 12, "seconds": 20}, "connections"),
     ("start", {"count": 12, "seconds": 20}, "processes"),
     ("write", {"mb": 200}, "scratch_mb"),
+    ("map_removed", {"mb": 800}, "scratch_mb"),
 ]
 
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, cast
 import pytest
 
 from mcp_broker import limits, proctable
-from mcp_broker.supervisor.gauge import Gauge, tree
+from mcp_broker.supervisor.gauge import Gauge, Sizes, tree
+from mcp_broker.supervisor.mappings import Mapped, Mappings
 from mcp_broker.supervisor.scratch import Scratch
 from tests.support.waiting import wait_for
 
@@ -23,7 +24,29 @@ MIB = 1 << 20
 
 #: runs what it reads, a line at a time, and says when it is done
 HOLDER = """
-import mmap, os, socket, subprocess, sys
+import ctypes, mmap, os, socket, subprocess, sys
+
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+
+
+def opened(path=None):
+    "Make a file without a name, in memory or where one is given."
+    if path is None:
+        return os.memfd_create("tool")
+    fd = os.open(path, os.O_RDWR | os.O_CREAT)
+    os.unlink(path)
+    return fd
+
+
+def mapped(fd, size, part=None):
+    "Take room for a file and map it, or a part of it; no page is ever touched, and no copy kept of the descriptor."
+    os.posix_fallocate(fd, 0, size)
+    return libc.mmap(None, part or size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
+
+
 print("up", flush=True)
 for line in sys.stdin:
     exec(line)
@@ -60,6 +83,12 @@ class Holder:
         self.gauge.look()
         self.gauge.look_at_files()
         return self.gauge.sample(exactly=exactly).memory_mb - self.ready.memory_mb
+
+    def scratch_mb(self) -> float:
+        """Return what is counted of its folder, without an entry that has a name, MiB."""
+        self.gauge.look()
+        self.gauge.look_at_files()
+        return self.gauge.files.deleted_kib / 1024
 
     def close(self) -> None:
         for pid in reversed(tree(self.popen.pid)):
@@ -100,6 +129,84 @@ def test_a_memory_file_counts_once_whether_it_is_mapped_or_not(holder: Holder) -
     assert 39 < holder.grown() < 45, "the cheap figure counts it twice"
     assert not holder.gauge.is_exact
     assert 19 < holder.grown(exactly=True) < 25
+
+
+def test_a_memory_file_that_is_only_mapped_counts_though_no_page_of_it_is_resident(holder: Holder) -> None:
+    holder.does(f"fd = opened(); at = mapped(fd, {20 * MIB}); os.close(fd)")
+    assert 19 < holder.grown() < 23
+    assert holder.gauge.cost.rss_kib / 1024 - holder.ready.memory_mb < 5
+    assert 19 < holder.grown(exactly=True) < 25
+    holder.does(f"libc.munmap(at, {20 * MIB})")
+    assert holder.grown() < 5
+
+
+def test_a_removed_file_that_is_only_mapped_counts_until_it_is_unmapped(
+    holder: Holder, tmp_path: Path
+) -> None:
+    holder.does(f"fd = opened({str(tmp_path / 'x')!r}); at = mapped(fd, {20 * MIB}); os.close(fd)")
+    assert 19 < holder.scratch_mb() < 21
+    holder.does(f"libc.munmap(at, {20 * MIB})")
+    assert holder.scratch_mb() == 0
+
+
+def test_a_removed_file_counts_once_whoever_has_it_open_or_mapped(holder: Holder, tmp_path: Path) -> None:
+    holder.does(f"fd = opened({str(tmp_path / 'x')!r}); at = mapped(fd, {20 * MIB}, {10 * MIB})")
+    holder.does(
+        "r, w = os.pipe(); os.fork() or [os.write(w, b'x'), __import__('time').sleep(60)]; os.read(r, 1)"
+    )
+    assert 19 < holder.scratch_mb() < 21
+    holder.does("os.close(fd)")
+    assert 19 < holder.scratch_mb() < 21, "the child has it open"
+
+
+def test_a_file_in_layers_which_has_one_device_open_and_another_mapped_counts_once(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"x" * MIB)
+    found = path.stat()
+    sizes = Sizes()
+    sizes.add_open(str(path), "x (deleted)")
+    for key in ((found.st_dev + 1, found.st_ino), (found.st_dev, found.st_ino)):
+        sizes.add_mapped(key, Mapped("x (deleted)", 9999))
+    assert sizes.total == 1024
+    sizes.add_mapped((found.st_dev, found.st_ino + 1), Mapped("x (deleted)", 10))
+    assert sizes.total == 1034, "another file that had the same name"
+
+
+def test_who_may_not_look_at_what_is_mapped_counts_what_is_mapped_of_it(
+    holder: Holder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(place: str) -> os.stat_result:
+        raise PermissionError(place)
+
+    monkeypatch.setattr("mcp_broker.supervisor.mappings._look_at", refused)
+    holder.does(f"fd = opened(); at = mapped(fd, {20 * MIB}, {12 * MIB}); os.close(fd)")
+    assert 11 < holder.grown() < 15
+    holder.does(f"shared = mmap.mmap(-1, {40 * MIB})")
+    assert 11 < holder.grown() < 15, "what is not touched is not used"
+
+
+def test_many_mappings_are_read_a_little_at_a_time(holder: Holder) -> None:
+    holder.does("pages = [mmap.mmap(-1, 4096, prot=1 + 2 * (n % 2)) for n in range(2000)]")
+    mappings = Mappings("/nowhere")
+    looks = 1
+    while not mappings.look([holder.popen.pid]):
+        looks += 1
+    assert looks > 2
+    holder.does(f"fd = opened(); at = mapped(fd, {20 * MIB}); os.close(fd)")
+    wait_for(lambda: holder.grown() > 19, what="the look that comes to it")
+
+
+def test_without_a_reason_mappings_are_read_rarely(holder: Holder) -> None:
+    holder.does(f"free = mmap.mmap(-1, {20 * MIB}, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)")
+    holder.grown()
+    holder.does(f"free.close(); fd = opened(); at = mapped(fd, {20 * MIB}); os.close(fd)")
+    holder.gauge.look()
+    holder.gauge.look_at_files(rarely=False)
+    assert holder.gauge.files.shared_kib < 1024, "as much is mapped as before"
+    holder.does(f"fd = opened(); more = mapped(fd, {MIB}); os.close(fd)")
+    holder.gauge.look()
+    holder.gauge.look_at_files(rarely=False)
+    assert holder.gauge.files.shared_kib > 20 * 1024
 
 
 def test_what_a_forked_child_shares_counts_once_and_what_it_writes_counts(holder: Holder) -> None:
