@@ -55,10 +55,14 @@ class Commands:
 
     Args:
         send: tells the broker.
+        is_leaving: tells whether the supervisor was told to stop.
     """
 
-    def __init__(self, send: Callable[[node.FromSupervisor], None]) -> None:
+    def __init__(
+        self, send: Callable[[node.FromSupervisor], None], is_leaving: Callable[[], bool] = lambda: False
+    ) -> None:
         self._send = send
+        self._is_leaving = is_leaving
         self._handlers: dict[str, Handler] = {}
         self._tasks: list[_Task] = []
 
@@ -74,6 +78,10 @@ class Commands:
             handler = self._handlers.get(command.name)
             if handler is None:
                 raise Unavailable(f"this supervisor knows no command {command.name}")
+            if self._is_leaving():
+                raise Unavailable(
+                    "the supervisor was told to stop, and carries out no commands; start it again first"
+                )
             look = handler(command.arguments)
         except CallError as error:
             self._answer(command, error)

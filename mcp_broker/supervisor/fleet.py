@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
     from mcp_broker.config import Config, PoolTable
     from mcp_broker.supervisor.changes import Changes
+    from mcp_broker.supervisor.ground import Ground
     from mcp_broker.supervisor.records import Definitions
-    from mcp_broker.supervisor.slot import Ground, Slot
+    from mcp_broker.supervisor.slot import Slot
     from mcp_broker.wire.messages import ToolDefinition
 
 

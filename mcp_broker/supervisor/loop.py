@@ -144,7 +144,8 @@ class Supervisor:
 
     def _serve_on(self, ports: Ports) -> None:
         folders, lessor = (self._state_dir, self.run_dir), Lessor(self._config.ports, self.changed)
-        self.aftermath = Aftermath(folders, self.instance, lessor, self._alive, self._tell)
+        self._broker = BrokerChild(self)
+        self.aftermath = Aftermath(folders, self.instance, lessor, self._alive, self._broker.send)
         self.known = self.aftermath.known
         self._authority.ensure_default([ports.client_endpoint])
         self.worker_endpoint = ports.worker_endpoint
@@ -154,8 +155,7 @@ class Supervisor:
         self._started_wall = time.time()
         self._fleet = Fleet(self, self._config, Definitions(self._state_dir), self._on_event)
         self._recovery = Recovery(self._fleet)
-        self._broker = BrokerChild(self)
-        self._commands = Commands(self._broker.send)
+        self._commands = Commands(self._broker.send, lambda: self.is_leaving)
         Operations(self._fleet).join(self._commands)
         self._reloading = Reloading(
             self._fleet, self._config, self._reread, self._broker.send, self._on_event
@@ -262,6 +262,8 @@ class Supervisor:
         """Drain first; told again, end at once."""
         if self._phase is not Phase.SERVING:
             self._stop_workers()
+            # whatever may be wanted again since: nothing is
+            self._fleet.stop()
             self._kill_all()
             return
         drain_s = self._reloading.config.limits.drain_s
@@ -287,6 +289,11 @@ class Supervisor:
     def is_leaving(self) -> bool:
         """Told to stop: what ends by itself now stays away."""
         return self._phase is not Phase.SERVING
+
+    @property
+    def is_stopping(self) -> bool:
+        """Its workers are being stopped: none starts any more."""
+        return self._phase >= Phase.STOPPING_WORKERS
 
     # -- what slots need ------------------------------------------------------------------------------------
 
@@ -346,7 +353,10 @@ class Supervisor:
 
     def heard(self, message: node.ToSupervisor) -> None:
         """Take a message of the broker."""
-        if isinstance(message, node.Serving):
+        if isinstance(message, node.Serving) and self.is_leaving:
+            # it follows one that died meanwhile, and knows nothing of it
+            self._broker.send(node.Shutdown(self._reloading.config.limits.drain_s))
+        elif isinstance(message, node.Serving):
             self._on_event(serving(self._ports, self._broker, self._fleet.names, self._state_dir))
         elif isinstance(message, Word):
             self._fleet.heard(message)
@@ -377,9 +387,6 @@ class Supervisor:
         self._stop_workers()
 
     # -- what is told ---------------------------------------------------------------------------------------
-
-    def _tell(self, message: node.FromSupervisor) -> None:
-        self._broker.send(message)
 
     def _report(self) -> node.Report:
         return node.Report(self._fleet.report().pools, self.aftermath.lessor.report())

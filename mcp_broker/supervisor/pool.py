@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
     from mcp_broker.config import PoolTable
     from mcp_broker.core.restart import Policy
-    from mcp_broker.supervisor.slot import Ground, Times
+    from mcp_broker.supervisor.ground import Ground
+    from mcp_broker.supervisor.slot import Times
     from mcp_broker.wire import node
     from mcp_broker.wire.messages import ToolDefinition
 

@@ -8,8 +8,7 @@ import random
 import signal
 import time
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 from mcp_broker import logs
 from mcp_broker.core import children
@@ -26,58 +25,17 @@ from mcp_broker.wire import codec, node
 from mcp_broker.wire.tether import Asks, Go, Warm
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from mcp_broker.config import PoolTable
     from mcp_broker.core.restart import Restarts
-    from mcp_broker.supervisor.aftermath import Aftermath
-    from mcp_broker.supervisor.isolation.warden import Warden
-    from mcp_broker.supervisor.launch import Launcher
-    from mcp_broker.supervisor.poller import Poller
+    from mcp_broker.supervisor.ground import Ground
     from mcp_broker.supervisor.process import Exit
     from mcp_broker.supervisor.tether import Handlers
 _log = logging.getLogger("mcp_broker.supervisor")
 
 #: a worker in these may run calls
 _AT_WORK: Final = frozenset((children.State.RUNNING, children.State.RETIRING))
-
-
-class Ground(Protocol):
-    """What a slot stands on: the supervisor, as far as a slot sees it."""
-
-    poller: Poller
-    launcher: Launcher
-    run_dir: Path
-    instance: str
-    worker_endpoint: str
-    worker_server_public: bytes
-    aftermath: Aftermath
-    warden: Warden
-
-    @property
-    def is_leaving(self) -> bool:
-        """Told to stop: a worker that ends by itself stays away."""
-
-    def next_worker_id(self, pool: str) -> str:
-        """Return an id that no worker had before."""
-
-    def admitted(self, life: Life) -> None:
-        """Let the broker admit this life's key, before its process exists."""
-
-    def dismiss(self, worker_id: str) -> None:
-        """Have the broker send this worker away once it holds no call."""
-
-    def died(self, certificate: node.Certificate, started_calls: tuple[bytes, ...], *, is_news: bool) -> None:
-        """Pass a death on."""
-
-    def strayed(self) -> None:
-        """Processes may have lost their parent."""
-
-    def known(self) -> Mapping[int, str]:
-        """Return our own children that are no strays: pid -> name."""
-
-    def changed(self) -> None:
-        """Something that a report shows is different now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +103,9 @@ class Slot:
 
     def tell(self, event: children.Event) -> None:
         """Feed the machine, and do what it says."""
+        if isinstance(event, children.Wanted) and self._ground.is_stopping:
+            # whoever wants it was told before, or waits for what will not come
+            return
         if isinstance(event, children.BecameReady):
             self._was_ready = True
         self._perform(self.child.handle(event, time.monotonic()))

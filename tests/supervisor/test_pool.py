@@ -9,10 +9,10 @@ import pytest
 from mcp_broker import config
 from mcp_broker.core import children
 from mcp_broker.core.children import State
-from mcp_broker.core.restart import Policy
+from mcp_broker.core.restart import Policy, Restarts
 from mcp_broker.supervisor import pool as pools
 from mcp_broker.supervisor.pool import Pool
-from mcp_broker.supervisor.slot import Times
+from mcp_broker.supervisor.slot import Slot, Times
 from mcp_broker.wire import node
 from mcp_broker.wire.messages import ToolDefinition
 
@@ -108,6 +108,22 @@ def settle(pool: Any, *, become_ready: bool = True) -> None:
 
 def demand(**changes: Any) -> node.PoolDemand:
     return node.PoolDemand(**{"name": "t", "waiting": 0, "wait_s": 0.0, "ready": 1, "busy": 0, **changes})
+
+
+def test_no_slot_is_wanted_any_more_once_the_workers_are_being_stopped() -> None:
+    class Stopping(FakeGround):
+        is_stopping = True
+
+        def next_worker_id(self, _pool: str) -> str:
+            raise AssertionError("it is started")
+
+    ground: Any = Stopping()
+    slot = Slot(
+        ground, "t", table(), Restarts(POLICY), TIMES, edition=1, is_spare=False, on_death=lambda _slot: None
+    )
+    slot.tell(children.Wanted())
+    assert slot.child.state is State.STOPPED
+    assert not slot.child.is_wanted
 
 
 def test_a_smaller_pool_does_without_those_that_do_not_work_then_the_youngest() -> None:

@@ -1,8 +1,8 @@
 """A broker without ZeroMQ: speaks the node link, and takes its tests' orders on the client socket.
 
 A worker that connects to the worker socket and sends its id is UP. A test that connects to the client socket sends
-one JSON line: {"interrupt": {...}} is passed on, {"exit": code} ends this process, anything else is answered with
-what the supervisor said so far.
+one JSON line: {"interrupt": {...}} is passed on, and so is {"say": [[NAME, {...}], ...]}, {"exit": code} ends this process,
+anything else is answered with what the supervisor said so far.
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ class Broker:
             return {"workers": [worker.worker_id for worker in message.workers]}
         if isinstance(message, node.Report):
             return {"pools": [codec.as_plain(pool) for pool in message.pools]}
+        if isinstance(message, node.Commanded):
+            return {"code": message.code, "message": message.message}
         if isinstance(message, node.Deaths):
             return {"certificates": [codec.as_plain(one) for one in message.certificates]}
         return {"epoch": message.epoch} if isinstance(message, node.Boot) else {}
@@ -82,6 +84,8 @@ class Broker:
         order = json.loads(connection.makefile().readline())
         if "interrupt" in order:
             self.say(node.Interrupt(**order["interrupt"]))
+        for name, fields in order.get("say", ()):
+            self.say(getattr(node, name)(**fields))
         if "exit" in order:
             os._exit(order["exit"])
         connection.sendall(json.dumps(self.told).encode())
