@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from mcp_broker.errors import CallError, Cancelled
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mcp_broker.client.session import PendingCall
     from mcp_broker.wire.messages import Usage
 
@@ -110,8 +112,11 @@ class CallFuture(Future[Any]):
                 seat.set()
         return self._real_condition is not None
 
-    def tell_strangers(self) -> None:
-        """Tell those who wait by concurrent.futures, and run the callbacks."""
+    def tell_strangers(self) -> Callable[[], None] | None:
+        """Tell those who wait by concurrent.futures; return what runs the callbacks, if there are any.
+
+        A callback that is added later runs at once, since the state is there.
+        """
         with self._condition:
             for waiter in self._waiters:
                 if self._state == _CANCELLED:
@@ -121,7 +126,7 @@ class CallFuture(Future[Any]):
                 else:
                     waiter.add_result(self)
             self._condition.notify_all()
-        self._invoke_callbacks()  # type: ignore[attr-defined]
+            return self._invoke_callbacks if self._done_callbacks else None  # type: ignore[attr-defined]
 
     def done(self) -> bool:
         """Tell whether the outcome is there."""

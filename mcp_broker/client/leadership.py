@@ -8,6 +8,8 @@ Rules
     and receive. Whoever did so and told somebody kicks the leader.
     Calls that nobody waits for are served by the *helper* thread, started on first need: it leads when nobody
     else did for a tick, gives way to any thread that waits, and ends itself after a second without calls.
+    It also runs the callbacks of futures, and does not lead meanwhile: one that takes its time holds up other callbacks,
+    and no thread that waits for a call of its own.
     What is submitted while calls are in flight goes out in one batch when a thread next serves.
     An I/O thread on every call would cost half the latency: two more thread switches.
 """
@@ -56,7 +58,7 @@ class Leadership(Serving):
         self._bell = threading.Event()
         self._asleep = False
         self._urgent = False
-        self._unattended = Unattended(link)
+        self._unattended = Unattended(link, self._callbacks)
 
     def check_process(self) -> None:
         """Refuse to work in a forked child.
@@ -171,6 +173,8 @@ class Leadership(Serving):
             self._settle()
             self._bell.set()
             self._hand_over()
+            # the helper may have ended
+            self._run_callbacks()
             if self._leader is not None:
                 self._kick()  # it drops the wake fd when it leaves
             else:
@@ -189,7 +193,7 @@ class Leadership(Serving):
     def _await(self, target: Target, ends: float | None) -> None:
         try:
             while not target.ready and not self._closed:
-                # a callback that the leader runs leads in its place
+                # a report of progress that the leader runs leads in its place
                 if self._leader is None or self._leading_thread == threading.get_ident():
                     self._lead(target, ends)
                     break
@@ -273,31 +277,46 @@ class Leadership(Serving):
         if self._helper is None:
             self._helper = threading.Thread(target=self._help, name="mcp-broker-helper", daemon=True)
             self._helper.start()
-        elif self._asleep:
+        elif self._asleep or self._callbacks:
             self._asleep = False
             self._bell.set()
+            if self._leader is self._unattended and self._polling:
+                self._kick()
 
     def _help(self) -> None:
+        with self._lock:
+            try:
+                self._stand_by()
+                # a thread may have found some while another one closed the client
+                while self._callbacks:
+                    self._run_callbacks()
+            finally:
+                self._helper = None
+
+    def _stand_by(self) -> None:
         seen, quiet, tick_s = -1, 0, TICK_S
         book = self.session.book
-        with self._lock:
-            while not self._closed:
-                if book.calls and self._leader is None and (self._urgent or self._turns == seen):
-                    self._unattended.give_way = False
-                    self._lead(self._unattended, None)
-                    self._hand_over()
-                if self._orphans:
-                    self._push()
-                quiet = 0 if book.calls or self._turns != seen else quiet + 1
-                tick_s = TICK_S if self._turns == seen else min(tick_s * 2, TICK_MAX_S)
-                seen, self._urgent = self._turns, False
-                self._asleep = quiet > QUIET_TICKS
-                self._bell.clear()
-                self._lock.release()
-                try:
-                    rung = self._bell.wait(HELPER_IDLE_S if self._asleep else tick_s)
-                finally:
-                    self._lock.acquire()
-                if self._asleep and not rung and not book.calls:
-                    break
-            self._helper = None
+        while not self._closed:
+            if book.calls and self._leader is None and (self._urgent or self._turns == seen):
+                self._unattended.give_way = False
+                self._lead(self._unattended, None)
+                self._hand_over()
+            if self._callbacks:
+                self._run_callbacks()
+                # others served meanwhile, or nobody did
+                self._urgent = True
+                continue
+            if self._orphans:
+                self._push()
+            quiet = 0 if book.calls or self._turns != seen else quiet + 1
+            tick_s = TICK_S if self._turns == seen else min(tick_s * 2, TICK_MAX_S)
+            seen, self._urgent = self._turns, False
+            self._asleep = quiet > QUIET_TICKS
+            self._bell.clear()
+            self._lock.release()
+            try:
+                rung = self._bell.wait(HELPER_IDLE_S if self._asleep else tick_s)
+            finally:
+                self._lock.acquire()
+            if self._asleep and not rung and not book.calls:
+                break

@@ -38,7 +38,9 @@ class Serving:
         self._polling = False
         self._kicked = False
         #: what is still to be told to strangers, with the lock released
-        self._untold: deque[Callable[[], object]] = deque()
+        self._untold: deque[Callable[[], Callable[[], object] | None]] = deque()
+        #: callbacks of futures; they may take as long as they like, and so the helper runs them
+        self._callbacks: deque[Callable[[], object]] = deque()
         #: calls whose stream was dropped; a destructor may not take the lock
         self._orphans: deque[PendingCall] = deque()
         self._closed = False
@@ -115,9 +117,15 @@ class Serving:
             self._kick()
         if self._untold:
             self._tell_strangers()
+        if self._callbacks:
+            self._call_helper()
+
+    def _call_helper(self) -> None:
+        """Have the helper look at what there is to do, with the lock held."""
+        raise NotImplementedError
 
     def _tell_strangers(self) -> None:
-        # one list for all threads: a callback may wait for a future that stands behind its own
+        # one list for all threads: who reports progress may wait for a future that stands behind it
         self._lock.release()
         try:
             while self._untold:
@@ -125,7 +133,21 @@ class Serving:
                     tell = self._untold.popleft()
                 except IndexError:
                     break
-                tell()
+                callbacks = tell()
+                if callbacks is not None:
+                    self._callbacks.append(callbacks)
+        finally:
+            self._lock.acquire()
+
+    def _run_callbacks(self) -> None:
+        self._lock.release()
+        try:
+            while self._callbacks:
+                try:
+                    run = self._callbacks.popleft()
+                except IndexError:
+                    break
+                run()
         finally:
             self._lock.acquire()
 

@@ -9,6 +9,8 @@ from mcp_broker import errors
 from mcp_broker.client.session import State
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from mcp_broker.client.link import Link
 
 #: states that no event but close leaves
@@ -50,17 +52,18 @@ class Room(Connected):
 
 
 class Unattended:
-    """What the helper leads for: until a thread wants to, or no calls are left."""
+    """What the helper leads for: until a thread wants to, no calls are left, or there are callbacks to run."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Link, callbacks: Collection[object]) -> None:
         self.seats: list[threading.Event] | None = None
         self._book = link.session.book
+        self._callbacks = callbacks
         self.give_way = False
 
     @property
     def ready(self) -> bool:
         """It is there."""
-        return self.give_way or not self._book.calls
+        return self.give_way or not self._book.calls or bool(self._callbacks)
 
 
 def window_full(window: int) -> errors.Overloaded:

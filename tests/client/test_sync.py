@@ -144,6 +144,35 @@ def test_done_callback_runs_though_nobody_waits(client: Client) -> None:
     assert called.wait(5)
 
 
+def test_done_callback_that_waits_holds_up_no_thread_that_waits_for_its_own_call(
+    client: Client, broker: ScriptedBroker
+) -> None:
+    went_on = threading.Event()
+    seen: standard.Future[bool] = standard.Future()
+    client.submit("hold").add_done_callback(lambda _: seen.set_result(went_on.wait(5)))
+
+    def call() -> None:
+        client.call("hold")
+        went_on.set()
+
+    with standard.ThreadPoolExecutor() as threads:
+        called = threads.submit(call)
+        until(lambda: len(broker.held) == 2)
+        # the thread leads, and finds both outcomes
+        broker.release()
+        called.result(10)
+        assert seen.result(10)
+
+
+def test_done_callbacks_run_when_the_client_is_closed(client: Client, broker: ScriptedBroker) -> None:
+    codes: list[str] = []
+    for _ in range(3):
+        client.submit("hold").add_done_callback(lambda future: codes.append(str(future.cancelled())))
+    until(lambda: len(broker.held) == 3)
+    client.close()
+    until(lambda: codes == ["True"] * 3)
+
+
 def test_done_callback_may_use_the_client(client: Client, broker: ScriptedBroker) -> None:
     seen: standard.Future[Any] = standard.Future()
     first, behind = client.submit("hold"), client.submit("hold")
