@@ -228,13 +228,14 @@ METER_SHARE_MAX: Final = 0.05
 #: may take longer, and gets up to the other one.
 STACK_S: Final = 0.02
 STACK_S_MAX: Final = 0.1
+#: Descriptors that a supervisor lets itself have, where it may: ten for each of some thousand workers.
+DESCRIPTORS_MAX: Final = 65_536
 #: Entries of a scratch folder that one look counts (about 2 ms), the depth that it follows, and how much each entry
 #: takes at least: a million empty files are no small thing either.
 SCRATCH_ENTRIES_A_LOOK: Final = 1024
 SCRATCH_DEPTH_MAX: Final = 64
 SCRATCH_ENTRY_KIB: Final = 4
-#: Bytes of lists of mappings that one look reads (about 2 ms): a worker with a large library has 100,000 of them, a hostile
-#: one millions.
+#: Bytes of lists of mappings that one look reads (about 2 ms): of a large library 100,000, of a hostile worker millions.
 MAPPINGS_BYTES_A_LOOK: Final = 262_144
 #: The kernel's own bound of memory lies this share above the limit, and so much at least (what is taken between two looks
 #: at a gigabyte a second): a worker is usually seen, and its stacks written, before the kernel kills it, or one of its

@@ -255,10 +255,13 @@ def profile(chosen: Settings) -> Check:
 
 def files(_chosen: Settings) -> Check:
     """Check how many files a process may open."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < FILES_MIN:
-        return Check("open files", "warn", f"only {soft} allowed", f"ulimit -n {min(65_536, hard)}")
-    return Check("open files", "ok", f"{soft} allowed")
+    # a start raises the soft limit by itself
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < FILES_MIN:
+        return Check(
+            "open files", "warn", f"only {hard} allowed", f"raise the hard limit (ulimit -Hn) to {FILES_MIN}"
+        )
+    return Check("open files", "ok", "unlimited" if hard == resource.RLIM_INFINITY else f"{hard} allowed")
 
 
 def libraries(_chosen: Settings) -> Check:

@@ -59,7 +59,9 @@ def main(arguments: Sequence[str]) -> NoReturn:
     for number in (signal.SIGCHLD, signal.SIGTERM):
         # a handler, so that it interrupts; what is to be done stands in the pipe
         signal.signal(number, lambda _number, _frame: None)
-    if select.select([status], [], [], 0)[0]:
+    waiter = select.poll()  # select() takes no descriptor above 1023
+    waiter.register(status, select.POLLIN)
+    if waiter.poll(0):
         # nothing is ever said to us: it is the end of file
         os._exit(0)
     worker = os.fork()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import resource
 from collections.abc import Mapping
 from typing import Final
 
+from mcp_broker import limits
 from mcp_broker.confine import kernel
 
 #: name -> number; what this system knows
@@ -15,6 +17,18 @@ NAMES: Final[Mapping[str, int]] = {
     for name in dir(resource)
     if name.startswith("RLIMIT_") and name != "RLIMIT_OFILE"
 }
+
+
+def raise_files() -> None:
+    """Let this process, and what it starts, hold as many descriptors as it may, up to a bound.
+
+    The usual soft limit, 1024, is for programs that use select(). Some close descriptors one by one up to their limit.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = limits.DESCRIPTORS_MAX if hard == resource.RLIM_INFINITY else min(hard, limits.DESCRIPTORS_MAX)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def limit(values: Mapping[str, int]) -> None:

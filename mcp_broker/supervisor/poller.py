@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import select
 from collections.abc import Callable
 
 #: a hang-up or an error is news for the reader, who finds out what it is by reading
 READ = select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR
 WRITE = select.EPOLLOUT
+
+
+def is_readable(fd: int, timeout_s: float) -> bool:
+    """Wait for one descriptor, of whatever number (select() takes none above 1023); tell whether it has something."""
+    waiter = select.poll()
+    waiter.register(fd, select.POLLIN)
+    return bool(waiter.poll(math.ceil(max(0.0, timeout_s) * 1000)))
 
 
 class Poller:

@@ -25,6 +25,7 @@ from mcp_broker.supervisor.poller import Poller
 from mcp_broker.supervisor.tether import new_ends
 from mcp_broker.wire.confinement import Confinement
 from tests.isolation.conftest import IS_ROOT, need_sandbox
+from tests.support import descriptors
 from tests.support.waiting import wait_for
 
 if TYPE_CHECKING:
@@ -162,6 +163,11 @@ def is_gone(pid: int) -> bool:
 
 def survivors(pids: set[int]) -> set[int]:
     return {pid for pid in pids if not is_gone(pid)}
+
+
+def test_a_sandbox_starts_and_its_end_is_told_also_by_who_holds_a_thousand_descriptors(make: Make) -> None:
+    with descriptors.held():
+        assert make("sys.exit(3)").ended().code == 3
 
 
 def test_an_exit_with_137_and_a_kill_are_told_apart(make: Make) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -269,6 +270,10 @@ def test_a_process_that_is_gone_holds_nothing(tmp_path: Path) -> None:
 # -- folders --------------------------------------------------------------------------------------
 
 
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 def passes(scratch: Scratch) -> float:
     while not scratch.look():
         pass
@@ -300,9 +305,6 @@ def test_many_empty_files_are_something_and_are_counted_a_little_at_a_time(tmp_p
 
 
 def test_a_folder_nested_without_end_holds_no_descriptors_afterwards(tmp_path: Path) -> None:
-    def open_files() -> int:
-        return len(list(Path("/proc/self/fd").iterdir()))
-
     here = os.open(tmp_path, os.O_RDONLY)
     for _ in range(300):
         os.mkdir("d", dir_fd=here)
@@ -318,4 +320,43 @@ def test_a_folder_nested_without_end_holds_no_descriptors_afterwards(tmp_path: P
     half.look()
     half.close()
     assert open_files() == before
+
+
+def test_a_count_that_rests_deep_in_a_folder_holds_two_descriptors_and_goes_on_where_it_was(
+    tmp_path: Path,
+) -> None:
+    deep = tmp_path.joinpath(*"d" * (limits.SCRATCH_DEPTH_MAX - 1))
+    deep.mkdir(parents=True)
+    for number in range(limits.SCRATCH_ENTRIES_A_LOOK * 2):
+        (deep / str(number)).touch()
+    beside = tmp_path / "d" / "beside"
+    beside.mkdir()
+    (beside / "file").write_bytes(b"x" * MIB)
+    before = open_files()
+    scratch = Scratch(tmp_path)
+    looks, most = 1, 0
+    while not scratch.look():
+        looks += 1
+        most = max(most, open_files() - before)
+    assert looks == 3
+    assert 1 <= most <= 2, "the folder, and its list"
+    least = 1024 + (limits.SCRATCH_DEPTH_MAX + limits.SCRATCH_ENTRIES_A_LOOK * 2) * 4
+    assert least <= scratch.kib < least + 256, "a folder with a long list takes more than its entry"
+    assert open_files() == before
+
+
+def test_nothing_is_counted_of_a_folder_that_goes_away_meanwhile(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for number in range(limits.SCRATCH_ENTRIES_A_LOOK):
+            (tmp_path / name / str(number)).touch()
+    scratch = Scratch(tmp_path)
+    assert not scratch.look()
+    shutil.rmtree(tmp_path / "a")
+    shutil.rmtree(tmp_path / "b")
+    assert passes(scratch) < (limits.SCRATCH_ENTRIES_A_LOOK + 2) * 4 + 256
+    assert passes(scratch) == 0
+
+
+def test_a_folder_that_is_not_there_holds_nothing(tmp_path: Path) -> None:
     assert passes(Scratch(tmp_path / "nowhere")) == 0

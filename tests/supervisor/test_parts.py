@@ -20,15 +20,17 @@ from mcp_broker.core.metering import Level
 from mcp_broker.errors import ConfigError, SupervisionError
 from mcp_broker.supervisor import certificates, life, reclaim
 from mcp_broker.supervisor.certificates import Circumstances, Exceeded, Interrupted
+from mcp_broker.supervisor.isolation import probe
 from mcp_broker.supervisor.link import Link
 from mcp_broker.supervisor.lock import Lock, holder
-from mcp_broker.supervisor.poller import Poller
+from mcp_broker.supervisor.poller import Poller, is_readable
 from mcp_broker.supervisor.ports import Ports
 from mcp_broker.supervisor.process import Exit, Process
 from mcp_broker.supervisor.records import Counters, Deaths, Definitions
 from mcp_broker.wire import codec, messages, node
 from mcp_broker.wire.framing import FrameReader, frame
 from tests.supervisor.conftest import PATIENCE_S, is_running
+from tests.support import descriptors
 from tests.support.waiting import wait_for
 
 
@@ -104,6 +106,30 @@ def test_a_link_that_cannot_be_used_is_lost_once(
 
 
 # -- lock, ports, records ------------------------------------------------------------------------------
+
+
+def test_a_descriptor_is_waited_for_whatever_its_number() -> None:
+    with descriptors.held():
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            assert ours.fileno() > descriptors.BEYOND_SELECT
+            assert not is_readable(ours.fileno(), 0.01)
+            theirs.send(b"x")
+            assert is_readable(ours.fileno(), 1)
+        assert probe.attempt("any", lambda: "done").detail == "done"
+
+
+def test_a_supervisor_may_hold_as_many_descriptors_as_the_machine_lets_it() -> None:
+    script = (
+        "import resource; from mcp_broker.confine import rlimits;"
+        "_, hard = resource.getrlimit(resource.RLIMIT_NOFILE);"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard)); rlimits.raise_files();"
+        "print(*resource.getrlimit(resource.RLIMIT_NOFILE), hard)"
+    )
+    told = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    soft, hard, before = map(int, told.split())
+    assert soft == min(before, limits.DESCRIPTORS_MAX)
+    assert hard == before
 
 
 def test_a_held_lock_names_its_holder_and_a_free_one_nobody(tmp_path: Path) -> None:

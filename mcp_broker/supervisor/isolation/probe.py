@@ -13,7 +13,6 @@ import errno
 import json
 import os
 import platform
-import select
 import signal
 import socket
 import tempfile
@@ -25,6 +24,7 @@ from typing import Final
 
 from mcp_broker import limits, proctable
 from mcp_broker.confine import kernel, landlock, mounts, privileges, rlimits, seccomp
+from mcp_broker.supervisor.poller import is_readable
 
 #: a child that has not answered by then is stuck, seconds
 _PATIENCE_S: Final = 5.0
@@ -182,7 +182,7 @@ def attempt(name: str, work: Callable[[], str]) -> Probe:
         _answer(theirs, work)
     os.close(theirs)
     answer = b""
-    if select.select([ours], [], [], _PATIENCE_S)[0]:
+    if is_readable(ours, _PATIENCE_S):
         answer = os.read(ours, _ANSWER_BYTES_MAX)
     os.close(ours)
     with contextlib.suppress(ProcessLookupError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-import select
+import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -13,6 +13,7 @@ from mcp_broker.config import PoolTable
 from mcp_broker.supervisor import cgroups
 from mcp_broker.supervisor.isolation import plan, probe
 from mcp_broker.supervisor.isolation.sandbox import try_it
+from mcp_broker.supervisor.poller import is_readable
 
 #: from the order to the end of whom a control group kills, seconds
 _GONE_S: Final = 2.0
@@ -74,14 +75,14 @@ def _group_kill() -> str:
     group = groups.of("one")
     child = os.fork()
     if child == 0:
-        select.select([], [], [])
+        signal.pause()
     try:
         group.make()
         group.add(child)
         if not group.kill():
             raise probe.NotHolding("cgroup.kill cannot be written")
         pidfd = os.pidfd_open(child)
-        if not select.select([pidfd], [], [], _GONE_S)[0]:
+        if not is_readable(pidfd, _GONE_S):
             raise probe.NotHolding("who was in the group lives")
     finally:
         os.kill(child, 9)

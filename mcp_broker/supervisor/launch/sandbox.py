@@ -18,7 +18,6 @@ import contextlib
 import functools
 import json
 import os
-import select
 import shutil
 import signal
 import socket
@@ -33,6 +32,7 @@ from mcp_broker.confine import folders, init, mounts, user_namespace
 from mcp_broker.errors import SupervisionError
 from mcp_broker.supervisor.launch import Launcher, bubblewrap
 from mcp_broker.supervisor.launch.local import environment, sealed, worker_environment
+from mcp_broker.supervisor.poller import is_readable
 from mcp_broker.supervisor.process import Exit, Process
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ class SandboxedProcess(Process):
 
     def _ended(self, end: Exit) -> None:
         # what the first process said last may be unread; after that there is the end of file, once it is gone
-        while self._status.fileno() >= 0 and select.select([self._status], [], [], _LAST_WORD_S)[0]:
+        while self._status.fileno() >= 0 and is_readable(self._status.fileno(), _LAST_WORD_S):
             self._hear()
         self._unhear()
         if self._worker_pidfd is not None:

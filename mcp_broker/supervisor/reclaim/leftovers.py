@@ -8,12 +8,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import time
 from typing import TYPE_CHECKING, Final
 
 from mcp_broker import proctable
 from mcp_broker.supervisor import cgroups
+from mcp_broker.supervisor.poller import is_readable
 from mcp_broker.supervisor.reclaim import memory
 from mcp_broker.supervisor.reclaim.folders import remove_tree
 
@@ -116,5 +116,5 @@ def _kill(targets: dict[int, int], groups: cgroups.Groups | None, deadline: floa
             pidfds.append(os.pidfd_open(pid))
         proctable.kill_exactly(pid, starttime)
     for pidfd in pidfds:
-        select.select([pidfd], [], [], max(0.0, deadline - time.monotonic()))
+        is_readable(pidfd, deadline - time.monotonic())
         os.close(pidfd)
