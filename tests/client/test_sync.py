@@ -157,7 +157,7 @@ def test_done_callback_that_waits_holds_up_no_thread_that_waits_for_its_own_call
 
     with standard.ThreadPoolExecutor() as threads:
         called = threads.submit(call)
-        until(lambda: len(broker.held) == 2)
+        wait_for(lambda: len(broker.held) == 2)
         # the thread leads, and finds both outcomes
         broker.release()
         called.result(10)
@@ -168,9 +168,9 @@ def test_done_callbacks_run_when_the_client_is_closed(client: Client, broker: Sc
     codes: list[str] = []
     for _ in range(3):
         client.submit("hold").add_done_callback(lambda future: codes.append(str(future.cancelled())))
-    until(lambda: len(broker.held) == 3)
+    wait_for(lambda: len(broker.held) == 3)
     client.close()
-    until(lambda: codes == ["True"] * 3)
+    wait_for(lambda: codes == ["True"] * 3)
 
 
 def test_done_callback_may_use_the_client(client: Client, broker: ScriptedBroker) -> None:
