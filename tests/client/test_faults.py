@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 
+import psutil
 import pytest
 
 from mcp_broker import Client, errors
@@ -25,6 +26,20 @@ def proxy(broker: ScriptedBroker) -> Iterator[TcpProxy]:
 def client(broker: ScriptedBroker, proxy: TcpProxy) -> Iterator[Client]:
     with Client.connect(broker.profile(proxy.endpoint)) as connected:
         yield connected
+
+
+def ways_to(endpoint: str) -> set[int]:
+    """Return the local ports from which this process is connected to an endpoint.
+
+    A client that nobody calls has no thread of its own: what it sends into a connection that is over, before the kernel's
+    word of that has reached it, counts as sent.
+    """
+    port = int(endpoint.rpartition(":")[2])
+    return {
+        connection.laddr.port
+        for connection in psutil.Process().net_connections("tcp")
+        if connection.raddr and connection.raddr.port == port
+    }
 
 
 def test_call_outlives_a_cut_connection_and_runs_once(
@@ -74,8 +89,11 @@ def test_idle_connection_that_was_cut_is_opened_again_for_the_next_call(
     client: Client, broker: ScriptedBroker, proxy: TcpProxy
 ) -> None:
     assert client.call("echo", {"a": 1}) == {"a": 1}
+    before = ways_to(proxy.endpoint)
+    assert before
     proxy.cut()
     broker.forget()
+    wait_for(lambda: not before & ways_to(proxy.endpoint), what="the client's own end of the connection")
     assert client.call("echo", {"a": 2}, timeout_s=10) == {"a": 2}
 
 
@@ -101,7 +119,9 @@ def test_call_made_while_the_broker_is_away_waits_for_it() -> None:
     first = ScriptedBroker().start()
     keys, port = first.keys, first.port
     with Client.connect(first.profile()) as client:
+        assert ways_to(first.endpoint)
         first.stop()
+        wait_for(lambda: not ways_to(first.endpoint), what="the client's own end of the connection")
         future = client.submit("echo", {"a": 1}, timeout_s=10)
         with ScriptedBroker(port, keys=keys, epoch=8):
             assert future.result(5) == {"a": 1}
