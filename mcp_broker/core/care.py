@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 _CAUSES: Final = {"RESOURCE_EXHAUSTED": Cause.LIMIT, "INTERNAL": Cause.PROTOCOL}
 #: the attempt before the latest
 _TWO: Final = 2
+#: the details of the broker's own word on a dropped result are shorter; a worker's are not taken apart
+_SHORT_BYTES: Final = 256
 
 
 def cause_of(certificate: Certificate) -> Cause | None:
@@ -331,8 +333,10 @@ def _is_in_vain(ladder: Ladder | None) -> bool:
 
 def _is_callers(outcome: messages.Outcome) -> bool:
     """Tell whether it was its caller who had no room for a result."""
+    if outcome.fault is None or len(outcome.fault.details) > _SHORT_BYTES:
+        return False
     try:
-        details = {} if outcome.fault is None else payload.unpack_map(outcome.fault.details)
+        details = payload.unpack_map(outcome.fault.details)
     except MalformedFrame:
         return False
     return details.get("limit") == "unread_bytes"

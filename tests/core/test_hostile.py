@@ -12,7 +12,7 @@ import mcp_broker.limits as bounds
 from mcp_broker.core import own_tools
 from mcp_broker.errors import NotFound
 from mcp_broker.wire import codec, messages, node, payload
-from tests.core.support import EPOCH, World, definition
+from tests.core.support import EPOCH, FakeGrant, World, definition
 
 if TYPE_CHECKING:
     from mcp_broker.core.calls import Call
@@ -273,3 +273,18 @@ def test_details_of_a_workers_fault_are_not_taken_apart() -> None:
     assert world.outcomes(session) == {call_id: "RESOURCE_EXHAUSTED"}
     (ended,) = world.machine.ledger.ended
     assert (ended.code, ended.message, ended.certificate) == ("RESOURCE_EXHAUSTED", "no", None)
+
+
+def test_long_details_that_blame_the_caller_count_as_the_tools_failure() -> None:
+    world = World()
+    world.ready(depth=bounds.WORKER_DEPTH_MAX)
+    details = payload.pack({"limit": "unread_bytes", "certificate": [[] for _ in range(32_000)]})
+    fault = messages.Fault("no", False, details)
+    for name in ("c1", "c2"):
+        world.hello(name, FakeGrant(principal=name))
+        for call_id in world.calls(name, ["echo.echo"] * bounds.BREAKER_CALLS_MIN):
+            outcome = messages.Outcome(call_id, "RESOURCE_EXHAUSTED", None, None, fault)
+            world.worker_says("echo-1", messages.Outcomes(EPOCH, 1, (outcome,)))
+    condition = world.machine.registry.tools["echo.echo"].condition
+    assert condition is not None
+    assert condition.ladder is not None or not condition.is_plain
