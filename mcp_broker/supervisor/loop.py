@@ -157,11 +157,10 @@ class Supervisor:
         self._started_wall = time.time()
         self._fleet = Fleet(self, self._config, Definitions(self._state_dir), self._on_event)
         self._recovery = Recovery(self._fleet)
-        self._commands = Commands(self._broker.send, lambda: self.is_leaving)
+        tell = self._broker.send
+        self._commands = Commands(tell, lambda: self.is_leaving)
         Operations(self._fleet).join(self._commands)
-        self._reloading = Reloading(
-            self._fleet, self._config, self._reread, self._broker.send, self._on_event
-        )
+        self._reloading = Reloading(self._fleet, self._config, self._reread, tell, self._on_event)
         self._reloading.join(self._commands)
         self._ends_with_terminal = ends_with_terminal()
         signals = Signals(_SIGNALS, self.poller, self._signalled)
