@@ -79,7 +79,6 @@ CONNECT_S: Final = 5.0
 ARRIVE_S: Final = 1.0
 #: A worker that retires may finish its calls for so long: most time out after CALL_TIMEOUT_S, and some are worth waiting for.
 RETIRE_S: Final = 300.0
-
 #: A wait for a worker that makes a pool grow: a person notices it, and a worker is up about as soon.
 GROW_WAIT_S: Final = 0.25
 #: How long a pool has more workers than it needs: bursts that come back within it find them.
@@ -327,7 +326,6 @@ BREAKER_OPEN_S_MAX: Final = 60.0
 BREAKER_PRINCIPALS_MAX: Final = 256
 #: What a breaker's callers are told while its one trial is under way.
 BREAKER_TRIAL_S: Final = 1.0
-
 #: What is remembered of a tool: its latest failures, steps of recovery, and changes of state.
 FAILURES_KEPT: Final = 10
 STEPS_KEPT: Final = 10
@@ -361,17 +359,17 @@ TOKEN_LEEWAY_S: Final = 5
 
 #: Of each kind of refusal the first is logged, and after so long how many more: anybody with the public key can have them.
 REFUSALS_TOLD_S: Final = 60.0
+#: Kinds of failures in the supervisor that are told apart: there are only so many places in it.
+FAILURE_KINDS_MAX: Final = 64
 #: One log line of a broker or worker, with its newline: what a pipe takes whole, so that lines of two writers never mix.
 LOG_LINE_BYTES_MAX: Final = 4096
 #: Both ends are ours; the largest message is a report of WORKERS_MAX workers or DEATHS_MAX certificates.
 NODE_BYTES_MAX: Final = 16 * 1024 * 1024
-
 #: One packet of a worker's tether: a kind and a few short fields.
 TETHER_BYTES_MAX: Final = 4096
 #: What a worker may say on its tether, a second and at once: it says little, and the supervisor has one thread for all.
 TETHER_MESSAGES_PER_S: Final = 100.0
 TETHER_MESSAGES_BURST: Final = 200
-
 #: One packet to a zygote: a worker's whole environment is in it. Half of what a socket takes by default.
 ZYGOTE_BYTES_MAX: Final = 100 * 1024
 #: A zygote imports for a third of a second on an idle machine; workers wait for it as long as that pays.
@@ -382,7 +380,6 @@ ZYGOTE_ANSWER_S: Final = 2.0
 ZYGOTES_MAX: Final = 8
 #: Room for a worker's id where others see it: a pool's name of 64 characters, and a number.
 WORKER_ID_CHARS_MAX: Final = 96
-
 #: Heartbeats (each HEARTBEAT_S) between two to a client without, and to a worker without, calls.
 IDLE_BEATS: Final = 20
 WORKER_IDLE_BEATS: Final = 4

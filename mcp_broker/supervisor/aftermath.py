@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from mcp_broker import proctable
 from mcp_broker.supervisor import cgroups, reclaim
+from mcp_broker.supervisor.containment import contained
 from mcp_broker.wire import node
 
 if TYPE_CHECKING:
@@ -110,7 +111,8 @@ class Aftermath:
 
     def turn(self) -> None:
         """Do a little."""
-        self.lessor.expire(time.monotonic())
+        with contained("ending leases of ports"):
+            self.lessor.expire(time.monotonic())
         # before strays in general are swept: what it kills, it counts as its worker's
         self._reclaimer.turn()
         if self._sweeps_left:
@@ -121,11 +123,15 @@ class Aftermath:
         for _ in range(_SWEEPS_MAX):
             poller.turn(0.0)
             self._reclaimer.turn()
-            if not self._sweep():
+            left = True
+            with contained("sweeping strays"):
+                left = bool(self._sweep())
+            if not left:
                 break
             time.sleep(_SWEEP_S)
         self._reclaimer.finish()
-        self.lessor.close()
+        with contained("closing leased ports"):
+            self.lessor.close()
         reclaim.remove_leftovers(self.run_dir, self._instance)
 
     def _sweep(self) -> reclaim.Swept:

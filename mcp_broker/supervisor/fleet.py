@@ -10,6 +10,7 @@ from mcp_broker.core.children import State
 from mcp_broker.core.restart import Policy
 from mcp_broker.errors import NotFound
 from mcp_broker.supervisor import events, standing
+from mcp_broker.supervisor.containment import contained
 from mcp_broker.supervisor.metering import Metering
 from mcp_broker.supervisor.pool import Pool
 from mcp_broker.supervisor.recovery import APART, alone
@@ -113,12 +114,14 @@ class Fleet:
     def stop(self) -> None:
         """Want every pool down."""
         for pool in self.pools.values():
-            pool.stop()
+            with contained(f"stopping pool {pool.name}"):
+                pool.stop()
 
     def settle(self) -> None:
         """Go on with what has changed in this turn."""
         for pool in self.pools.values():
-            pool.settle()
+            with contained(f"settling pool {pool.name}"):
+                pool.settle()
         for name in [name for name in self._dissolving if self.pools[name].is_stopped]:
             self._dissolving.discard(name)
             del self.pools[name]
@@ -185,7 +188,8 @@ class Fleet:
     def kill(self) -> None:
         """SIGKILL every worker, now."""
         for slot in self.slots:
-            slot.kill()
+            with contained("killing a worker"):
+                slot.kill()
 
     def close(self) -> None:
         """Leave nothing behind; every worker is gone."""
@@ -258,18 +262,22 @@ class Fleet:
 
     def expire(self, now: float) -> None:
         """Do what is due."""
-        self._metering.expire(now)
+        with contained("measuring workers"):
+            self._metering.expire(now)
         for slot in self.slots:
-            slot.expire(now)
+            with contained("what a worker's time had come for"):
+                slot.expire(now)
 
     def sample(self) -> None:
         """Read what the workers cost now that are not measured, and let pools adapt to what is asked of them."""
         now = time.monotonic()
         for pool in self.pools.values():
-            pool.adapt(now)
+            with contained(f"adapting pool {pool.name}"):
+                pool.adapt(now)
         for slot in self.slots:
             if slot.life is not None and slot.life.metered is None:
-                slot.life.sample()
+                with contained("looking at a worker"):
+                    slot.life.sample()
 
     # -- what they amount to ---------------------------------------------------------------------------
 

@@ -11,11 +11,13 @@ from mcp_broker import proctable
 from mcp_broker.auth.keys import CurvePair
 from mcp_broker.core.metering import Level
 from mcp_broker.supervisor import reclaim
+from mcp_broker.supervisor.containment import contained
 from mcp_broker.supervisor.page import Page
 from mcp_broker.supervisor.tether import Tether, new_ends
 from mcp_broker.wire import node
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from mcp_broker.supervisor.certificates import Exceeded, Interrupted
@@ -165,15 +167,17 @@ class Life:
 
     def end(self) -> None:
         """Let go of all that is ours; what the process may have left is for reclaim."""
+        ours: list[Callable[[], None]] = [self.page.close]
         if self.tether is None:
-            self.their_end.close()
-            self.our_end.close()
+            ours += [self.their_end.close, self.our_end.close]
         else:
-            self.tether.close()
+            ours.append(self.tether.close)
         if self.cell is not None:
             # the uid stays taken until nothing of it is left
             self._lease, self.cell.lease = self.cell.lease, None
-            self.cell.release()
-        self.page.close()
+            ours.append(self.cell.release)
         if self.metered is not None:
-            self.metered.close()
+            ours.append(self.metered.close)
+        for let_go in ours:
+            with contained(f"letting go of what {self.worker_id} had"):
+                let_go()

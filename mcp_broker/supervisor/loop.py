@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import functools
 import logging
 import secrets
 import signal
@@ -26,11 +27,12 @@ from mcp_broker.auth.credentials import Authority
 from mcp_broker.confine import rlimits
 from mcp_broker.core import children
 from mcp_broker.errors import SupervisionError
-from mcp_broker.supervisor import events, reclaim
+from mcp_broker.supervisor import containment, events, reclaim
 from mcp_broker.supervisor.aftermath import Aftermath
 from mcp_broker.supervisor.boot import boot, serving
 from mcp_broker.supervisor.broker import BrokerChild
 from mcp_broker.supervisor.commands import Commands
+from mcp_broker.supervisor.containment import contained
 from mcp_broker.supervisor.fleet import Fleet, Word
 from mcp_broker.supervisor.isolation.warden import Warden
 from mcp_broker.supervisor.launch.forks import ForkingLauncher
@@ -40,7 +42,6 @@ from mcp_broker.supervisor.lock import Lock
 from mcp_broker.supervisor.operations import Operations
 from mcp_broker.supervisor.poller import Poller
 from mcp_broker.supervisor.ports import Ports
-from mcp_broker.supervisor.process import SHORTAGES
 from mcp_broker.supervisor.records import Abandoned, Counters, Deaths, Definitions
 from mcp_broker.supervisor.recovery import Recovery, Wish
 from mcp_broker.supervisor.reloading import Reloading
@@ -59,7 +60,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger("mcp_broker.supervisor")
 
 _SAMPLE_S: Final = 1.0
-_SHORTAGE_S: Final = 0.01
 #: a broker says DRAINED by the end of the time that it was given, or it never will
 _DRAIN_SLACK_S: Final = 0.5
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -98,7 +98,7 @@ class Supervisor:
         self._config = config
         self._reread = reread or (lambda: config)
         self._state_dir = state_dir.absolute()
-        self._on_event = on_event
+        self._on_event = contained("telling whoever started us")(on_event)
         self.launcher: Launcher = launcher or SandboxLauncher(ForkingLauncher())
         self._phase = Phase.SERVING
         self._failure: str | None = None
@@ -152,7 +152,7 @@ class Supervisor:
         self._authority.ensure_default([ports.client_endpoint])
         self.worker_endpoint = ports.worker_endpoint
         self.worker_server_public = self._authority.workers.public
-        self.poller = Poller()
+        self.poller = Poller(containment.ours.note)
         self.launcher.open(self)
         self._started_wall = time.time()
         self._fleet = Fleet(self, self._config, Definitions(self._state_dir), self._on_event)
@@ -181,19 +181,13 @@ class Supervisor:
         self._sample_at = time.monotonic() + _SAMPLE_S
         self._tidy()
         while self._phase is not Phase.STOPPED:
-            try:
-                self._turn()
-            except OSError as error:
-                # what can be lost by it is looked after where it happens; the rest is done at the next turn
-                if error.errno not in SHORTAGES:
-                    raise
-                _log.warning("the machine has nothing left: %s", error)
-                time.sleep(_SHORTAGE_S)
-
-    def _turn(self) -> None:
-        self.poller.turn(max(0.0, self._deadline() - time.monotonic()))
-        self._expire(time.monotonic())
-        self._tidy()
+            timeout_s = 0.0
+            with contained("looking for what is due"):
+                timeout_s = max(0.0, self._deadline() - time.monotonic())
+            self.poller.turn(timeout_s)
+            self._expire(time.monotonic())
+            self._tidy()
+            containment.ours.rest()
 
     def _deadline(self) -> float:
         deadlines = [self._sample_at]
@@ -205,27 +199,26 @@ class Supervisor:
         return min(deadlines)
 
     def _expire(self, now: float) -> None:
-        self._broker.expire(now)
-        self._fleet.expire(now)
-        self.launcher.expire(now)
+        for expire in (self._broker.expire, self._fleet.expire, self.launcher.expire):
+            with contained("what was due"):
+                expire(now)
         if self._phase is Phase.DRAINING and now >= self._drain_deadline:
             self._stop_workers()
         if now >= self._sample_at:
             self._sample_at = now + _SAMPLE_S
-            self._fleet.sample()
             self._is_dirty = True
-            self.aftermath.look()
+            self._fleet.sample()
+            with contained("looking around"):
+                self.aftermath.look()
 
     def _tidy(self) -> None:
         """Do at the end of a turn what many events of it may have asked for."""
-        self.aftermath.turn()
-        self._fleet.settle()
-        self._fleet.announce()
-        if self._is_dirty:
-            self._is_dirty = False
-            self._broker.send(self._report())
-        # after the report: who hears that a command was carried out finds it so
-        self._commands.settle(time.monotonic())
+        fleet = self._fleet
+        for do in (self.aftermath.turn, fleet.settle, fleet.announce, self._say, self._go_on_stopping):
+            with contained("the end of a turn"):
+                do()
+
+    def _go_on_stopping(self) -> None:
         if self._phase is Phase.STOPPING_WORKERS and self._fleet.is_stopped:
             self._phase = Phase.STOPPING_BROKER
             self._broker.tell(children.Unwanted())
@@ -238,14 +231,11 @@ class Supervisor:
         # after an orderly stop there is nothing left to do here
         self._phase = Phase.STOPPED
         self._broker.tell(children.Unwanted())
-        self._fleet.stop()
-        self._kill_all()
-        self.launcher.stop()
-        self.aftermath.end(self.poller)
-        self._fleet.close()
-        self._runtime.remove()
-        self._counters.close()
-        signals.close()
+        end = functools.partial(self.aftermath.end, self.poller)
+        files = (self._fleet.close, self._runtime.remove, self._counters.close)
+        for do in (self._fleet.stop, self._kill_all, self.launcher.stop, end, *files, signals.close):
+            with contained("a step of the end"):
+                do()
         self.poller.close()
         if self._failure is None:
             self._on_event(events.Stopped())
@@ -313,6 +303,7 @@ class Supervisor:
         """Have the broker send this worker away once it holds no call."""
         self._broker.send(node.Retire((worker_id,)))
 
+    @contained("telling of a death")
     def died(self, certificate: node.Certificate, started_calls: tuple[bytes, ...], *, is_news: bool) -> None:
         """Tell the broker first: a caller waits for it."""
         self._broker.send(node.Died(certificate, started_calls))
@@ -388,6 +379,13 @@ class Supervisor:
         self._stop_workers()
 
     # -- what is told ---------------------------------------------------------------------------------------
+
+    def _say(self) -> None:
+        if self._is_dirty:
+            self._is_dirty = False
+            self._broker.send(self._report())
+        # after the report: who hears that a command was carried out finds it so
+        self._commands.settle(time.monotonic())
 
     def _report(self) -> node.Report:
         return node.Report(self._fleet.report().pools, self.aftermath.lessor.report())

@@ -24,6 +24,7 @@ from mcp_broker.core.metering import LIMITS, Bounds, Level, Meter, Rest, asked
 from mcp_broker.core.recycling import Policy, Recycling
 from mcp_broker.supervisor import gauge
 from mcp_broker.supervisor.certificates import Exceeded
+from mcp_broker.supervisor.containment import contained
 from mcp_broker.supervisor.gauge import Gauge
 from mcp_broker.supervisor.quota import Quotas
 
@@ -244,23 +245,26 @@ class Metering:
         self._doom_at = math.inf
         self._adopted = None
         for slot in self._fleet.slots:
-            life = slot.life
-            if life is None or life.metered is None:
-                continue
-            if life.metered.doomed_at is not None:
-                if now >= life.metered.doomed_at and life.metered.is_ripe(life, now):
-                    self._kill(slot)
-                else:
-                    self._doom_at = min(self._doom_at, life.metered.doomed_at)
-                continue
-            is_resting = life.marks.is_resting
-            busy = busy or not is_resting
-            if life.metered.is_due(now, is_resting=is_resting):
-                self._look(slot, life, life.metered, now, is_resting=is_resting)
+            if slot.life is not None and slot.life.metered is not None:
+                with contained(f"measuring {slot.life.worker_id}"):
+                    busy = self._attend(slot, slot.life, slot.life.metered, now) or busy
         spent_s = time.thread_time() - began_s
         self.spent_s += spent_s
         pause_s = limits.METER_S if busy else limits.METER_IDLE_S
         self._next_at = now + max(pause_s, spent_s / limits.METER_SHARE_MAX)
+
+    def _attend(self, slot: Slot, life: Life, metered: Metered, now: float) -> bool:
+        """Do for one worker what is due; return whether it runs something."""
+        if metered.doomed_at is not None:
+            if now >= metered.doomed_at and metered.is_ripe(life, now):
+                self._kill(slot)
+            else:
+                self._doom_at = min(self._doom_at, metered.doomed_at)
+            return False
+        is_resting = life.marks.is_resting
+        if metered.is_due(now, is_resting=is_resting):
+            self._look(slot, life, metered, now, is_resting=is_resting)
+        return not is_resting
 
     def _orphans(self, life: Life) -> list[int]:
         """Return what lost its parent and says that it belongs to this life."""

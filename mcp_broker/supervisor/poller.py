@@ -19,10 +19,15 @@ def is_readable(fd: int, timeout_s: float) -> bool:
 
 
 class Poller:
-    """An epoll with callbacks."""
+    """An epoll with callbacks.
 
-    def __init__(self) -> None:
+    Args:
+        on_failure: told what a callback raised, and that it was one; without it that comes out of :meth:`turn`.
+    """
+
+    def __init__(self, on_failure: Callable[[str, Exception], None] | None = None) -> None:
         self._epoll = select.epoll()  # close-on-exec by itself
+        self._on_failure = on_failure
         self._callbacks: dict[int, Callable[[int], None]] = {}
 
     def add(self, fd: int, callback: Callable[[int], None], events: int = READ) -> None:
@@ -46,8 +51,14 @@ class Poller:
         for fd, events in ready:
             # an earlier callback of this turn may have removed it
             callback = self._callbacks.get(fd)
-            if callback is not None:
+            if callback is None:
+                continue
+            try:
                 callback(events)
+            except Exception as error:
+                if self._on_failure is None:
+                    raise
+                self._on_failure("what followed an event", error)
 
     def close(self) -> None:
         """Let go of the epoll."""

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Final
 from mcp_broker.core.children import Refused, State, Unwanted, Wanted
 from mcp_broker.core.restart import Restarts
 from mcp_broker.supervisor import standing
+from mcp_broker.supervisor.containment import contained
 from mcp_broker.supervisor.sizing import Sizing
 from mcp_broker.supervisor.slot import Slot
 
@@ -233,6 +234,7 @@ class Pool:
         spare.call_up()
         return spare
 
+    @contained("calling up a spare")
     def _bereaved(self, slot: Slot) -> None:
         """A slot's process has died, and it has not been decided what comes next: a warm spare takes a member's place."""
         if self._ground.is_leaving or slot not in self.members or slot.child.state is not State.RUNNING:

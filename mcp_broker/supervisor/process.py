@@ -314,15 +314,18 @@ class Process:
         if pid == 0:  # the pidfd spoke too early, which no kernel does; it will again
             return
         code = os.waitstatus_to_exitcode(status)
-        self._let_go(code)
-        self._finish(
-            Exit(
-                code=code if code >= 0 else None,
-                signal=-code if code < 0 else None,
-                cpu_s=usage.ru_utime + usage.ru_stime,
-                max_rss_kib=usage.ru_maxrss,
+        try:
+            self._let_go(code)
+        finally:
+            # whatever that meets: nobody else will tell of this end
+            self._finish(
+                Exit(
+                    code=code if code >= 0 else None,
+                    signal=-code if code < 0 else None,
+                    cpu_s=usage.ru_utime + usage.ru_stime,
+                    max_rss_kib=usage.ru_maxrss,
+                )
             )
-        )
 
     def _let_go(self, code: int) -> None:
         if self._popen is not None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from mcp_broker import logs
 from mcp_broker.core import children
 from mcp_broker.errors import SupervisionError
-from mcp_broker.supervisor import quota, reclaim
+from mcp_broker.supervisor import containment, quota, reclaim
 from mcp_broker.supervisor.certificates import IMPORT_FAILED, Circumstances, Exceeded, Interrupted, certify
 from mcp_broker.supervisor.isolation import attestation
 from mcp_broker.supervisor.isolation.plan import Unattainable
@@ -183,7 +183,7 @@ class Slot:
     def _perform(self, effects: list[children.Effect]) -> None:
         for effect in effects:
             if isinstance(effect, children.Spawn):
-                self._spawn()
+                self._try_to_spawn()
             elif isinstance(effect, children.Dismiss):
                 if self.life is not None:
                     self._ground.dismiss(self.life.worker_id)
@@ -195,6 +195,17 @@ class Slot:
             else:
                 _log.debug("a worker of %s: %s %s", self._pool, effect.state.value, effect.reason)
                 self._ground.changed()
+
+    def _try_to_spawn(self) -> None:
+        try:
+            self._spawn()
+        except Exception as error:  # noqa: BLE001 (whatever it is: the machine waits for a process, or for word of none)
+            containment.ours.note(f"starting a worker of {self._pool}", error)
+            life = self.life
+            if life is not None and life.process is not None:
+                life.process.kill()
+            elif life is not None:
+                self._never_lived(life, SupervisionError(f"cannot start a process: {error!r}"))
 
     def _spawn(self) -> None:
         ground = self._ground

@@ -311,14 +311,14 @@ class Zygote:
     def _adopt(self, delivery: Delivery, pid: int) -> None:
         try:
             delivery.process.adopt(pid)
+            # killed before it could run: then it never does
+            with contextlib.suppress(BrokenPipeError):
+                delivery.open_gate()
         except SupervisionError as error:
             _log.warning("%s: %s", self._name, error)
             self._start(delivery)
-            return
-        # killed before it could run: then it never does
-        with contextlib.suppress(BrokenPipeError):
-            delivery.open_gate()
-        delivery.close_gate()
+        finally:
+            delivery.close_gate()
 
     # -- without it ----------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from mcp_broker import limits
+from mcp_broker.supervisor.containment import contained
 from mcp_broker.supervisor.reclaim.steps import STEPS, Remains, Site, Step, Tally
 from mcp_broker.wire.reclaims import Reclaim, Taken
 
@@ -71,7 +72,8 @@ class Job:
 
     def _give_up(self) -> None:
         assert self._step is not None  # noqa: S101 (the caller's condition)
-        self._work.close()  # type: ignore[attr-defined]
+        with contained(f"reclaim of {self.remains.worker_id}"):
+            self._work.close()  # type: ignore[attr-defined]
         self._tally.missed(f"not finished within {self._step.within_s:g} s")
         self._end()
 
@@ -136,8 +138,12 @@ class Reclaimer:
             if job is None:
                 return
             self._jobs.remove(job)
-            if job.go_on(min(until, now + _TURN_S)):
-                self._finished(job)
+            is_done = True
+            with contained(f"reclaim of {job.remains.worker_id}"):
+                is_done = job.go_on(min(until, now + _TURN_S))
+            if is_done:
+                with contained(f"telling of the reclaim of {job.remains.worker_id}"):
+                    self._finished(job)
             else:
                 self._jobs.append(job)
             now = time.monotonic()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -25,6 +26,8 @@ def show(event: Event) -> None:
     fields = {field.name: codec.as_plain(getattr(event, field.name)) for field in dataclasses.fields(event)
               if field.name != "state_dir"}  # fmt: skip
     print(json.dumps({"event": type(event).__name__, **fields}), flush=True)  # noqa: T201
+    if type(event).__name__ == os.environ.get("FAKE_LISTENER_FAILS"):
+        raise ValueError("the listener fails")
 
 
 def main() -> int:
