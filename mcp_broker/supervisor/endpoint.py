@@ -27,7 +27,7 @@ class Endpoint:
     """Listens from its making to its closing, so that connections wait while there is no broker.
 
     Args:
-        folder: made here (0700), and removed by :meth:`close`.
+        folder: made here (0700), in the worker's scratch folder, with which it goes.
         name: of the socket in it; no other endpoint of this supervisor may have it.
         owner: uid and gid of the worker; None: the supervisor's own.
 
@@ -83,6 +83,5 @@ class Endpoint:
         return self._listener.fileno()
 
     def close(self) -> None:
-        """Stop listening, and remove the file; the folder goes with whatever else is in it."""
+        """Stop listening. What is at the path now is the worker's: it may have put anything there, a link for instance."""
         self._listener.close()
-        (self.folder / self.name).unlink(missing_ok=True)

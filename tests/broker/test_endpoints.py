@@ -143,9 +143,10 @@ def test_path_too_long_for_its_worker_says_so_and_what_to_do(folder: Path) -> No
     endpoint.close()
 
 
-def test_socket_is_for_its_owner_only_and_goes_with_the_endpoint(tmp_path: Path) -> None:
+def test_socket_is_for_its_owner_only_and_takes_nobody_when_the_endpoint_is_closed(tmp_path: Path) -> None:
     endpoint = Endpoint(tmp_path / "e", "echo-1")
     assert (tmp_path / "e").stat().st_mode & 0o777 == 0o700
     assert (tmp_path / "e" / "echo-1").stat().st_mode & 0o777 == 0o600
     endpoint.close()
-    assert not list((tmp_path / "e").iterdir())
+    with socket.socket(socket.AF_UNIX) as late, pytest.raises(ConnectionRefusedError):
+        late.connect(str(tmp_path / "e" / "echo-1"))

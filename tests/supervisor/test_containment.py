@@ -19,6 +19,7 @@ from mcp_broker import limits
 from mcp_broker.core.children import State, Wanted
 from mcp_broker.core.restart import Policy, Restarts
 from mcp_broker.supervisor.containment import TOLD_S, Containment, contained
+from mcp_broker.supervisor.endpoint import Endpoint
 from mcp_broker.supervisor.life import Life
 from mcp_broker.supervisor.poller import Poller
 from mcp_broker.supervisor.slot import Slot, Times
@@ -131,7 +132,29 @@ def test_a_callback_that_fails_keeps_no_other_from_its_event(
     poller.close()
 
 
-# -- one worker -----------------------------------------------------------
+# -- what a worker may have made of its own address -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["folder", "file", "loop", "link"])
+def test_an_address_is_closed_whatever_its_worker_put_in_its_place_and_nothing_elsewhere_is_touched(
+    tmp_path: Path, how: str
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "t-1").write_text("kept")
+    folder = tmp_path / ".broker"
+    endpoint = Endpoint(folder, "t-1")
+    (folder / "t-1").unlink()
+    if how == "folder":
+        (folder / "t-1").mkdir()
+    else:
+        folder.rmdir()
+        if how == "file":
+            folder.touch()
+        else:
+            folder.symlink_to(folder if how == "loop" else elsewhere)
+    endpoint.close()
+    assert (elsewhere / "t-1").read_text() == "kept"
 
 
 def test_what_fails_at_the_end_of_a_life_keeps_the_rest_from_nothing(
