@@ -224,3 +224,11 @@ def test_a_supervisor_goes_on_when_whoever_started_it_fails_to_take_its_news(sta
     log = (node.state_dir.parent / "state.log").read_text()
     assert log.count("ValueError: the listener fails") == 1
     assert log.count("please report these lines") == 1
+
+
+@pytest.mark.process
+def test_a_name_on_the_path_that_is_not_utf_8_costs_a_fork_and_no_more(start: Start) -> None:
+    node = start(how="zygote", env={"PATH": os.environ["PATH"] + ":/nowhere/\udcff"})
+    node.event("PoolReady")
+    assert node.worker()["start"] == "exec"
+    assert node.stop() == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from mcp_broker.supervisor.reclaim import memory, sysv
 from mcp_broker.supervisor.reclaim.folders import Removal
 from mcp_broker.supervisor.reclaim.reclaimer import Reclaimer
 from mcp_broker.supervisor.reclaim.steps import ALL, STEPS, Remains, Step, Tally, Work
+from mcp_broker.wire import codec, node
 from mcp_broker.wire.reclaims import Reclaim, Taken
 
 
@@ -116,6 +119,46 @@ def test_records_survive_newest_first_and_bounded(tmp_path: Path) -> None:
     assert again.recent == records.recent
     assert len(again.recent) == limits.RECLAIMS_MAX
     assert len((tmp_path / "reclaims.jsonl").read_bytes().splitlines()) <= 2 * limits.RECLAIMS_MAX
+
+
+def test_a_name_that_is_not_utf_8_is_written_down_so_that_every_message_can_hold_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "FOLDER", tmp_path / "shm")
+    name = remains(tmp_path).prefix + "\udcff"
+    # which no unlink removes
+    (tmp_path / "shm" / name).mkdir(parents=True)
+    scratch = tmp_path / "t-1" / "\udcfe"
+    scratch.mkdir(parents=True)
+    # a file that stays, as of a file system that is read only
+    monkeypatch.setattr(os, "rmdir", refuse)
+    found: list[Reclaim] = []
+    reclaimer = Reclaimer(Place(tmp_path), found.append)
+    reclaimer.begin(remains(tmp_path))
+    reclaimer.finish(5.0)
+    (record,) = found
+    left = {taken.step: taken.left for taken in record.steps}
+    assert any("\\xff" in one for one in left["shared memory"])
+    assert any("\\xfe" in one for one in left["scratch"])
+    codec.encode(node.Reclaimed(record))
+
+
+def refuse(*_args: object, **_named: object) -> None:
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+def test_records_that_no_message_can_hold_are_made_so_when_they_are_read(tmp_path: Path) -> None:
+    before = Reclaim(
+        worker_id="p-1", pool="p", pid=1, level="process", steps=(Taken(step="scratch", left=("\udcff: a",)),)
+    )
+    odd = Reclaim(
+        worker_id="p-2", pool="p", pid=1, level="process", steps=(Taken(step="scratch", left=("\ud800",)),)
+    )
+    lines = [json.dumps(codec.as_plain(one)) for one in (before, odd)]
+    (tmp_path / "reclaims.jsonl").write_text("".join(line + "\n" for line in lines))
+    records = reclaim.Reclaims(tmp_path).recent
+    assert records[-1].steps[0].left == ("\\xff: a",)
+    codec.encode(node.Deaths((), {}, records))
 
 
 # -- folders --------------------------------------------------------------------------------------------

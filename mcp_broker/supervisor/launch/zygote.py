@@ -266,7 +266,8 @@ class Zygote:
         fds = [theirs, stdout, stderr, boot, order.tether_fd, *order.pass_fds]
         try:
             socket.send_fds(self._socket, [codec.encode(message)], fds)
-        except OSError:  # it takes nothing just now, is gone, or the packet is too long
+        except (OSError, UnicodeEncodeError):
+            # it takes nothing just now, is gone, the packet is too long, or an environment holds what is not UTF-8
             os.close(ours)
             return False
         finally:

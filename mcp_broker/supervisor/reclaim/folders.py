@@ -199,7 +199,12 @@ class Removal:
     def _missed(self, name: str, error: OSError) -> None:
         self.lacks |= error.errno in SHORTAGES
         if len(self.left) < limits.RECLAIM_LEFT_MAX:
-            self.left.append(f"{name[:100]}: {error.strerror or error}")
+            self.left.append(f"{printable(name[:100])}: {error.strerror or error}")
+
+
+def printable(text: str) -> str:
+    """Return text that a message can hold: bytes of a file's name that are not UTF-8 are written as such."""
+    return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def remove_tree(path: Path, within_s: float = 5.0) -> bool:

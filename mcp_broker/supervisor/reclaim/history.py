@@ -9,6 +9,7 @@ from collections import deque
 from pathlib import Path
 
 from mcp_broker import limits
+from mcp_broker.supervisor.reclaim.folders import printable
 from mcp_broker.supervisor.records import write_atomically
 from mcp_broker.wire import codec
 from mcp_broker.wire.reclaims import Reclaim, Taken
@@ -71,7 +72,9 @@ def _record(line: bytes) -> Reclaim | None:
     """Read one line; None when it is torn, or of a version that we do not read."""
     try:
         fields = json.loads(line)
-        steps = tuple(Taken(**{**step, "left": tuple(step["left"])}) for step in fields.pop("steps"))
+        steps = tuple(
+            Taken(**{**step, "left": tuple(map(printable, step["left"]))}) for step in fields.pop("steps")
+        )
         return Reclaim(steps=steps, **fields)
     except (ValueError, TypeError, AttributeError, KeyError):
         return None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from mcp_broker import limits, proctable
 from mcp_broker.supervisor.reclaim import leftovers, memory, sysv
-from mcp_broker.supervisor.reclaim.folders import Removal
+from mcp_broker.supervisor.reclaim.folders import Removal, printable
 from mcp_broker.supervisor.reclaim.strays import Swept, of_uid, sweep
 
 if TYPE_CHECKING:
@@ -99,9 +99,9 @@ class Tally:
     left: list[str] = field(default_factory=list)
 
     def missed(self, what: str) -> None:
-        """Write down what could not be taken back."""
+        """Write down what could not be taken back, in text that any message can hold."""
         if len(self.left) < limits.RECLAIM_LEFT_MAX:
-            self.left.append(what)
+            self.left.append(printable(what))
 
 
 Work = Callable[[Remains, Site, Tally], Iterator[float]]
