@@ -363,6 +363,9 @@ REFUSALS_TOLD_S: Final = 60.0
 FAILURE_KINDS_MAX: Final = 64
 #: One log line of a broker or worker, with its newline: what a pipe takes whole, so that lines of two writers never mix.
 LOG_LINE_BYTES_MAX: Final = 4096
+#: Lines of a child's stream that are logged, a second and at once: each costs the supervisor, which serves all, some 30 us.
+OUTPUT_LINES_PER_S: Final = 100.0
+OUTPUT_LINES_BURST: Final = 500
 #: Both ends are ours; the largest message is a report of WORKERS_MAX workers or DEATHS_MAX certificates.
 NODE_BYTES_MAX: Final = 16 * 1024 * 1024
 #: One packet of a worker's tether: a kind and a few short fields.

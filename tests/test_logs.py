@@ -155,6 +155,63 @@ def test_a_line_without_an_end_is_logged_in_pieces(caplog: pytest.LogCaptureFixt
     assert len(output.tail) == limits.STDERR_TAIL_BYTES
 
 
+class Spoken:
+    """A pipe that a supervisor reads, and who writes to it."""
+
+    def __init__(self, *, holds_records: bool = True) -> None:
+        ours, self._theirs = os.pipe()
+        self.poller = Poller()
+        self.output = Output("t-1", ours, self.poller, logging.WARNING, holds_records=holds_records)
+
+    def say(self, text: bytes) -> None:
+        os.write(self._theirs, text)
+        self.poller.turn(5.0)
+
+    def end(self) -> None:
+        os.close(self._theirs)
+        self.output.close()
+        self.poller.close()
+
+
+def test_of_a_flood_of_lines_so_many_are_logged_the_others_counted_and_the_end_is_kept(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr("mcp_broker.supervisor.output.time.monotonic", lambda: clock[0])
+    logs.follow("info")
+    spoken = Spoken()
+    flood = b"x\n" * 30_000
+    spoken.say(flood)
+    first = [one.getMessage() for one in caplog.records]
+    burst = limits.OUTPUT_LINES_BURST
+    assert first[:-1] == ["x"] * burst
+    assert first[-1].startswith(f"{30_000 - burst} lines are not in this log")
+    assert all("t-1: " in logs.TextLines().format(one) for one in caplog.records)
+    caplog.clear()
+    spoken.say(flood)
+    assert not caplog.records, "as often as it may be told, it was"
+    clock[0] += 1.0
+    last = logs.JsonLines({}, HELD).format(record("the last", exc_info=raised("no such table")))
+    spoken.say(b"y\n" * 1000 + last.encode() + b"\nand ")
+    said = [one.getMessage() for one in caplog.records]
+    assert said.count("y") == limits.OUTPUT_LINES_PER_S
+    assert said[-1].startswith(f"{30_000 + 1001 - limits.OUTPUT_LINES_PER_S:g} lines are not in this log")
+    spoken.end()
+    words = spoken.output.tail.decode().splitlines()
+    assert words[-2:] == ["ValueError: no such table", "and "]
+    assert "the last" in words
+    assert len(spoken.output.tail) <= limits.STDERR_TAIL_BYTES
+
+
+def test_lines_that_are_not_logged_at_this_level_are_not_missed(caplog: pytest.LogCaptureFixture) -> None:
+    logs.follow("error")
+    spoken = Spoken(holds_records=False)
+    spoken.say(b"x\n" * 5000)
+    spoken.end()
+    assert not caplog.records
+    assert spoken.output.tail.endswith(b"x\n")
+
+
 @pytest.mark.parametrize(("form", "seen"), [("text", 1), ("json", 2)])
 def test_what_is_announced_is_left_out_for_people_and_kept_for_machines(
     form: str, seen: int, capsys: pytest.CaptureFixture[str]
