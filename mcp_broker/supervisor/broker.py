@@ -141,12 +141,13 @@ class BrokerChild:
         finally:
             theirs.close()
         reclaim.record(owner.run_dir, self.process)
-        self._link = Link(ours, owner.poller, self._heard, self._lost)
+        # it may be lost at any of these, when the process is gone already: then it drops the rest
+        link = self._link = Link(ours, owner.poller, self._heard, self._lost)
         # all at once: it reads them in order when it comes up, and workers are started meanwhile
         for message in (boot, *owner.briefing()):
-            self._link.send(message)
+            link.send(message)
         for listen, descriptor in owner.endpoints():
-            self._link.send(listen, descriptor)
+            link.send(listen, descriptor)
         self.tell(children.Spawned())
 
     def _spawn_failed(self, reason: str, errno: object) -> None:

@@ -18,6 +18,7 @@ import pytest
 from mcp_broker import limits
 from mcp_broker.core.children import State, Wanted
 from mcp_broker.core.restart import Policy, Restarts
+from mcp_broker.supervisor.broker import BrokerChild
 from mcp_broker.supervisor.containment import TOLD_S, Containment, contained
 from mcp_broker.supervisor.endpoint import Endpoint
 from mcp_broker.supervisor.life import Life
@@ -206,6 +207,34 @@ def test_a_worker_that_cannot_be_started_for_a_bug_of_ours_is_told_dead_and_trie
     assert "LookupError('a bug')" in slot.child.reason
     assert [one.worker_id for one in told] == left == ["t-1", "t-2"]
     assert caplog.text.count("LookupError: a bug") == 1
+
+
+# -- a broker that is gone before it is told anything -------------------------------------------------------------
+
+
+def test_a_broker_that_dies_while_it_is_briefed_is_killed_and_drops_the_rest(tmp_path: Path) -> None:
+    poller = Poller()
+    killed: list[str] = []
+    process = SimpleNamespace(
+        name="broker-1", pid=4711, starttime=0, stderr_tail="", kill=lambda: killed.append("it")
+    )
+    owner = SimpleNamespace(
+        poller=poller,
+        # it is started, and nobody has the other end: we close our copy
+        launcher=SimpleNamespace(launch_broker=lambda _order, _poller, _on_exit: process),
+        run_dir=tmp_path,
+        instance="ab",
+        next_epoch=lambda: 1,
+        boot=lambda epoch: node.Boot(epoch, 0, 0, "", "", bytes(32), bytes(32), {}, "", "", {}, 1, 0.0),
+        briefing=lambda: [node.Admit(()), node.Admit(())],
+        endpoints=lambda: [(node.Listen("t-1", "", "ipc://x"), 0)],
+    )
+    broker = BrokerChild(cast("Any", owner))
+    broker.tell(Wanted())
+    assert killed == ["it"]
+    assert broker.pid == 4711
+    broker.send(node.Admit(()))
+    poller.close()
 
 
 # -- a whole supervisor ---------------------------------------------------------------------------------------------
