@@ -28,12 +28,13 @@ class Poller:
     def __init__(self, on_failure: Callable[[str, Exception], None] | None = None) -> None:
         self._epoll = select.epoll()  # close-on-exec by itself
         self._on_failure = on_failure
-        self._callbacks: dict[int, Callable[[int], None]] = {}
+        #: descriptor -> its registration, which is no other's: a number that was closed is soon another descriptor's
+        self._waiting: dict[int, tuple[Callable[[int], None]]] = {}
 
     def add(self, fd: int, callback: Callable[[int], None], events: int = READ) -> None:
         """Call ``callback`` with the ready events whenever ``fd`` has some."""
         self._epoll.register(fd, events)
-        self._callbacks[fd] = callback
+        self._waiting[fd] = (callback,)
 
     def change(self, fd: int, events: int) -> None:
         """Wait for other events on a registered descriptor."""
@@ -41,20 +42,19 @@ class Poller:
 
     def remove(self, fd: int) -> None:
         """Forget a descriptor; its owner closes it afterwards, never before."""
-        if self._callbacks.pop(fd, None) is not None:
+        if self._waiting.pop(fd, None) is not None:
             self._epoll.unregister(fd)
 
     def turn(self, timeout_s: float | None) -> None:
         """Wait for up to ``timeout_s`` (None: for ever) and call whoever has something."""
         # rounded up by epoll itself; a negative timeout means for ever
         ready = self._epoll.poll(-1.0 if timeout_s is None else max(0.0, timeout_s))
-        for fd, events in ready:
-            # an earlier callback of this turn may have removed it
-            callback = self._callbacks.get(fd)
-            if callback is None:
+        for fd, events, waiting in [(fd, events, self._waiting.get(fd)) for fd, events in ready]:
+            # an earlier callback of this turn may have removed it, and another descriptor may have its number by now
+            if waiting is None or self._waiting.get(fd) is not waiting:
                 continue
             try:
-                callback(events)
+                waiting[0](events)
             except Exception as error:
                 if self._on_failure is None:
                     raise
@@ -62,5 +62,5 @@ class Poller:
 
     def close(self) -> None:
         """Let go of the epoll."""
-        self._callbacks.clear()
+        self._waiting.clear()
         self._epoll.close()

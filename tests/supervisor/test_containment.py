@@ -133,6 +133,44 @@ def test_a_callback_that_fails_keeps_no_other_from_its_event(
     poller.close()
 
 
+def test_an_event_of_a_closed_descriptor_does_not_reach_who_has_its_number_now(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    poller = Poller()
+    others: dict[int, socket.socket] = {}
+    heard: list[str] = []
+    newborn, its_other = socket.socketpair()
+
+    def first(end: socket.socket, other: socket.socket) -> Callable[[int], None]:
+        def callback(_events: int) -> None:
+            # the other end has its event in the same turn; what gets its number has none
+            number = other.fileno()
+            poller.remove(end.fileno())
+            poller.remove(number)
+            os.dup2(newborn.fileno(), number)
+            poller.add(number, lambda _events: heard.append("newborn"))
+            others[number] = other
+
+        return callback
+
+    left, right = pair
+    poller.add(left.fileno(), first(left, right))
+    poller.add(right.fileno(), first(right, left))
+    left.send(b"x")
+    right.send(b"x")
+    poller.turn(PATIENCE_S)
+    assert others, "one of both came first"
+    assert heard == []
+    poller.turn(0)
+    assert heard == []
+    its_other.send(b"x")
+    poller.turn(PATIENCE_S)
+    assert heard == ["newborn"], "its own event does"
+    poller.close()
+    newborn.close()
+    its_other.close()
+
+
 # -- what a worker may have made of its own address -----------------------------------------------------------
 
 
