@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -128,6 +129,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code; errors are printed, tracebacks only with ``--debug``."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     chosen = settings.Settings()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # tools may say anything, and not every terminal or pipe can take it
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if not arguments:
             # whoever gives no command wants to know which there are; it is no mistake to scold

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mcp_broker.auth.credentials import Authority
-from mcp_broker.cli import checkup, output, settings, start
+from mcp_broker.cli import checkup, output, root, settings, start
 from mcp_broker.errors import ConfigError
 from mcp_broker.supervisor import events
 from mcp_broker.wire.node import Certificate
@@ -31,6 +32,17 @@ def state(tmp_path: Path) -> Path:
     folder = tmp_path / "used"
     Authority.open(folder).ensure_default([ENDPOINT])
     return folder
+
+
+# -- what can be printed ---------------------------------------------------------------------------------
+
+
+def test_what_standard_output_cannot_spell_is_printed_as_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="iso-8859-1"))
+    assert root.run(["--version"]) == 0
+    output.line("a \u2192 \udcff")
+    assert written.getvalue().endswith(b"a \\u2192 \\udcff\n")
 
 
 # -- where things are -------------------------------------------------------------------------------------
