@@ -44,6 +44,7 @@ def start(config_file: str | None) -> int:
     profile for you are made at the first start and kept in the state directory.
     """
     from mcp_broker import config
+    from mcp_broker.confine import rlimits
     from mcp_broker.supervisor import Supervisor
 
     chosen = settings.current()
@@ -54,6 +55,7 @@ def start(config_file: str | None) -> int:
     supervisor = Supervisor(
         configuration, state_dir, on_event=announcer.tell, reread=lambda: config.load(config_file)
     )
+    rlimits.raise_files()
     return supervisor.run()
 
 

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Final
 
 from mcp_broker import logs
 from mcp_broker.auth.credentials import Authority
-from mcp_broker.confine import rlimits
 from mcp_broker.core import children
 from mcp_broker.errors import SupervisionError
 from mcp_broker.supervisor import containment, events, reclaim
@@ -116,7 +115,6 @@ class Supervisor:
             ConfigError: an address cannot be bound, or a folder not made.
             CredentialError: a key file may be read by others, or is broken.
         """
-        rlimits.raise_files()
         self._state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = Lock(self._state_dir)
         try:
