@@ -68,8 +68,10 @@ class Counters:
         self._epoch = _count(saved.get("epoch"))
         #: numbers given so far, and up to which they are reserved
         self._life = self._reserved = _count(saved.get("life"))
+        #: which folder this is: a copy has another one, and must not take the original's processes for its own
+        self._place = _place(state_dir)
         #: marks the processes of this state directory, so that the next start knows them
-        instance = saved.get("instance")
+        instance = saved.get("instance") if saved.get("place", self._place) == self._place else None
         self.instance = instance if isinstance(instance, str) and instance else secrets.token_hex(8)
 
     def next_epoch(self) -> int:
@@ -92,8 +94,18 @@ class Counters:
         self._save()
 
     def _save(self) -> None:
-        state = {"epoch": self._epoch, "life": self._reserved, "instance": self.instance}
+        state = {
+            "epoch": self._epoch,
+            "life": self._reserved,
+            "instance": self.instance,
+            "place": self._place,
+        }
         _keep(self._path, json.dumps(state).encode())
+
+
+def _place(folder: Path) -> list[int]:
+    found = folder.stat()
+    return [found.st_dev, found.st_ino]
 
 
 def _count(value: object) -> int:

@@ -7,13 +7,14 @@ to pass through it: 0711, so that nobody can list it. The link ``run`` in the st
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import stat
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from mcp_broker.errors import ConfigError
+from mcp_broker.errors import ConfigError, SupervisionError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,7 +25,9 @@ _MODE: Final = 0o711
 
 
 class Runtime:
-    """The folder of one instance; only one process at a time has it, the one that holds the state directory's lock.
+    """The folder of one instance; only one process at a time has it, and holds a lock on it until it ends.
+
+    The lock of the state directory is not enough: a copy of that has one of its own, and a link that leads here.
 
     Args:
         state_dir: gets the link.
@@ -32,16 +35,39 @@ class Runtime:
 
     Raises:
         ConfigError: it cannot be made, or somebody else could write to it.
+        SupervisionError: another supervisor has it.
     """
 
     def __init__(self, state_dir: Path, instance: str) -> None:
         self._link = state_dir / "run"
-        #: folders of earlier lives that are somewhere else: what is in them is left over
-        self.earlier = self._earlier()
+        self._locks: list[int] = []
         self.folder = _base() / instance
         _make(self.folder)
-        if self.folder in self.earlier:
-            self.earlier.remove(self.folder)
+        if not self._take(self.folder):
+            raise SupervisionError(
+                f"another mcp-broker uses the runtime folder {self.folder}: of this state directory under another name,"
+                " or of one that this is a copy of",
+                {"hint": "stop it, or name another --state-dir"},
+            )
+        #: folders of earlier lives that are somewhere else, and that nobody uses: what is in them is left over
+        self.earlier = [folder for folder in self._earlier() if folder != self.folder and self._take(folder)]
+
+    def _take(self, folder: Path) -> bool:
+        """Lock a folder for as long as this process lives; False if another one has it, or we may not."""
+        try:
+            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return False
+        except OSError:
+            # a file system without locks: the state directory's lock is what there is
+            pass
+        self._locks.append(fd)
+        return True
 
     def _earlier(self) -> list[Path]:
         if self._link.is_symlink():
@@ -66,8 +92,14 @@ class Runtime:
         with contextlib.suppress(FileExistsError):
             self._link.symlink_to(self.folder)
 
+    def release(self) -> None:
+        """Let others have the folders."""
+        while self._locks:
+            os.close(self._locks.pop())
+
     def remove(self) -> None:
         """Let go of the folder; what could not be removed from it stays in sight."""
+        self.release()
         try:
             self.folder.rmdir()
         except OSError:

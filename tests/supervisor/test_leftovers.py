@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -119,6 +120,25 @@ def test_the_next_start_kills_a_recorded_process_of_this_boot(start: Start, tmp_
         (run_dir / "old-1.json").write_text(json.dumps(identity))
         start().event("PoolReady")
         assert left.wait(5) == -signal.SIGKILL
+
+
+def test_a_copy_of_a_state_directory_leaves_the_originals_processes_and_folders_alone(
+    start: Start, tmp_path: Path
+) -> None:
+    node = start()
+    node.event("PoolReady")
+    worker = node.worker()
+    scratch = (node.state_dir / "run").resolve() / worker["id"]
+    shutil.copytree(node.state_dir, tmp_path / "copied", symlinks=True)
+    copy = start(state="copied")
+    copy.event("PoolReady")
+    assert node.worker()["pid"] == worker["pid"]
+    assert is_running(worker["pid"])
+    assert scratch.is_dir()
+    assert (copy.state_dir / "run").resolve() != (node.state_dir / "run").resolve()
+    assert copy.stop() == 0
+    assert node.worker()["pid"] == worker["pid"]
+    assert scratch.is_dir()
 
 
 def test_the_next_start_removes_shared_memory_of_a_killed_one_and_no_others(

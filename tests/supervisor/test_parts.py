@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -174,6 +175,20 @@ def test_numbers_only_grow_also_after_a_crash(tmp_path: Path) -> None:
     assert second.instance == first.instance
     second.close()
     assert Counters(tmp_path).next_life() == second.next_life()
+
+
+def test_a_copy_of_a_state_directory_is_another_instance_and_a_moved_one_is_the_same(tmp_path: Path) -> None:
+    original = tmp_path / "state"
+    original.mkdir()
+    first = Counters(original)
+    first.next_epoch()
+    shutil.copytree(original, tmp_path / "copy")
+    copied = Counters(tmp_path / "copy")
+    assert copied.instance != first.instance
+    assert copied.next_epoch() == 2
+    assert Counters(tmp_path / "copy").instance == copied.instance
+    original.rename(tmp_path / "moved")
+    assert Counters(tmp_path / "moved").instance == first.instance
 
 
 def test_deaths_survive_newest_first_and_bounded(tmp_path: Path) -> None:

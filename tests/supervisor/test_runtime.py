@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
-from mcp_broker.errors import ConfigError
+from mcp_broker.errors import ConfigError, SupervisionError
 from mcp_broker.supervisor.runtime import VARIABLE, Runtime
 
 
@@ -43,12 +44,28 @@ def test_the_folder_of_an_earlier_life_elsewhere_is_found(
 ) -> None:
     first = Runtime(tmp_path / "state", "abc")
     first.show()
+    first.release()
     monkeypatch.setenv(VARIABLE, str(tmp_path / "other"))
     second = Runtime(tmp_path / "state", "abc")
     assert second.earlier == [first.folder]
     second.show()
     assert not first.folder.exists()
     assert (tmp_path / "state" / "run").resolve() == second.folder
+
+
+def test_a_folder_that_a_living_one_uses_is_neither_shared_nor_left_over(base: Path, tmp_path: Path) -> None:
+    first = Runtime(tmp_path / "state", "abc")
+    first.show()
+    (first.folder / "a-1").mkdir()
+    with pytest.raises(SupervisionError, match=f"another mcp-broker uses the runtime folder {first.folder}"):
+        Runtime(tmp_path / "state", "abc")
+    shutil.copytree(tmp_path / "state", tmp_path / "copy", symlinks=True)
+    second = Runtime(tmp_path / "copy", "def")
+    assert second.earlier == []
+    assert second.clear(lambda _folder: 1) == 1
+    assert (first.folder / "a-1").is_dir()
+    first.release()
+    assert Runtime(tmp_path / "state", "abc").folder == first.folder
 
 
 def test_the_folder_of_an_older_version_is_found_and_replaced(base: Path, tmp_path: Path) -> None:
