@@ -17,6 +17,7 @@ from mcp_broker.supervisor.isolation import attestation, probe
 from mcp_broker.supervisor.isolation.plan import Unattainable
 from mcp_broker.supervisor.isolation.uids import Uids, _spans, has_processes
 from mcp_broker.supervisor.isolation.warden import Warden
+from mcp_broker.supervisor.launch import sandbox
 from mcp_broker.wire.confinement import Confinement
 
 #: nobody's, out of the range that is used, and of no other run of these tests
@@ -186,6 +187,44 @@ def test_a_life_gets_its_uid_and_its_scratch_folder_with_it(warden: Warden, tmp_
     # the file goes with the scratch folder
     with socket.socket(socket.AF_UNIX) as late, pytest.raises(ConnectionRefusedError):
         late.connect(str(address))
+
+
+def test_what_does_not_work_is_tried_once_by_one_supervisor(
+    warden: Warden, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+
+    def attempt(name: str, _work: object) -> probe.Probe:
+        tried.append(name)
+        return probe.Probe(name, works=False, detail="no", errno=None, ms=0.0)
+
+    monkeypatch.setattr(probe, "attempt", attempt)
+    warden._probes = {}
+    assert not warden.probes(sandbox=False)["seccomp"].works
+    assert sorted(tried) == sorted(probe.PRIMITIVES)
+    tried.clear()
+    assert not warden.probes(sandbox=True)["sandbox"].works
+    warden.probes(sandbox=True)
+    assert tried == ["sandbox"]
+
+
+def test_an_interpreter_that_cannot_say_what_it_needs_is_asked_again_after_a_while_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = tmp_path / "asked"
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho x >> {asked}\nexit 1\n")
+    python.chmod(0o755)
+    for _ in range(3):
+        with pytest.raises(SupervisionError, match=f"cannot ask {python} what it needs in a sandbox"):
+            sandbox.visible(str(python))
+    assert asked.read_text() == "x\n"
+    monkeypatch.setattr(sandbox, "_mute", {})
+    with pytest.raises(SupervisionError):
+        sandbox.visible(str(python))
+    python.write_text("#!/bin/sh\necho '[\"/usr\"]'\n")
+    monkeypatch.setattr(sandbox, "_mute", {})
+    assert "/usr" in sandbox.visible(str(python))["system"]
 
 
 # -- attestation --------------------------------------------------------------------------------------

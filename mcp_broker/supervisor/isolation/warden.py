@@ -75,8 +75,10 @@ class Warden:
             sandbox: also what takes an interpreter's start to find out.
         """
         wanted = probe.PRIMITIVES if not sandbox else {**probe.PRIMITIVES, "sandbox": try_it}
-        if not wanted.keys() <= self._probes.keys():
-            self._probes = probe.remembered(self._state_dir / "probes.json", wanted)
+        # what did not work is not tried again by this supervisor: each may take seconds, and workers wait
+        untried = {name: work for name, work in wanted.items() if name not in self._probes}
+        if untried:
+            self._probes |= probe.remembered(self._state_dir / "probes.json", untried)
         return self._probes
 
     def walls(self, table: PoolTable) -> plan.Walls:

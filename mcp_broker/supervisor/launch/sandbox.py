@@ -23,6 +23,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypedDict
@@ -47,6 +48,8 @@ _MICROSECONDS: Final = 1_000_000
 #: what an interpreter is asked, and how long it may take, seconds
 _ASK: Final = "import json; from mcp_broker.confine import folders; print(json.dumps(folders.runtime()))"
 _PATIENCE_S: Final = 10.0
+#: until an interpreter that could not say is asked again, seconds
+_AGAIN_S: Final = 60.0
 #: bubblewrap's exit codes above it stand for a signal
 _OF_A_SIGNAL: Final = 128
 #: from bubblewrap's end to that of the first process, which the kernel kills then
@@ -98,8 +101,24 @@ def visible(python: str | None = None, path: Sequence[str] = ()) -> Visible:
     return Visible(system=tuple(system), links=links)
 
 
-@functools.cache
+#: interpreter -> until when it is not asked again, and why
+_mute: dict[str, tuple[float, str]] = {}
+
+
 def _runtime(python: str) -> tuple[str, ...]:
+    """Ask an interpreter what it needs; one that cannot say is not asked again for a while, since all wait meanwhile."""
+    until, why = _mute.get(python, (0.0, ""))
+    if time.monotonic() >= until:
+        try:
+            return _asked(python)
+        except SupervisionError as error:
+            why = error.message
+            _mute[python] = (time.monotonic() + _AGAIN_S, why)
+    raise SupervisionError(why)
+
+
+@functools.cache
+def _asked(python: str) -> tuple[str, ...]:
     """Ask an interpreter, once: of our own we could not tell our folder from its."""
     try:
         answer = subprocess.run(
