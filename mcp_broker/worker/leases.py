@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import socket
+import threading
+import time
 from typing import TYPE_CHECKING, Final, Self
 
 from mcp_broker import limits
+from mcp_broker.core.bucket import Bucket, Rate
 from mcp_broker.errors import PORT_ERRORS, PortError
 from mcp_broker.wire.tether import Leased, LeasePort, LeaseRefused, ReturnPort
 
@@ -16,6 +19,8 @@ if TYPE_CHECKING:
     from mcp_broker.worker.tether import Tether
 
 _MS: Final = 1000
+#: each lease is two messages, and the supervisor ends a worker that sends more than it may: half of that is for others
+_RATE: Final = Rate(limits.TETHER_MESSAGES_PER_S / 4, limits.TETHER_MESSAGES_BURST // 4)
 
 
 class LeasedPort:
@@ -57,13 +62,24 @@ class Lender:
 
     Args:
         tether: to it.
+        clock: monotonic seconds.
+        sleep: lets so many seconds pass.
     """
 
-    def __init__(self, tether: Tether) -> None:
+    def __init__(
+        self,
+        tether: Tether,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
         self._tether = tether
+        self._clock = clock
+        self._sleep = sleep
+        self._bucket = Bucket(_RATE)
+        self._lock = threading.Lock()
 
     def lease(self, port: int, ttl_s: float | None) -> LeasedPort:
-        """Lease a port.
+        """Lease a port. Who asks again and again waits for its turn.
 
         Raises:
             PortError: one of its kinds says why not.
@@ -72,6 +88,7 @@ class Lender:
         def wish(number: int) -> LeasePort:
             return LeasePort(number, port, None if ttl_s is None else max(1, int(ttl_s * _MS)))
 
+        self._wait()
         try:
             answer, fd = self._tether.ask(wish, limits.PORT_WAIT_S)
         except TimeoutError:
@@ -83,6 +100,17 @@ class Lender:
         listener = socket.socket(fileno=fd)
         listener.setblocking(True)
         return LeasedPort(answer.host, answer.port, listener, self._returned)
+
+    def _wait(self) -> None:
+        """Wait until the supervisor takes another request."""
+        while True:
+            with self._lock:
+                now = self._clock()
+                wait_s = self._bucket.wait_s(now)
+                if not wait_s:
+                    self._bucket.take(now)
+                    return
+            self._sleep(wait_s)
 
     def _returned(self, port: int) -> None:
         self._tether.say(ReturnPort(port))
