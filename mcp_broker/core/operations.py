@@ -95,12 +95,15 @@ class Operations:
 
     def begin(self, operation: Operation, now: float) -> None:
         """Begin an operation, in place of what was under way with its tool."""
+        self.drop(operation.tool)
         self.running[operation.tool] = operation
         self._advance(operation, now)
 
     def drop(self, tool: Tool) -> None:
         """Stop what is under way with a tool; whoever began it hears nothing."""
-        self.running.pop(tool, None)
+        operation = self.running.pop(tool, None)
+        if operation is not None:
+            self._go_without(operation)
 
     def hooked(self, worker: Worker, message: messages.Hooked, now: float) -> None:
         """Take a worker's word that it has run its hooks."""
@@ -158,6 +161,7 @@ class Operations:
         # to move it now would lose count of them
         while Phase.MOVE in operation.phases:
             operation.phases.remove(Phase.MOVE)
+        self._go_without(operation)
         return True
 
     def _begin_hooks(self, operation: Operation, now: float) -> None:
@@ -220,6 +224,8 @@ class Operations:
         pool = operation.tool.pool
         if pool is not None:
             operation.target = self._routing.dispatcher.pool(f"{pool.name}{APART}{operation.tool.name}")
+            # that an earlier one failed says nothing of this one
+            operation.target.failure = ""
             self._routing.to_node.append(node.Isolate(pool.name, operation.tool.name, wanted=True))
 
     def _is_isolated(self, operation: Operation, now: float) -> bool:
@@ -228,12 +234,26 @@ class Operations:
             worker.state is WorkerState.READY for worker in target.workers.values()
         ):
             return True
-        if now < operation.until:
+        failure = "" if target is None else target.failure
+        if now < operation.until and not failure:
             return False
         text = f"no worker of its own was ready within {limits.RECOVER_S:g} s"
-        operation.errors = (*operation.errors, text)
+        operation.errors = (*operation.errors, f"its own worker failed: {failure}" if failure else text)
         operation.phases = deque((Phase.ISOLATE,))
+        self._go_without(operation)
         return True
+
+    def _go_without(self, operation: Operation) -> None:
+        """Have the pool of its own no more, where a tool has not moved to."""
+        target, tool = operation.target, operation.tool
+        if target is not None and tool.pool is not target:
+            self.leave(target)
+
+    def leave(self, pool: Pool) -> None:
+        """Have a pool of one tool no more, if it is one."""
+        base, apart, name = pool.name.partition(APART)
+        if apart:
+            self._routing.to_node.append(node.Isolate(base, name, wanted=False))
 
     def _begin_move(self, operation: Operation, now: float) -> None:
         if operation.target is not None:

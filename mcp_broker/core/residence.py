@@ -15,7 +15,6 @@ from mcp_broker import limits
 from mcp_broker.core.lifecycle import Event, State
 from mcp_broker.core.operations import Operation, Operations, Phase
 from mcp_broker.core.pool import APART
-from mcp_broker.wire import node
 
 if TYPE_CHECKING:
     from mcp_broker.core.condition import Condition
@@ -68,7 +67,13 @@ class Residence:
     def rejoin(self, condition: Condition, now: float) -> None:
         """Have a tool served among the others of its module again."""
         pool = condition.tool.pool
-        if pool is None or not condition.isolated or condition.tool in self._operations.running:
+        if pool is None or condition.tool in self._operations.running:
+            return
+        if not condition.isolated:
+            # one that never came up, and that nobody knows of any more
+            left = self._routing.dispatcher.pools.get(f"{pool.name}{APART}{condition.tool.name}")
+            if left is not None:
+                self._operations.leave(left)
             return
         home = self._routing.dispatcher.pool(pool.name.partition(APART)[0])
         self.begin(condition, (Phase.QUIET, Phase.MOVE), home, now)
@@ -104,8 +109,7 @@ class Residence:
         target.queue_again(waiting, now)
         self._routing.registry.changed()
         if not condition.isolated:
-            base, _, name = source.name.partition(APART)
-            self._routing.to_node.append(node.Isolate(base, name, wanted=False))
+            self._operations.leave(source)
 
     def _settle(self, condition: Condition, error: str, now: float) -> None:
         if condition.life.state is State.RECOVERING:

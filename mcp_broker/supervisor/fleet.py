@@ -139,17 +139,23 @@ class Fleet:
 
     def found(self, name: str, table: PoolTable) -> None:
         """Have a pool that no configuration names; one that is there starts afresh."""
-        if name not in self.pools:
+        if name in self.pools:
+            self._dissolving.discard(name)
+            self.pools[name].scale(None)
+        else:
             self.pools[name] = Pool(self._ground, name, table, self._policy, self._times)
-        self._dissolving.discard(name)
-        self.pools[name].start()
+            self.pools[name].start()
         self._ground.changed()
 
     def dissolve(self, name: str) -> None:
         """Have such a pool no more, once its processes have ended."""
         if name in self.pools:
             self._dissolving.add(name)
-            self.pools[name].stop()
+            pool = self.pools[name]
+            pool.close("its tool is not served apart")
+            # without members, there is none that could be replaced
+            pool.vacate()
+            pool.stop()
 
     def follow(self, config: Config, changes: Changes) -> None:
         """Have the pools follow another configuration: ``changes`` says what is different."""

@@ -376,6 +376,67 @@ def test_without_a_worker_of_its_own_in_time_a_tool_goes_on_where_it_is() -> Non
     assert "no worker of its own" in told["ladder"]["attempts"][-1]["error"]
 
 
+def apart(state: node.PoolState, reason: str = "") -> node.Report:
+    """Tell how the pools are: that of the tool alone is so."""
+    return node.Report(
+        (
+            node.PoolReport(name="echo", state="ready", wanted=2),
+            node.PoolReport(name="echo~echo.echo", state=state, wanted=1, reason=reason),
+        )
+    )
+
+
+def test_a_pool_of_its_own_that_is_not_ready_in_time_goes_again() -> None:
+    world = serving(workers=2)
+    steer(world, "isolate")
+    assert [wish.wanted for wish in wishes(world, node.Isolate)] == [True]
+    world.later(limits.RECOVER_S)
+    assert [(wish.pool, wish.tool, wish.wanted) for wish in wishes(world, node.Isolate)] == [
+        ("echo", NAME, False)
+    ]
+
+
+def test_a_pool_of_its_own_that_fails_is_not_waited_for_and_goes_again() -> None:
+    world = serving(workers=2)
+    steer(world, "isolate")
+    wishes(world, node.Isolate)
+    waits = world.call()
+    world.machine.from_node(apart("failed", "no module named x"), world.now)
+    world.later(0.3)
+    assert state(world) is State.ACTIVE
+    assert waits in [*world.dispatched("echo-1"), *world.dispatched("echo-2")]
+    assert [wish.wanted for wish in wishes(world, node.Isolate)] == [False]
+    assert "no module named x" in steer(world, "history")["history"][-1]["error"]
+    # and it may be tried again
+    steer(world, "isolate")
+    assert state(world) is State.RECOVERING
+    assert [wish.wanted for wish in wishes(world, node.Isolate)] == [True]
+    world.check()
+
+
+def test_a_pool_of_its_own_goes_again_when_calls_of_the_tool_go_on_too_long_to_move_it() -> None:
+    world = serving(workers=2)
+    world.call()
+    steer(world, "isolate")
+    come(world, "echo~echo.echo-9", pool="echo~echo.echo", depth=1)
+    wishes(world, node.Isolate)
+    world.later(limits.RECOVER_S + 1)
+    assert not steer(world, "history")["isolated"]
+    assert [wish.wanted for wish in wishes(world, node.Isolate)] == [False]
+
+
+def test_to_enable_a_tool_lets_go_of_a_pool_of_its_own_that_it_is_not_served_by() -> None:
+    world = serving(workers=2)
+    world.machine.from_node(apart("failed", "an earlier broker wanted it"), world.now)
+    steer(world, "enable")
+    assert [(wish.pool, wish.tool, wish.wanted) for wish in wishes(world, node.Isolate)] == [
+        ("echo", NAME, False)
+    ]
+    world.machine.from_node(node.Report((node.PoolReport(name="echo", state="ready", wanted=2),)), world.now)
+    steer(world, "enable")
+    assert wishes(world, node.Isolate) == []
+
+
 def test_a_paused_tool_is_not_recovered_behind_its_operators_back() -> None:
     world = serving(workers=3)
     crash(world, "echo-1")

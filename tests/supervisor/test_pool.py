@@ -11,6 +11,7 @@ from mcp_broker.core import children
 from mcp_broker.core.children import State
 from mcp_broker.core.restart import Policy, Restarts
 from mcp_broker.supervisor import pool as pools
+from mcp_broker.supervisor.fleet import Fleet
 from mcp_broker.supervisor.pool import Pool
 from mcp_broker.supervisor.slot import Slot, Times
 from mcp_broker.wire import node
@@ -72,6 +73,7 @@ class FakeSlot:
 
 class FakeGround:
     is_leaving = False
+    instance = "i"
 
     def changed(self) -> None:
         """Nobody looks."""
@@ -124,6 +126,33 @@ def test_no_slot_is_wanted_any_more_once_the_workers_are_being_stopped() -> None
     slot.tell(children.Wanted())
     assert slot.child.state is State.STOPPED
     assert not slot.child.is_wanted
+
+
+def test_nothing_revives_a_pool_that_is_dissolved_but_to_want_it_again() -> None:
+    class Definitions:
+        def load(self) -> dict[str, Any]:
+            return {}
+
+        def save(self, _tools: Any) -> None:
+            """Nobody reads."""
+
+    doubles: Any = (FakeGround(), Definitions())
+    fleet = Fleet(doubles[0], config.parse('[pools.t]\nmodule = "m"'), doubles[1], lambda _event: None)
+    fleet.found("t~t.x", table())
+    pool: Any = fleet.pools["t~t.x"]
+    settle(pool)
+    (member,) = pool.members
+    fleet.dissolve("t~t.x")
+    assert not pool.replace(member, "a step of recovery")
+    pool.supersede(9)
+    fleet.settle()
+    assert [slot for slot in pool.slots if slot.child.is_wanted] == []
+    fleet.found("t~t.x", table())
+    assert sum(slot.child.is_wanted for slot in pool.slots) == 1
+    fleet.dissolve("t~t.x")
+    settle(pool)
+    fleet.settle()
+    assert "t~t.x" not in fleet.pools
 
 
 def test_a_smaller_pool_does_without_those_that_do_not_work_then_the_youngest() -> None:
