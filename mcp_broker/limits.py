@@ -18,8 +18,7 @@ INLINE_BYTES_MAX: Final = 64 * 1024
 #: The second frame: one payload of 1 MiB and its msgpack head. What is larger goes in parts or chunks, so that no message
 #: holds up the loop, or a small call behind it, for longer than it takes to copy a MiB.
 BODY_BYTES_MAX: Final = 1024 * 1024 + 4096
-#: What libzmq lets a peer announce before it has proved anything (ZMQ_MAXMSGSIZE is a frame's bound):
-#: the body and CURVE's box around it.
+#: What libzmq lets a peer announce before it has proved anything (ZMQ_MAXMSGSIZE): the body and CURVE's box around it.
 FRAME_BYTES_MAX: Final = BODY_BYTES_MAX + 1024
 #: Payloads below it travel as they are: a smaller message would not be sent any sooner.
 COMPRESS_BYTES_MIN: Final = 4096
@@ -138,8 +137,7 @@ CHUNK_BYTES_MAX: Final = 256 * 1024
 #: Chunks that a client may send before its worker has read one; both ends hold at most so many. 1 MiB on its way hides
 #: the round trip; 4 MiB carried a sixth more, and an echo beside it took twice as long.
 UPLOAD_WINDOW_MAX: Final = 4
-#: A tool's reports of progress go out this far apart at most, for one call: a person sees no more, and a tight loop
-#: that reports each step cannot flood anybody.
+#: A tool's reports of progress of one call go out this far apart: a person sees no more, and no loop floods anybody.
 PROGRESS_S: Final = 0.05
 #: "Did you mean" compares a name with all others, about 1 ms: so many in so much time, for all clients.
 HINTS_MAX: Final = 8
@@ -245,6 +243,8 @@ MEMORY_SLACK_MB_MIN: Final = 64
 THROTTLED_REST_S: Final = 2.0
 #: A worker that says that it rests, and uses so many cores all the while since the last look, does not.
 RESTING_CORES_MAX: Final = 0.5
+#: Where a successor could not start, workers are replaced for age or use so long after the last try at the soonest.
+RECYCLE_RETRY_S: Final = 60.0
 #: Share by which a worker may be recycled before its configured calls, memory or age.
 RECYCLE_JITTER: Final = 0.2
 #: Adaptive limits look back and ahead so far, add so much, change so often; use is kept in such steps.

@@ -344,7 +344,6 @@ class Supervisor:
     def heard(self, message: node.ToSupervisor) -> None:
         """Take a message of the broker."""
         if isinstance(message, node.Serving) and self.is_leaving:
-            # it follows one that died meanwhile, and knows nothing of it
             self._broker.send(node.Shutdown(self._reloading.config.limits.drain_s))
         elif isinstance(message, node.Serving):
             self._on_event(serving(self._ports, self._broker, self._fleet.names, self._state_dir))

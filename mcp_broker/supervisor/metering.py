@@ -194,6 +194,8 @@ class Metering:
         self._owner = owner
         self._fleet = fleet
         self._allowances: dict[str, Allowance] = {}
+        #: pool -> when its next worker may be replaced, if no successor could start
+        self._retries: dict[str, float] = {}
         self._quotas = Quotas(owner.instance)
         self._next_at = 0.0
         #: when the next of those that are over a limit may be ripe
@@ -297,8 +299,15 @@ class Metering:
             self._doom_at = min(self._doom_at, now + limits.STACK_S)
             return
         reason = metered.recycling.reason(meter, life.rss_kib / 1024, now, is_resting=is_resting)
-        if reason and pool.replace(slot, reason):
+        if reason and self.recycle(pool, slot, reason, now):
             _log.info("worker %s is replaced: %s", life.worker_id, reason)
+
+    def recycle(self, pool: Pool, slot: Slot, reason: str, now: float) -> bool:
+        """Have a worker replaced that works well; where none could come in another's place, only now and then."""
+        if (pool.setback and now < self._retries.get(pool.name, 0.0)) or not pool.replace(slot, reason):
+            return False
+        self._retries[pool.name] = now + limits.RECYCLE_RETRY_S
+        return True
 
     @staticmethod
     def _say(life: Life, meter: Meter) -> None:

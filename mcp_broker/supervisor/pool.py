@@ -298,6 +298,8 @@ class Pool:
         for one in list(self._successions):
             state = one.successor.child.state
             if state is State.RUNNING or one.member.child.state is not State.RUNNING:
+                if state is State.RUNNING and one.member.edition == self.edition:
+                    self.setback = ""
                 self._hand_over(one.member, one.successor, one.why)
             elif state is State.FATAL:
                 self.setback = one.successor.child.reason

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mcp_broker import config
+from mcp_broker import config, limits
 from mcp_broker.core import children
 from mcp_broker.core.children import State
 from mcp_broker.core.restart import Policy, Restarts
 from mcp_broker.supervisor import pool as pools
 from mcp_broker.supervisor.fleet import Fleet
+from mcp_broker.supervisor.metering import Metering
 from mcp_broker.supervisor.pool import Pool
 from mcp_broker.supervisor.slot import Slot, Times
 from mcp_broker.wire import node
@@ -153,6 +154,31 @@ def test_nothing_revives_a_pool_that_is_dissolved_but_to_want_it_again() -> None
     settle(pool)
     fleet.settle()
     assert "t~t.x" not in fleet.pools
+
+
+def test_a_worker_whose_successor_cannot_start_is_not_recycled_again_at_once() -> None:
+    ground: Any = FakeGround()
+    metering, pool = Metering(ground, ground), made()
+    (member,) = pool.members
+
+    def fail() -> None:
+        (successor,) = [slot for slot in pool.slots if slot is not member]
+        successor.die(hopeless=True)
+        pool.settle()
+        pool.settle()
+
+    assert metering.recycle(pool, member, "it is 9 s old", 100.0)
+    fail()
+    assert (pool.members, pool.setback) == ([member], "it died")
+    assert not metering.recycle(pool, member, "it is 10 s old", 101.0)
+    assert pool.slots == [member], "nothing was started"
+    later = 100.0 + limits.RECYCLE_RETRY_S
+    assert metering.recycle(pool, member, "it is 69 s old", later)
+    settle(pool)
+    assert member not in pool.slots
+    assert pool.setback == "", "one could start"
+    (second,) = pool.members
+    assert metering.recycle(pool, second, "it is 1 s old", later + 1.0)
 
 
 def test_a_smaller_pool_does_without_those_that_do_not_work_then_the_youngest() -> None:
