@@ -1,7 +1,8 @@
 """Lends listening sockets to workers: bound here and handed over, so that no port is ever lost between look and bind.
 
-The supervisor keeps a descriptor of each. By it a port stops listening when its lease ends, whatever its worker does, and
-comes back when the worker is dead.
+The supervisor keeps a descriptor of each. By it a port stops listening when its lease ends, and comes back when the worker
+is dead. Whoever has a copy may make it listen again, so the descriptor of an ended lease is kept for as long as its worker
+has one, and looked at: a worker that listens without a lease is killed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 from mcp_broker import limits
 from mcp_broker.core.ports import Effect, Ports, PortState, Release
 from mcp_broker.errors import PortDenied, PortError, PortUnavailable
-from mcp_broker.supervisor import connections, sieve
+from mcp_broker.supervisor import connections, gauge, sieve
 from mcp_broker.wire.ports import PortReport
 from mcp_broker.wire.tether import Leased, LeasePort, LeaseRefused, ReturnPort
 
@@ -34,6 +35,8 @@ _log = logging.getLogger("mcp_broker.supervisor")
 
 #: connections of a port that are told apart from one look to the next
 _KNOWN_MAX: Final = 4096
+#: sockets of ended leases that one worker may add between two looks; how many copies it has is bounded by its own descriptors
+_ENDED_MAX: Final = 256
 
 
 @dataclass(slots=True)
@@ -59,6 +62,15 @@ class Traffic:
         self.live = now
 
 
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A lease that has ended, of a worker that lives and may have a copy of the socket."""
+
+    life: Life
+    number: int
+    listener: socket.socket
+
+
 class Lessor:
     """The ports of one node.
 
@@ -73,6 +85,10 @@ class Lessor:
         self._ports = Ports(table.min, table.max, table.reserved, per_worker=table.per_worker)
         self._sockets: dict[int, socket.socket] = {}
         self._traffic: dict[int, Traffic] = {}
+        #: who has a port
+        self._lives: dict[int, Life] = {}
+        #: worker -> its leases that have ended
+        self._ended: dict[str, list[Ended]] = {}
 
     def handlers(self, life: Life) -> Handlers:
         """Return who takes the wishes of a worker."""
@@ -88,17 +104,17 @@ class Lessor:
         assert life.tether is not None  # noqa: S101 (by which the wish came)
         try:
             self._check_network("full" if life.cell is None else life.cell.confinement.network)
-            number = self._lend(life.worker_id, wish)
+            number = self._lend(life, wish)
         except PortError as error:
             life.tether.send(LeaseRefused(wish.number, error.code, error.message))
             return
         life.tether.send(Leased(wish.number, self._host, number), self._sockets[number].fileno())
 
-    def _lend(self, worker_id: str, wish: LeasePort) -> int:
+    def _lend(self, life: Life, wish: LeasePort) -> int:
         ttl_s = None if wish.ttl_ms is None else wish.ttl_ms / 1000
         while True:
             now = time.monotonic()
-            number = self._ports.lease(worker_id, now, wanted=wish.port, ttl_s=ttl_s)
+            number = self._ports.lease(life.worker_id, now, wanted=wish.port, ttl_s=ttl_s)
             try:
                 listener = self._bound(number)
             except PortDenied as error:
@@ -113,6 +129,7 @@ class Lessor:
                 continue
             self._ports.bound(number)
             self._sockets[number] = listener
+            self._lives[number] = life
             self._traffic[number] = Traffic(since_wall=time.time())
             self._on_change()
             return number
@@ -157,6 +174,8 @@ class Lessor:
         """Take back all that a dead worker had; return the numbers."""
         effects = self._ports.owner_died(worker_id)
         self._perform(effects)
+        for one in self._ended.pop(worker_id, ()):
+            one.listener.close()
         return [effect.number for effect in effects]
 
     def deadline(self) -> float | None:
@@ -174,9 +193,11 @@ class Lessor:
     def close(self) -> None:
         """Let go of everything."""
         self.drain()
-        for listener in self._sockets.values():
+        ended = [one.listener for kept in self._ended.values() for one in kept]
+        for listener in (*self._sockets.values(), *ended):
             listener.close()
         self._sockets.clear()
+        self._ended.clear()
 
     def _perform(self, effects: list[Effect]) -> None:
         if effects:
@@ -187,13 +208,46 @@ class Lessor:
             with contextlib.suppress(OSError):
                 listener.shutdown(socket.SHUT_RDWR)
             if isinstance(effect, Release):
-                listener.close()
+                self._keep(self._lives.pop(effect.number), effect.number, listener)
                 del self._sockets[effect.number], self._traffic[effect.number]
+
+    # -- leases that have ended ------------------------------------------------------------------------
+
+    def _keep(self, life: Life, number: int, listener: socket.socket) -> None:
+        """Keep the socket of a lease that has ended while its worker may have a copy."""
+        ended = self._ended.setdefault(life.worker_id, [])
+        ended.append(Ended(life, number, listener))
+        if len(ended) % _ENDED_MAX == 0:
+            self._look_at_ended(life.worker_id)
+
+    def _look_at_ended(self, worker_id: str) -> None:
+        """Kill a worker that listens without a lease; let go of what it has no copy of."""
+        ended = self._ended[worker_id]
+        for one in ended:
+            # at once, whatever comes of the worker
+            if _silence(one.listener):
+                one.life.violate(f"it listened on port {one.number}, whose lease had ended")
+        copies = _sockets_of(ended[0].life) if ended else set()
+        if copies is None:
+            return
+        kept = [one for one in ended if f"socket:[{os.fstat(one.listener.fileno()).st_ino}]" in copies]
+        for one in ended:
+            if one not in kept:
+                one.listener.close()
+        if kept:
+            self._ended[worker_id] = kept
+        else:
+            del self._ended[worker_id]
 
     # -- what is told --------------------------------------------------------------------------------
 
     def sample(self) -> None:
-        """Look at who is connected."""
+        """Look at who is connected, and that nobody listens whose lease has ended."""
+        for worker_id in list(self._ended):
+            self._look_at_ended(worker_id)
+        for port in self._ports.listed:
+            if port.state is PortState.DRAINING and port.number in self._sockets:
+                _silence(self._sockets[port.number])
         if not self._sockets:
             return
         try:
@@ -233,3 +287,21 @@ class Lessor:
 
 
 _NONE: Final = Traffic()
+
+
+def _silence(listener: socket.socket) -> bool:
+    """Stop a socket that listens again; False if it does not."""
+    if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        return False
+    with contextlib.suppress(OSError):
+        listener.shutdown(socket.SHUT_RDWR)
+    return True
+
+
+def _sockets_of(life: Life) -> set[str] | None:
+    """Return the sockets that a worker and all below it have, as /proc names them; None if nobody can tell."""
+    if life.process is None:
+        return None
+    known = () if life.metered is None else life.metered.gauge.pids
+    pids = gauge.tree(life.process.main_pid, known)
+    return {link for pid in pids for _, link in gauge.descriptors(pid) if link.startswith("socket:")}

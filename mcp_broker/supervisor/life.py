@@ -89,6 +89,12 @@ class Life:
         self.tether = tether
         self.their_end.close()
 
+    def violate(self, what: str) -> None:
+        """Kill it for what it did, which no worker of ours does."""
+        if not self.violation and self.process is not None:
+            self.violation = what
+            self.process.kill()
+
     def asked(self, asks: Asks) -> None:
         """Take the limits that its tools ask for; later than its being ready nobody listens."""
         if self.metered is None:

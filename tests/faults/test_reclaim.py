@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mcp_broker.errors import ToolFailed, WorkerLost
+from mcp_broker.errors import CallError, ToolFailed, WorkerLost
 from mcp_broker.supervisor.reclaim.sysv import Item, remove
 from tests.support.ports import connect, free_span
 from tests.support.running import Running
@@ -28,7 +29,7 @@ LEVELS = ("process", "restricted", "sandboxed")
 
 TOOLS = '''
 """Tools that leave things behind."""
-import ctypes, os, signal, subprocess, sys, time
+import ctypes, os, signal, socket, subprocess, sys, time
 from collections.abc import Iterator
 from multiprocessing import get_context, shared_memory
 from pathlib import Path
@@ -116,6 +117,17 @@ def once(context: ToolContext) -> int:
     """Lease a port and give it back."""
     with context.lease_port() as lease:
         return lease.port
+
+@tool(name="t.relisten")
+def relisten(context: ToolContext) -> Iterator[int]:
+    """Lease a port, give it back, and listen on a copy."""
+    with context.lease_port() as lease:
+        copy = lease.socket.dup()
+    yield lease.port
+    while copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        time.sleep(0.001)
+    copy.listen()
+    signal.pause()
 
 @tool(name="t.pid")
 def pid() -> int:
@@ -253,6 +265,25 @@ def test_what_belongs_to_others_is_left_alone(running: Running, tmp_path: Path) 
         assert theirs.exists()
     finally:
         theirs.unlink()
+
+
+def test_a_worker_that_listens_on_a_port_whose_lease_has_ended_is_killed(running: Running) -> None:
+    with running.client() as client:
+        parts = client.stream("t.relisten", timeout_s=20)
+        port = next(parts)
+        with pytest.raises(CallError) as lost:
+            list(parts)
+    assert f"it listened on port {port}, whose lease had ended" in str(lost.value.details)
+
+    def is_free() -> bool:
+        with socket.socket() as anybody:
+            try:
+                anybody.bind(("127.0.0.1", port))
+            except OSError:
+                return False
+        return True
+
+    wait_for(is_free, what="the port")
 
 
 def test_a_leased_port_serves_is_shown_and_is_free_after_its_worker(running: Running) -> None:

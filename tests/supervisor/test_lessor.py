@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import socket
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -32,6 +35,11 @@ class Worker:
         self.confinement = Confinement(network=network)
         self.answers: list[TetherMessage] = []
         self.sockets: list[socket.socket] = []
+        #: this process, which holds the copies
+        self.process = self
+        self.main_pid = os.getpid()
+        self.metered = None
+        self.violations: list[str] = []
         self._handlers = lessor.handlers(self)  # type: ignore[arg-type]
 
     def send(self, message: TetherMessage, fd: int | None = None) -> None:
@@ -43,6 +51,9 @@ class Worker:
         before = len(self.answers)
         self._handlers[type(message)](message)
         return self.answers[-1] if len(self.answers) > before else None
+
+    def violate(self, what: str) -> None:
+        self.violations.append(what)
 
     def close(self) -> None:
         for one in self.sockets:
@@ -108,6 +119,64 @@ def test_a_port_that_is_given_back_stops_listening_also_in_a_worker_that_kept_it
     assert next_one.says(LeasePort(1, first)) == Leased(1, "127.0.0.1", first)
     worker.close()
     next_one.close()
+
+
+def test_a_worker_that_listens_without_a_lease_is_stopped_and_killed(lessor: Lessor, first: int) -> None:
+    worker = Worker(lessor)
+    worker.says(LeasePort(1))
+    worker.says(ReturnPort(first))
+    lessor.sample()
+    assert worker.violations == []
+    worker.sockets[0].listen()
+    connect(first).close()
+    lessor.sample()
+    assert worker.violations == [f"it listened on port {first}, whose lease had ended"]
+    with pytest.raises(ConnectionRefusedError):
+        connect(first)
+    # what it keeps is in nobody's way
+    next_one = Worker(lessor, "t-2")
+    assert next_one.says(LeasePort(1, first)) == Leased(1, "127.0.0.1", first)
+    lessor.sample()
+    assert next_one.violations == []
+    worker.close()
+    next_one.close()
+
+
+def test_a_lease_that_drains_does_not_listen_again(lessor: Lessor, first: int) -> None:
+    worker = Worker(lessor)
+    worker.says(LeasePort(1))
+    lessor.drain()
+    worker.sockets[0].listen()
+    lessor.sample()
+    with pytest.raises(ConnectionRefusedError):
+        connect(first)
+    assert worker.violations == []
+    worker.close()
+
+
+def test_of_leases_that_have_ended_nothing_is_held_that_the_worker_does_not_hold(
+    lessor: Lessor, first: int
+) -> None:
+    def held() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    worker = Worker(lessor)
+    other = subprocess.Popen(["sleep", "60"])
+    worker.main_pid = other.pid
+    before = held()
+    most = 0
+    for number in range(1000):
+        worker.says(LeasePort(number, first))
+        worker.says(ReturnPort(first))
+        worker.sockets.pop().close()
+        most = max(most, held() - before)
+    assert 1 < most < 300
+    lessor.sample()
+    assert held() == before
+    with socket.socket() as anybody:
+        anybody.bind(("127.0.0.1", first))
+    other.kill()
+    other.wait()
 
 
 def test_the_ports_of_a_dead_worker_are_free_at_once(lessor: Lessor, first: int) -> None:
