@@ -73,8 +73,7 @@ DRAIN_S: Final = 10.0
 #: A broker that has drained waits so long for clients to say that they read their last outcomes.
 PART_S: Final = 0.5
 CONNECT_S: Final = 5.0
-#: A worker that retires waits so long after its last outcome for the clients to say that they have it: four heartbeats,
-#: which a client answers unless it is idle.
+#: A worker that retires waits so long after its last outcome for clients to say that they have it: four heartbeats.
 ARRIVE_S: Final = 1.0
 #: A worker that retires may finish its calls for so long: most time out after CALL_TIMEOUT_S, and some are worth waiting for.
 RETIRE_S: Final = 300.0
@@ -260,8 +259,7 @@ ADAPT_STEP_S: Final = 10.0
 DEATHS_MAX: Final = 256
 ENDED_CALLS_MAX: Final = 4096
 STDERR_TAIL_BYTES: Final = 4096
-#: Of a stuck worker's stacks, the end, where its main thread stands: about 100 frames. With the tail of its standard
-#: error it fits into the details of an error.
+#: The end of a stuck worker's stacks, about 100 frames: with the tail of its standard error it fits into an error.
 STACK_BYTES_MAX: Final = 8192
 
 # -- reclaim ------------------------------------------------------------------------------------------
@@ -368,6 +366,8 @@ OUTPUT_LINES_PER_S: Final = 100.0
 OUTPUT_LINES_BURST: Final = 500
 #: Both ends are ours; the largest message is a report of WORKERS_MAX workers or DEATHS_MAX certificates.
 NODE_BYTES_MAX: Final = 16 * 1024 * 1024
+#: A broker answers the report of each second. One that says nothing for so long hangs: no turn of its loop takes that long.
+BROKER_SILENCE_S: Final = 10.0
 #: One packet of a worker's tether: a kind and a few short fields.
 TETHER_BYTES_MAX: Final = 4096
 #: What a worker may say on its tether, a second and at once: it says little, and the supervisor has one thread for all.

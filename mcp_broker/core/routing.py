@@ -138,6 +138,7 @@ class Routing:
         elif isinstance(message, node.Progressed | node.Commanded):
             self.commands.heard(message, now)
         else:
+            self._demands.is_due = self._demands.is_due or isinstance(message, node.Report)
             self.crew.from_node(message, now)
 
     def _limit(self, configured: dict[str, int | float]) -> None:

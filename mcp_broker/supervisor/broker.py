@@ -9,6 +9,7 @@ import socket
 import time
 from typing import TYPE_CHECKING, Final, Protocol
 
+from mcp_broker import limits
 from mcp_broker.core import children
 from mcp_broker.core.restart import Policy, Restarts
 from mcp_broker.errors import SupervisionError
@@ -32,6 +33,8 @@ _log = logging.getLogger("mcp_broker.supervisor")
 #: second of CPU, and a broker that dies again and again gives each call that waits little time as it is.
 RESTART_POLICY: Final = Policy(intensity=None, base_s=0.1, delay_s_max=1.0)
 _START_S: Final = 15.0
+#: The supervisor's loop turns this often at least. Where more time has passed it was not there to hear anything.
+_TURN_S: Final = 1.0
 
 
 class Owner(Protocol):
@@ -78,6 +81,11 @@ class BrokerChild:
         #: it served at least once: from then on a failed start may be bad luck
         self._has_served = False
         self._link: Link | None = None
+        #: for how long it has said nothing, as far as we listened
+        self._silent_s = 0.0
+        self._listened_at = 0.0
+        #: it was killed for that
+        self._is_hung = False
 
     @property
     def pid(self) -> int:
@@ -96,6 +104,13 @@ class BrokerChild:
     def expire(self, now: float) -> None:
         """Do what is due."""
         self._perform(self.child.expire(now))
+        passed_s, self._listened_at = now - self._listened_at, now
+        if self.child.state is children.State.RUNNING:
+            self._silent_s += min(passed_s, _TURN_S)
+            if self._silent_s >= limits.BROKER_SILENCE_S:
+                # it answers no reports: it is stopped, or its loop does not turn
+                self._is_hung = True
+                self.kill()
 
     def kill(self) -> None:
         """SIGKILL it, now."""
@@ -161,6 +176,7 @@ class BrokerChild:
         )
 
     def _heard(self, message: node.ToSupervisor) -> None:
+        self._silent_s = 0.0
         if isinstance(message, node.Serving):
             self._has_served = True
             self.tell(children.BecameReady())
@@ -184,6 +200,9 @@ class BrokerChild:
         self.process = None
         how = f"killed by {end.signal_name}" if end.signal is not None else f"exited with code {end.code}"
         was_ready = self.child.state is children.State.RUNNING
+        if was_ready and self._is_hung:
+            how = f"hung: it said nothing for {limits.BROKER_SILENCE_S:g} s ({how})"
+        self._silent_s, self._is_hung = 0.0, False
         reason = how if was_ready else f"{boot_reason(process.stderr_tail, '')} ({how})".strip()
         reclaim.forget(self._owner.run_dir, process.name)
         reclaim.remove_tree(self._owner.run_dir / process.name)

@@ -203,7 +203,10 @@ class Observe(NodeMessage, tag="OBSERVE", frozen=True):
 
 
 class Demand(NodeMessage, tag="DEMAND", frozen=True):
-    """Broker, a few times a second at most: the pools of which something else is asked than was told before."""
+    """Broker, a few times a second at most: the pools of which something else is asked than was told before.
+
+    After each REPORT, even if there are none: a broker that says nothing hangs.
+    """
 
     pools: tuple[PoolDemand, ...]
 

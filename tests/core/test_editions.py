@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from mcp_broker import limits
 from mcp_broker.core.workers import WorkerState
 from mcp_broker.wire import messages, node
 from tests.core.support import EPOCH, World, definition
@@ -199,6 +200,21 @@ def test_the_supervisor_is_told_what_is_asked_of_pools_only_when_it_is_something
     assert (seen[-1].ready, seen[-1].busy, seen[-1].waiting) == (1, 1, 2)
     assert 0 < seen[-1].wait_s <= 1
     assert len(seen) <= 4, "no more often than the heartbeat"
+
+
+def test_each_report_is_answered_with_the_next_heartbeat_also_when_nothing_is_different() -> None:
+    world = World()
+    world.ready()
+    world.later(1)
+    for _ in range(2):
+        world.machine.to_node.clear()
+        world.machine.from_node(node.Report(()), world.now)
+        world.machine.from_node(node.Report(()), world.now)
+        world.later(limits.HEARTBEAT_S)
+        assert world.machine.to_node == [node.Demand(())]
+    world.machine.to_node.clear()
+    world.later(5)
+    assert world.machine.to_node == []
 
 
 def test_calls_behind_a_closed_gate_are_no_reason_for_more_workers() -> None:

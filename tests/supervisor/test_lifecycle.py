@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mcp_broker import limits
 from tests.supervisor.conftest import Start, is_running, of_instance
 from tests.support.waiting import wait_for
 
@@ -92,6 +93,20 @@ def test_what_a_broker_wants_that_comes_up_during_a_stop_starts_nothing(start: S
         pytest.skip("the next broker came too late to want anything")
     assert "was told to stop" in (node.state_dir.parent / "state.log").read_text()
     assert "SHUTDOWN" in [one["kind"] for one in told], "it is to take no calls"
+
+
+def test_a_broker_that_hangs_is_killed_and_another_one_serves_the_workers_that_are_there(
+    start: Start,
+) -> None:
+    node = start()
+    pid = node.event("Serving")["broker_pid"]
+    node.event("PoolReady")
+    worker = node.worker()
+    os.kill(pid, signal.SIGSTOP)
+    died = node.event("BrokerDied", timeout_s=limits.BROKER_SILENCE_S * 3)
+    assert (died["pid"], died["reason"]) == (pid, "hung: it said nothing for 10 s (killed by SIGKILL)")
+    assert node.event("Serving")["broker_pid"] != pid
+    assert is_running(worker["pid"])
 
 
 def test_a_death_is_told_within_100_ms_with_its_cause_and_the_worker_replaced(start: Start) -> None:

@@ -52,6 +52,8 @@ class Broker:
                     listener.setblocking(True)
                     self.selector.register(listener, selectors.EVENT_READ, callback)
                 self.say(node.Serving(os.getpid()))
+            elif isinstance(message, node.Report):
+                self.say(node.Demand(()))
             elif isinstance(message, node.Shutdown) and not (STATE_DIR / "stubborn").exists():
                 self.say(node.Drained(0))
 
