@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 import os
 import socket
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from mcp_broker.config import parse
 from mcp_broker.errors import ConfigError
-from mcp_broker.supervisor import sieve
+from mcp_broker.supervisor import gauge, sieve
 from mcp_broker.supervisor.lessor import Lessor
 from mcp_broker.wire.confinement import Confinement
 from mcp_broker.wire.tether import Leased, LeasePort, LeaseRefused, ReturnPort, TetherMessage
@@ -158,7 +158,9 @@ def test_of_leases_that_have_ended_nothing_is_held_that_the_worker_does_not_hold
     lessor: Lessor, first: int
 ) -> None:
     def held() -> int:
-        return len(list(Path("/proc/self/fd").iterdir()))
+        # what earlier tests forgot goes at any moment
+        gc.collect()
+        return sum(one.startswith("socket:") for _, one in gauge.descriptors(os.getpid()))
 
     worker = Worker(lessor)
     other = subprocess.Popen(["sleep", "60"])
@@ -169,7 +171,7 @@ def test_of_leases_that_have_ended_nothing_is_held_that_the_worker_does_not_hold
         worker.says(LeasePort(number, first))
         worker.says(ReturnPort(first))
         worker.sockets.pop().close()
-        most = max(most, held() - before)
+        most = max(most, held() - before) if number % 50 == 0 else most
     assert 1 < most < 300
     lessor.sample()
     assert held() == before
