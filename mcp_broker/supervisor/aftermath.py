@@ -57,6 +57,8 @@ class Aftermath:
         self.bystanders = proctable.children(os.getpid())
         reclaim.become_subreaper()
         self.groups = cgroups.open_groups(instance)
+        if self.groups is not None:
+            reclaim.record_groups(self.run_dir, self.groups)
         self._reclaimer = reclaim.Reclaimer(self, self._reclaimed)
         self._history = reclaim.Reclaims(state_dir)
         self._sweeps_left = 0

@@ -172,6 +172,11 @@ class Groups:
         self.top.remove()
 
 
+def name_of(instance: str) -> str:
+    """Return the name of a supervisor's folder."""
+    return f"{_PREFIX}{instance}"
+
+
 def open_groups(instance: str, controller: str | None = None) -> Groups | None:
     """Return where groups with this controller can be made, or such as kill (None); None where there is no such place.
 
@@ -182,7 +187,7 @@ def open_groups(instance: str, controller: str | None = None) -> Groups | None:
     for hierarchy in hierarchies():
         if not hierarchy.is_v2 if controller is None else controller not in hierarchy.controllers:
             continue
-        top = Group(hierarchy.own / f"{_PREFIX}{instance}")
+        top = Group(hierarchy.own / name_of(instance))
         try:
             top.make()
         except OSError:

@@ -8,11 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from mcp_broker import proctable
+from mcp_broker.supervisor import cgroups, reclaim
 from mcp_broker.supervisor.reclaim import memory
 from tests.supervisor.conftest import Start, is_running, of_instance
 from tests.support.waiting import wait_for
@@ -184,6 +186,39 @@ def test_the_next_start_ends_who_hides_its_environment_where_groups_can_be_kille
         os.kill(daemon, signal.SIGKILL)
         pytest.skip("this machine or this user has no control groups that can kill")
     assert not is_running(daemon)
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[cgroups.Group]:
+    """A control group that this process is not in, as another login session has one."""
+    opened = cgroups.open_groups("elsewhere")
+    if opened is None:
+        pytest.skip("this machine or this user has no control groups that can kill")
+    opened.close()
+    group = cgroups.Group(opened.top.path.parent / f"session-{os.getpid()}")
+    group.make()
+    yield group
+    group.kill()
+    wait_for(group.remove, what="the end of the group")
+
+
+@pytest.mark.parametrize("instance", ["abc", "another"])
+def test_groups_of_a_supervisor_that_ran_in_another_one_are_found_where_it_wrote_them_down(
+    elsewhere: cgroups.Group, tmp_path: Path, instance: str
+) -> None:
+    groups = cgroups.Groups(cgroups.Group(elsewhere.path / cgroups.name_of(instance)))
+    left = groups.of("old-1")
+    left.make()
+    with subprocess.Popen(["sleep", "60"], env={}) as hidden:
+        left.add(hidden.pid)
+        reclaim.record_groups(tmp_path, groups)
+        assert reclaim.remove_leftovers(tmp_path, "abc") == (instance == "abc")
+        if instance == "abc":
+            assert hidden.wait(5) == -signal.SIGKILL
+        else:
+            assert is_running(hidden.pid), "whatever stands there, nothing but a group of ours is killed"
+            hidden.kill()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_worker_sees_none_of_our_environment_files_or_terminal(start: Start, tmp_path: Path) -> None:

@@ -2,7 +2,13 @@
 
 from mcp_broker.supervisor.reclaim.folders import remove_tree
 from mcp_broker.supervisor.reclaim.history import Reclaims
-from mcp_broker.supervisor.reclaim.leftovers import INSTANCE_VARIABLE, forget, record, remove_leftovers
+from mcp_broker.supervisor.reclaim.leftovers import (
+    INSTANCE_VARIABLE,
+    forget,
+    record,
+    record_groups,
+    remove_leftovers,
+)
 from mcp_broker.supervisor.reclaim.memory import prefix
 from mcp_broker.supervisor.reclaim.reclaimer import Reclaimer
 from mcp_broker.supervisor.reclaim.steps import Remains
@@ -18,6 +24,7 @@ __all__ = [
     "forget",
     "prefix",
     "record",
+    "record_groups",
     "remove_leftovers",
     "remove_tree",
     "sweep",

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from mcp_broker import proctable
@@ -18,12 +19,13 @@ from mcp_broker.supervisor.reclaim import memory
 from mcp_broker.supervisor.reclaim.folders import remove_tree
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from mcp_broker.supervisor.process import Process
 
 #: in the environment of every child: of which state directory it is
 INSTANCE_VARIABLE: Final = "MCPB_INSTANCE"
+
+#: in the runtime folder: where our control groups are
+_GROUPS: Final = "groups"
 
 #: SIGKILL takes effect within milliseconds, unless its target is stuck in the kernel
 _GONE_S: Final = 1.0
@@ -44,6 +46,25 @@ def forget(run_dir: Path, name: str) -> None:
     (run_dir / f"{name}.json").unlink(missing_ok=True)
 
 
+def record_groups(run_dir: Path, groups: cgroups.Groups) -> None:
+    """Write down where our control groups are, for a next start that runs in another group than we do."""
+    with contextlib.suppress(OSError):
+        (run_dir / _GROUPS).write_text(str(groups.top.path))
+
+
+def _groups(run_dir: Path, instance: str) -> list[cgroups.Groups]:
+    """Return where an earlier supervisor's control groups may be."""
+    here = cgroups.open_groups(instance)
+    found = [] if here is None else [here]
+    with contextlib.suppress(OSError, ValueError):
+        top = Path((run_dir / _GROUPS).read_text())
+        # nothing but a group of ours is killed, whatever stands there
+        is_ours = top.name == cgroups.name_of(instance) and (top / "cgroup.procs").exists()
+        if is_ours and all(top != groups.top.path for groups in found):
+            found.append(cgroups.Groups(cgroups.Group(top)))
+    return found
+
+
 def remove_leftovers(run_dir: Path, instance: str) -> int:
     """Kill what an earlier supervisor of this state directory left running, and remove what it left behind.
 
@@ -55,15 +76,15 @@ def remove_leftovers(run_dir: Path, instance: str) -> int:
         How many processes were killed.
     """
     killed: set[tuple[int, int]] = set()
-    groups = cgroups.open_groups(instance)
+    every = _groups(run_dir, instance)
     deadline = time.monotonic() + _GONE_S
     for _ in range(_ROUNDS_MAX):
-        targets = _left_over(run_dir, instance, groups)
+        targets = _left_over(run_dir, instance, every)
         if not targets:
             break
         killed |= targets.items()
-        _kill(targets, groups, deadline)
-    if groups is not None:
+        _kill(targets, every, deadline)
+    for groups in every:
         groups.close()
     for name in memory.names(memory.prefix(instance)):
         memory.remove(name)
@@ -75,7 +96,7 @@ def remove_leftovers(run_dir: Path, instance: str) -> int:
     return len(killed)
 
 
-def _left_over(run_dir: Path, instance: str, groups: cgroups.Groups | None) -> dict[int, int]:
+def _left_over(run_dir: Path, instance: str, every: list[cgroups.Groups]) -> dict[int, int]:
     """Return the living processes of an earlier supervisor: pid -> start time."""
     table = {pid: entry for pid, entry in proctable.read_all().items() if entry.state != "Z"}
     targets: dict[int, int] = {}
@@ -86,7 +107,7 @@ def _left_over(run_dir: Path, instance: str, groups: cgroups.Groups | None) -> d
                 entry = table.get(int(identity["pid"]))
                 if entry is not None and entry.starttime == identity["starttime"]:
                     targets[entry.pid] = entry.starttime
-    for pid in groups.top.pids() if groups is not None else ():
+    for pid in (pid for groups in every for pid in groups.top.pids()):
         if pid in table:
             targets[pid] = table[pid].starttime
     for entry in table.values():
@@ -107,8 +128,8 @@ def _left_over(run_dir: Path, instance: str, groups: cgroups.Groups | None) -> d
     return targets
 
 
-def _kill(targets: dict[int, int], groups: cgroups.Groups | None, deadline: float) -> None:
-    if groups is not None:
+def _kill(targets: dict[int, int], every: list[cgroups.Groups], deadline: float) -> None:
+    for groups in every:
         groups.top.kill()
     pidfds = []
     for pid, starttime in targets.items():
