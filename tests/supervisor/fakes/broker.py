@@ -45,6 +45,9 @@ class Broker:
             message = codec.from_supervisor.decode(body)
             kind = str(message.__struct_config__.tag)
             self.told.append({"kind": kind, **self.plain(message)})
+            if isinstance(message, node.Shutdown):
+                # for tests that look when this process is gone
+                (STATE_DIR / f"shutdown-{os.getpid()}").touch()
             if isinstance(message, node.Boot):
                 self.boot = message
                 for fd, callback in ((message.client_fd, self.order), (message.worker_fd, self.up)):
