@@ -223,7 +223,9 @@ def test_nothing_of_a_killed_worker_is_left_and_the_record_says_what_was(
         told: dict[str, Any] = next(parts)
         pids = seen_from_here(told["pids"], worker)
         assert len(pids) == 5
-        assert all(map(is_running, pids))
+        # of a daemon without a name, only its control group tells that its worker lives: without one it is swept at once
+        is_swept = wipes and os.geteuid() != 0
+        assert all(map(is_running, pids[:-1] if is_swept else pids))
         os.kill(worker, 9)
         with pytest.raises(WorkerLost):
             next(parts)
