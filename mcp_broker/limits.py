@@ -12,8 +12,7 @@ from typing import Final
 #: The one msgpack frame of a message. A batch of 256 small calls is about 64 KiB; four times that
 #: leaves room for inline payloads. A frame above it is refused before it is decoded.
 ENVELOPE_BYTES_MAX: Final = 256 * 1024
-#: A payload up to this size rides inside the envelope; a larger one takes the second frame.
-#: pyzmq copies cheaper than it shares below about this size.
+#: A payload up to this size rides in the envelope, a larger one in the second frame: below it pyzmq copies cheaper.
 INLINE_BYTES_MAX: Final = 64 * 1024
 #: The second frame: one payload of 1 MiB and its msgpack head. What is larger goes in parts or chunks, so that no message
 #: holds up the loop, or a small call behind it, for longer than it takes to copy a MiB.
@@ -136,6 +135,8 @@ CHUNK_BYTES_MAX: Final = 256 * 1024
 #: Chunks that a client may send before its worker has read one; both ends hold at most so many. 1 MiB on its way hides
 #: the round trip; 4 MiB carried a sixth more, and an echo beside it took twice as long.
 UPLOAD_WINDOW_MAX: Final = 4
+#: Bytes of parts that a client lets come before it takes them, for the same reason.
+STREAM_AHEAD_BYTES: Final = UPLOAD_WINDOW_MAX * CHUNK_BYTES_MAX
 #: A tool's reports of progress of one call go out this far apart: a person sees no more, and no loop floods anybody.
 PROGRESS_S: Final = 0.05
 #: "Did you mean" compares a name with all others, about 1 ms: so many in so much time, for all clients.

@@ -283,13 +283,14 @@ class Dispatcher:
     def credit(self, call: Call, credit: messages.StreamCredit) -> None:
         """Take a caller's room for parts.
 
-        The worker hears of it when that lets it go on, or in steps: a caller that raises its limit without taking
+        The worker hears of it when it is about to run out, or in steps: a caller that raises its limit without taking
         parts cannot fill the worker's outbox.
         """
         call.wanted = max(call.wanted, min(credit.limit, call.parts + limits.STREAM_AHEAD_MAX))
         call.session.kept.cover(call.call_id, call.wanted - limits.STREAM_WINDOW_MAX)
         step = limits.STREAM_WINDOW_MAX // 2
-        if call.worker is not None and (call.parts == call.limit or call.wanted - call.limit >= step):
+        is_short = call.limit - call.parts < step // 2
+        if call.worker is not None and (is_short or call.wanted - call.limit >= step):
             self._raise_limit(call, call.worker)
 
     @staticmethod

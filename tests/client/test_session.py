@@ -380,6 +380,24 @@ def test_stream_gives_parts_in_order_and_credit_as_they_are_taken() -> None:
     assert sent(session) == [messages.Credit(7, (messages.StreamCredit(call.call_id, 6),))]
 
 
+def test_stream_of_large_parts_has_fewer_of_them_on_their_way() -> None:
+    session = opened()
+    call = session.submit("t", 5.0, EMPTY, 0.0, streamed=True)
+    sent(session)
+    large = bytes(limits.STREAM_AHEAD_BYTES // 2)
+    for at in range(4):
+        part = messages.Part(call.call_id, at, None)
+        session.receive(messages.Partial(7, (part,)), payload.pack(large), 0.0)
+    told = []
+    for _ in range(4):
+        session.took(call)
+        told.append(sent(session))
+    credits_ = [messages.Credit(7, (messages.StreamCredit(call.call_id, limit),)) for limit in (5, 6)]
+    assert told == [[], [], [credits_[0]], [credits_[1]]], (
+        "two are on their way, where four small ones would be"
+    )
+
+
 @pytest.mark.parametrize(("indexes", "code"), [((0, 2), "BROKER_LOST"), ((0, 1, 2, 3, 4), "INTERNAL")])
 def test_stream_with_a_gap_or_beyond_its_credit_is_cancelled(indexes: tuple[int, ...], code: str) -> None:
     session = opened()

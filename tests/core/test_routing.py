@@ -497,6 +497,20 @@ def test_credit_of_a_stream_is_bounded_by_the_parts_taken() -> None:
     assert max(credit.limit for message in credits_ for credit in message.credits) == bounds.STREAM_AHEAD_MAX
 
 
+def test_worker_that_is_about_to_run_out_hears_of_a_little_credit() -> None:
+    world = World()
+    world.hello()
+    world.ready(streaming=True)
+    call_id = world.call()
+    for index in range(bounds.STREAM_WINDOW_MAX - 2):
+        world.worker_says("echo-1", messages.Partial(EPOCH, (messages.Part(call_id, index, b"\xc0"),)))
+    world.heard_by_worker("echo-1")
+    limit = bounds.STREAM_WINDOW_MAX + 2
+    world.client_says("c1", messages.Credit(EPOCH, (messages.StreamCredit(call_id, limit),)))
+    [heard] = world.heard_by_worker("echo-1")
+    assert heard == messages.Credit(EPOCH, (messages.StreamCredit(call_id, limit),))
+
+
 def test_credit_given_while_the_call_waits_reaches_its_worker() -> None:
     world = World()
     world.hello()

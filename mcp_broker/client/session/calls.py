@@ -156,13 +156,9 @@ class CallBook:
             self.ended[-1].error.__cause__ = error
 
     def took(self, pending: PendingCall) -> None:
-        """A part was taken: one more may come. The broker hears of it every half window."""
-        pending.taken += 1
-        window = self.stream_window
-        limit = pending.taken + window
-        if pending.sends and limit - (pending.limit or window) >= max(1, window // 2):
-            pending.limit = limit
-            self.credits[pending.call_id] = limit
+        """A part was taken: more may come."""
+        if pending.took(self.stream_window):
+            self.credits[pending.call_id] = pending.limit
 
     # -- to the broker ------------------------------------------------------------------------------------
 
@@ -289,8 +285,10 @@ class CallBook:
             if part.index >= (pending.limit or self.stream_window):
                 self.abandon(pending, "INTERNAL", "the tool sent more parts than it had credit for")
                 continue
+            packed = part.body if part.body is not None else body
+            pending.part_bytes = 0 if packed is None else len(packed)
             try:
-                value = read(part.body if part.body is not None else body, part.encoding)
+                value = read(packed, part.encoding)
             except (errors.MalformedFrame, errors.PayloadTooLarge) as error:
                 code = error.code if isinstance(error, errors.CallError) else "INTERNAL"
                 self.abandon(pending, code, f"a part of the stream cannot be read: {error}")

@@ -34,6 +34,7 @@ class PendingCall(Slim):
         deadline: instant, on the shell's clock in seconds, at which the broker ends it.
         limit: parts with an index below it may come; 0 as long as it is the session's first limit.
         next_index: the part that must come next.
+        part_bytes: the size of the latest part.
         sends: how often it may have reached a broker.
         streamed: somebody takes its parts one by one.
         taken: parts that its caller has taken.
@@ -54,9 +55,29 @@ class PendingCall(Slim):
     next_index: int = 0
     limit: int = 0
     taken: int = 0
+    part_bytes: int = 0
     collected: list[Any] | None = None
     on_progress: Any = None
     upload: Upload | None = None
+
+    def took(self, most: int) -> bool:
+        """Count a part as taken; tell whether the limit has risen by half a window, and the broker is to hear of it.
+
+        A whole window of large parts would be more bytes than it takes to hide the round trip, and those would only be
+        in the way of other calls.
+
+        Args:
+            most: the window of small parts.
+        """
+        self.taken += 1
+        window = most
+        if self.part_bytes * most > limits.STREAM_AHEAD_BYTES:
+            window = min(most, max(2, limits.STREAM_AHEAD_BYTES // self.part_bytes))
+        limit = self.taken + window
+        if not self.sends or limit - (self.limit or most) < max(1, window // 2):
+            return False
+        self.limit = limit
+        return True
 
     @property
     def is_streaming(self) -> bool:
