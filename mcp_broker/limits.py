@@ -9,8 +9,7 @@ from typing import Final
 
 # -- the wire ---------------------------------------------------------------------------------
 
-#: The one msgpack frame of a message. A batch of 256 small calls is about 64 KiB; four times that
-#: leaves room for inline payloads. A frame above it is refused before it is decoded.
+#: A message's first frame: four times a batch of 256 small calls, to leave room for payloads. Above it, refused undecoded.
 ENVELOPE_BYTES_MAX: Final = 256 * 1024
 #: A payload up to this size rides in the envelope, a larger one in the second frame: below it pyzmq copies cheaper.
 INLINE_BYTES_MAX: Final = 64 * 1024
@@ -55,8 +54,7 @@ CALL_TIMEOUT_S_MAX: Final = 86_400.0
 HEARTBEAT_S: Final = 0.25
 #: A client that heard nothing for this long while calls are in flight opens a new connection.
 SILENCE_S: Final = 1.0
-#: How long a lost client session waits for its client to resume, before its calls are cancelled.
-#: With one heartbeat to notice, a vanished client's calls are cancelled within a second.
+#: A lost session waits so long for its client to resume: with a heartbeat to notice, its calls are cancelled within a second.
 RESUME_GRACE_S: Final = 0.5
 #: Outcomes of a dying worker may still be in its socket's buffer when its death is reported.
 DEATH_SETTLE_S: Final = 0.02
@@ -152,8 +150,9 @@ COMMANDS_MAX: Final = 64
 ATTEMPTS_MAX: Final = 3
 #: Distinct workers that a call may kill before it is POISONED.
 POISON_DEATHS: Final = 2
-#: Client sessions and workers that a broker admits.
+#: Client sessions and workers that a broker admits; half of the sessions may be one principal's.
 SESSIONS_MAX: Final = 4096
+PRINCIPAL_SESSIONS_MAX: Final = SESSIONS_MAX // 2
 WORKERS_MAX: Final = 1024
 #: Calls from earlier connections that a worker tells of when it registers: all that it can hold, and the outcomes
 #: that a client may leave unacknowledged for a while. Older outcomes are let go.
@@ -163,17 +162,18 @@ HELD_BYTES_MAX: Final = 32 * 1024 * 1024
 ORPHAN_S: Final = 10.0
 #: Calls that the dead had started, as a broker remembers them: 64 workers' rings.
 STARTED_MAX: Final = 64 * 240
-#: Messages that one loop turn takes from one socket, so that timers are never starved; each may carry BATCH_MAX calls.
+#: Messages that a turn takes from one socket, so that timers are never starved; each may carry BATCH_MAX calls.
 TURN_MESSAGES_MAX: Final = 64
 #: Messages that wait in our own queue for a peer whose socket is full; past it, the session ends.
 PEER_BACKLOG_MAX: Final = 4096
 #: Less would cut off a client with twenty streams of 256 KiB parts, STREAM_WINDOW_MAX of each, when its network stands still.
 PEER_BACKLOG_BYTES_MAX: Final = 64 * 1024 * 1024
-#: Bytes of results that a client has yet to acknowledge, or that its workers are expected to make, before calls of tools
-#: with large results wait: 16 of the largest keep a connection of 1 GB/s busy for 16 ms.
+#: Bytes of results, unacknowledged or expected, before a client's calls of tools with large results wait: 16 of the largest.
 CLIENT_BEHIND_BYTES: Final = 16 * 1024 * 1024
 #: The same before results are dropped. A worker may hold WORKER_DEPTH_MAX calls of a tool whose results were small yet.
 CLIENT_UNREAD_BYTES_MAX: Final = 256 * 1024 * 1024
+#: Of all clients, parts of streams included, at a heartbeat; past it, who holds most is cut off, of the principal with most.
+UNREAD_BYTES_MAX: Final = 1024 * 1024 * 1024
 #: libzmq's own queues are a fuse, several times our windows.
 SOCKET_HWM: Final = 4096
 #: Except for a client: what that has acknowledged, read or not, is counted nowhere else, and 64 of the largest messages are

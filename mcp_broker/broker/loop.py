@@ -195,7 +195,10 @@ class Loop:
             self._error(self._clients, routing_id, error.code, error.message, error.details)
             return
         if self._machine.clientele.hello(routing_id, user_id, message, grant, now) is None:
-            text = f"the broker holds {limits.SESSIONS_MAX} sessions already"
+            text = (
+                f"a broker holds {limits.SESSIONS_MAX} sessions, {limits.PRINCIPAL_SESSIONS_MAX} of one principal, "
+                "and has as many; close clients that are done"
+            )
             self._error(self._clients, routing_id, "OVERLOADED", text, {"retry_after_s": 5.0})
 
     def _renew(self, routing_id: bytes, user_id: str, message: messages.Renew, now: float) -> None:

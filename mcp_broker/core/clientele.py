@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from mcp_broker import limits
@@ -39,6 +40,8 @@ class Clientele:
         self.open: dict[bytes, ClientSession] = {}
         #: OPEN and LOST ones, by session id
         self.sessions: dict[bytes, ClientSession] = {}
+        #: how many sessions :meth:`cut_off` has ended
+        self.cut_offs = 0
 
     def message(
         self, routing_id: bytes, user_id: str, message: messages.FromClient, body: Body | None, now: float
@@ -84,7 +87,7 @@ class Clientele:
         """Open or resume a session for a verified token.
 
         Returns:
-            The session, or None if the broker takes no more (the shell answers OVERLOADED).
+            The session, or None if the broker takes no more, or no more of this principal (the shell answers OVERLOADED).
         """
         known = self.open.get(routing_id)
         if known is not None:
@@ -116,7 +119,7 @@ class Clientele:
             welcome_first = session.outbox
             session.outbox = []
         else:
-            if len(self.sessions) >= limits.SESSIONS_MAX:
+            if self._is_full(grant.caller.principal):
                 return None
             session = ClientSession(
                 self._routing.new_id(),
@@ -153,6 +156,12 @@ class Clientele:
         if session.is_behind:
             self._dispatcher.relieve(session, now)
         return session
+
+    def _is_full(self, principal: str) -> bool:
+        if len(self.sessions) < limits.PRINCIPAL_SESSIONS_MAX:
+            return False
+        its = sum(session.grant.caller.principal == principal for session in self.sessions.values())
+        return len(self.sessions) >= limits.SESSIONS_MAX or its >= limits.PRINCIPAL_SESSIONS_MAX
 
     def renew(self, routing_id: bytes, user_id: str, grant: Grant, now: float) -> bool:
         """Replace a session's token; False if there is no such session, or it is another principal's."""
@@ -243,6 +252,29 @@ class Clientele:
                 outcome = fault(call.call_id, "CANCELLED", f"cancelled, because {why}")
                 self._routing.end(call, outcome, "cancel", now)
         session.release()
+
+    def cut_off(self, now: float) -> None:
+        """End sessions until what clients have yet to read is within its bound.
+
+        The principal that has most of it loses its session that has most: nobody pays for what others do not read.
+        """
+        held = {session: size for session in self.sessions.values() if (size := session.held_bytes)}
+        total = sum(held.values())
+        if total <= limits.UNREAD_BYTES_MAX:
+            return
+        by_principal: dict[str, list[ClientSession]] = {}
+        sums: Counter[str] = Counter()
+        for session in sorted(held, key=held.__getitem__):
+            principal = session.grant.caller.principal
+            by_principal.setdefault(principal, []).append(session)
+            sums[principal] += held[session]
+        while total > limits.UNREAD_BYTES_MAX:
+            [(principal, _)] = sums.most_common(1)
+            session = by_principal[principal].pop()
+            sums[principal] -= held[session]
+            total -= held[session]
+            self.cut_offs += 1
+            self._give_up(session, "its client does not read its results", now)
 
     def forget_allowed(self) -> None:
         """Have every session ask again what it may call: something above the grants has changed."""

@@ -370,6 +370,11 @@ class ClientSession:
         return self.unacked_bytes + self.queued_bytes
 
     @property
+    def held_bytes(self) -> int:
+        """Return the same with the parts of streams that its credit does not cover yet."""
+        return self.unacked_bytes + self.queued_bytes + self.kept.size
+
+    @property
     def due_bytes(self) -> int:
         """Return the same with what is expected to come."""
         return self.unacked_bytes + self.queued_bytes + self.expected_bytes

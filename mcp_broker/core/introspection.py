@@ -206,6 +206,7 @@ def status(
         },
         "sessions": len(routing.clientele.open),
         "refused": dict(routing.refused),
+        "cut_off": routing.clientele.cut_offs,
         "calls": {
             "accepted": ledger.accepted,
             "in_flight": len(ledger) - queued,

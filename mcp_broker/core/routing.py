@@ -174,6 +174,7 @@ class Routing:
             self.crew.dismiss_free(now)
         if now >= self._heartbeat_at:
             self._heartbeat_at = now + limits.HEARTBEAT_S
+            self.clientele.cut_off(now)
             self._beat()
             # calls that ended otherwise than by their worker's word leave room too, and detached ones have no client to say so
             for session in self.dispatcher.arrears.sessions:

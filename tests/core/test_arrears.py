@@ -299,3 +299,56 @@ def test_calls_without_a_client_go_on_when_those_before_them_died_with_their_wor
     world.later(bounds.HEARTBEAT_S)
     assert world.dispatched("echo-2") == ids[len(given) :]
     world.check()
+
+
+def test_what_all_clients_have_yet_to_read_is_bounded_and_costs_who_reads_least(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bounds, "UNREAD_BYTES_MAX", 10 * len(BODY))
+    world = World()
+    greedy = [world.hello(f"g{number}", FakeGrant(principal="greedy")) for number in range(4)]
+    modest = world.hello("m", FakeGrant(principal="modest"))
+    world.ready(depth=bounds.WORKER_DEPTH_MAX)
+    for name, count in (("g0", 1), ("g1", 4), ("g2", 2), ("g3", 2), ("m", 3)):
+        for _ in range(count):
+            world.call(name)
+    for call_id in world.dispatched("echo-1"):
+        answer_large(world, "echo-1", call_id)
+    waiting = world.call("g1")
+    for session in (*greedy, modest):
+        world.heard_by(session)
+    world.later(bounds.HEARTBEAT_S)
+    left = world.machine.clientele.sessions.values()
+    assert set(left) == {greedy[0], greedy[2], greedy[3], modest}, "8 MiB, after the largest went"
+    assert sum(session.held_bytes for session in left) <= bounds.UNREAD_BYTES_MAX
+    assert world.machine.clientele.cut_offs == 1
+    assert waiting not in world.machine.ledger.calls, "what it still waits for is cancelled"
+    assert not world.client_says("g1", messages.Ack(EPOCH, 4)), "its client is told that it has no session"
+    world.check()
+
+
+def test_parts_that_nobody_takes_count_as_unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "UNREAD_BYTES_MAX", 2 * len(BODY))
+    world = World()
+    session = world.hello()
+    world.ready(streaming=True)
+    call_id = world.call()
+    for index in range(3):
+        part = messages.Part(call_id, index, None)
+        world.worker_says("echo-1", messages.Partial(EPOCH, (part,)), BODY)
+    world.heard_by(session)
+    world.later(bounds.HEARTBEAT_S)
+    assert not world.machine.clientele.sessions
+
+
+def test_one_principal_cannot_have_all_sessions() -> None:
+    world = World()
+    for number in range(bounds.PRINCIPAL_SESSIONS_MAX):
+        world.hello(f"g{number}", FakeGrant(principal="greedy"))
+    hello = messages.Hello(0, "MCPB", (1,), "token")
+    more = (FakeGrant(principal="greedy"), FakeGrant(principal="modest"))
+    opened = [
+        world.machine.clientele.hello(grant.caller.principal.encode(), "key", hello, grant, world.now)
+        for grant in more
+    ]
+    assert [session is not None for session in opened] == [False, True]
