@@ -127,7 +127,9 @@ HARD = {
     "time of a call": f"{limits.CALL_TIMEOUT_S:g} s {limits.CALL_TIMEOUT_S_MAX / 3600:g} h",
     "unfinished calls of a client": f"{limits.CLIENT_WINDOW_MAX:,}",
     "calls that wait": f"{limits.QUEUE_CALLS_MAX:,} {limits.PRINCIPAL_QUEUE_CALLS_MAX:,} {limits.BROKER_QUEUE_CALLS_MAX:,}",
-    "sessions, workers, tools": f"{limits.SESSIONS_MAX:,} {limits.WORKERS_MAX:,} {limits.TOOLS_MAX:,}",
+    "sessions, workers, tools": (
+        f"{limits.SESSIONS_MAX:,} {limits.PRINCIPAL_SESSIONS_MAX:,} {limits.WORKERS_MAX:,} {limits.TOOLS_MAX:,}"
+    ),
 }
 
 

@@ -87,12 +87,14 @@ class Died:
         hopeless: another start would end the same way (an import error).
         charged: it died during a call, which answers for it.
         jitter: a random number of [0, 1).
+        rest_s: until it is started again, at least; whoever takes its place goes first.
     """
 
     reason: str
     hopeless: bool = False
     charged: bool = False
     jitter: float = 0.0
+    rest_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -176,9 +176,11 @@ class Child:
         )
         if isinstance(verdict, GiveUp):
             return [self._enter(State.FATAL, f"{verdict.reason}; the last time: {reason}")]
-        if verdict.after_s <= 0:
+        after_s = max(verdict.after_s, death.rest_s)
+        if after_s <= 0:
             return self._start(now)
-        return [self._enter(State.BACKOFF, reason, now + verdict.after_s)]
+        # a rest is nothing that needs a reason
+        return [self._enter(State.BACKOFF, reason if verdict.after_s > 0 else "", now + after_s)]
 
     # -- cells -------------------------------------------------------------------------------------
 

@@ -265,6 +265,19 @@ def test_an_import_error_is_fatal_at_once_and_no_crash_loop() -> None:
     assert effects == [Announce(State.FATAL, "No module named 'duckdb'")]
 
 
+def test_whose_place_another_one_takes_rests_before_it_starts_again() -> None:
+    machine = child(Policy(intensity=2, base_s=0.2))
+    drive(machine, Wanted(), Spawned(), now=0.0)
+    assert drive(machine, Died("x", rest_s=0.1), now=0.0) == [Announce(State.BACKOFF, "")], (
+        "nothing is wrong with it"
+    )
+    assert machine.deadline() == pytest.approx(0.1)
+    assert machine.expire(0.1) == list(START)
+    drive(machine, Spawned(), now=0.2)
+    assert drive(machine, Died("x", rest_s=0.1), now=0.3) == [Announce(State.BACKOFF, "x")]
+    assert machine.deadline() == pytest.approx(0.5), "the longer wait counts"
+
+
 def test_other_boot_failures_restart_at_once_then_back_off_then_end() -> None:
     machine = child(Policy(intensity=2, base_s=0.2))
     assert drive(machine, Wanted(), Spawned(), Died("x"), now=0.0) == list(START)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -68,6 +68,7 @@ max = LAST
 #: of the acceptance, seconds: medians
 ERROR_S = 0.05
 WHOLE_S = 0.3
+SPARE_S = 0.05
 
 
 def config_at(level: str) -> str:
@@ -152,6 +153,38 @@ def test_a_worker_killed_in_mid_call_costs_its_caller_milliseconds_and_leaves_no
     if soak.is_full:
         assert percentile(errors, 0.5) < ERROR_S
         assert percentile(wholes, 0.5) < WHOLE_S
+
+
+@pytest.mark.parametrize("level", ["process", "restricted", "sandboxed"])
+def test_a_spare_takes_the_place_of_a_killed_worker_at_once(start: Start, soak: Soak, level: str) -> None:
+    kills = soak.count(sample=3, full=30)
+    took: list[float] = []
+    config = config_at(level).replace("min = 1\n", "min = 1\nspare = 1\n")
+    with start(tools=TOOLS, config=config) as running, running.client() as client:
+
+        def both() -> list[Any]:
+            """Return the worker and its spare, once there are such."""
+            (pool,) = client.call("system.status")["pools"]
+            workers = sorted(pool["workers"], key=lambda one: str(one["state"]))
+            return workers if [one["state"] for one in workers] == ["ready", "spare"] else []
+
+        for kill in range(kills):
+            worker, spare = wait_for(both, within_s=30, what="a worker and its spare")
+            parts = client.stream("t.stay", {"ports": False}, timeout_s=60)
+            next(parts)
+            begun = time.monotonic()
+            os.kill(worker["pid"], 9)
+            client.call("t.pid", timeout_s=60)
+            took.append(time.monotonic() - begun)
+            with pytest.raises(WorkerLost):
+                next(parts)
+            assert wait_for(both, within_s=30, what="another spare")[0]["id"] == spare["id"]
+            soak.progress(f"{kill + 1} of {kills} kills")
+    soak.report(
+        "whole pool", f"median {percentile(took, 0.5) * 1000:.1f} ms, worst {max(took) * 1000:.1f} ms"
+    )
+    if soak.is_full:
+        assert percentile(took, 0.5) < SPARE_S
 
 
 def launch(running: Running) -> None:
