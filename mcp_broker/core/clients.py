@@ -372,7 +372,7 @@ class ClientSession:
     @property
     def held_bytes(self) -> int:
         """Return the same with the parts of streams that its credit does not cover yet."""
-        return self.unacked_bytes + self.queued_bytes + self.kept.size
+        return self.unread_bytes + self.kept.size
 
     @property
     def due_bytes(self) -> int:

@@ -236,7 +236,7 @@ class Pool:
 
     @contained("calling up a spare")
     def _bereaved(self, slot: Slot) -> None:
-        """A slot's worker has died, and it has not been decided what comes next: a warm spare takes a member's place."""
+        """A slot's process has died, and it has not been decided what comes next: a warm spare takes a member's place."""
         if self._ground.is_leaving or slot not in self.members or slot.child.state is not State.RUNNING:
             return
         spare = self._warm_spare()

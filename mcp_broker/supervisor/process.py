@@ -141,8 +141,6 @@ class Process:
         self.start = ""
         #: told of processes that we started by way of this one, and that may have left its control group
         self.on_descendant: Callable[[int], None] | None = None
-        #: called when it does nothing any more, where that is known before its end: a sandbox takes 10 ms to go
-        self.on_ending: Callable[[], None] | None = None
         self._popen: subprocess.Popen[bytes] | None = None
         self._pidfd: int | None = None
         self._is_over = False

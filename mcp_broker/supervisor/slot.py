@@ -37,7 +37,7 @@ _log = logging.getLogger("mcp_broker.supervisor")
 #: a worker in these may run calls
 _AT_WORK: Final = frozenset((children.State.RUNNING, children.State.RETIRING))
 #: A dead worker's process becomes a spare only then: its start would take the cores from the spare that takes its place,
-#: which serves after 35 ms, sandboxed after 50 without a rest.
+#: which serves after 30 to 42 ms then; at sandboxed it took 48 to 62.
 _SPARE_REST_S: Final = 0.1
 
 
@@ -62,7 +62,7 @@ class Slot:
         restarts: the record of deaths that the pool's slots share.
         edition: which form of the pool's table it has.
         is_spare: its processes import their tools, and wait to be called up.
-        on_death: told that its worker has died, as soon as that is known, and again before it is decided what comes next.
+        on_death: told that its process has died, before it is decided what comes next.
     """
 
     def __init__(
@@ -87,8 +87,6 @@ class Slot:
         self.life: Life | None = None
         #: registered at least once in this life
         self._was_ready = False
-        #: its worker has ended, and its process is about to
-        self._is_ending = False
         #: why it was retired, if it was
         self._retired_why = ""
 
@@ -128,7 +126,7 @@ class Slot:
     @property
     def is_warm(self) -> bool:
         """A spare that can be called up."""
-        return self.is_spare and self.child.state is children.State.RUNNING and not self._is_ending
+        return self.is_spare and self.child.state is children.State.RUNNING
 
     def retire(self, why: str) -> None:
         """Let the worker finish its calls and go; ``why`` goes into its certificate."""
@@ -215,7 +213,7 @@ class Slot:
     def _spawn(self) -> None:
         ground = self._ground
         worker_id = ground.next_worker_id(self._pool)
-        self._was_ready = self._is_ending = False
+        self._was_ready = False
         try:
             life = self.life = Life(worker_id, self._pool, self.edition, ground.run_dir)
         except OSError as error:
@@ -277,12 +275,7 @@ class Slot:
         reclaim.record(ground.run_dir, life.process)
         ground.aftermath.spawned(life.worker_id, life.process.pid)
         life.process.on_descendant = functools.partial(ground.aftermath.spawned, life.worker_id)
-        life.process.on_ending = self._ending
         self.tell(children.Spawned())
-
-    def _ending(self) -> None:
-        self._is_ending = True
-        self._on_death(self)
 
     def _warmed(self, _message: Warm) -> None:
         if not self.is_spare:

@@ -225,8 +225,6 @@ class SandboxedProcess(Process):
                 cpu_s=(user_us + system_us) / _MICROSECONDS,
                 max_rss_kib=max_rss_kib,
             )
-            if self.on_ending is not None:
-                self.on_ending()
         elif not packet:
             self._unhear()
         for fd in fds:
