@@ -84,15 +84,17 @@ class Link:
         self._unsent: deque[_Unsent] = deque()
         self._unsent_bytes = 0
         self.is_open = True
+        #: the other end takes nothing more; what it had sent before is still to be read
+        self._is_deaf = False
         poller.add(end.fileno(), self._serve)
 
     def send(self, message: FromSupervisor, descriptor: int | None = None) -> None:
-        """Send now what the socket takes, and the rest when it takes more. A closed link drops it.
+        """Send now what the socket takes, and the rest when it takes more. A closed or broken link drops it.
 
         Args:
             descriptor: a copy of it travels with the message.
         """
-        if not self.is_open:
+        if not self.is_open or self._is_deaf:
             return
         framed = frame(codec.encode(message))
         self._unsent_bytes += len(framed)
@@ -117,9 +119,13 @@ class Link:
             self.is_open = False
             self._poller.remove(self._socket.fileno())
             self._socket.close()
-            for unsent in self._unsent:
-                unsent.close()
-            self._unsent.clear()
+            self._drop_unsent()
+
+    def _drop_unsent(self) -> None:
+        for unsent in self._unsent:
+            unsent.close()
+        self._unsent.clear()
+        self._unsent_bytes = 0
 
     def _lose(self, reason: str) -> None:
         self.close()
@@ -142,9 +148,10 @@ class Link:
                     self._unsent.popleft()
         except BlockingIOError:
             pass
-        except OSError as error:
-            self._lose(f"its link broke: {error.strerror}")
-            return
+        except OSError:
+            # it is gone, and its last words are in front of the end of file that is read next
+            self._is_deaf = True
+            self._drop_unsent()
         waits = polling.READ | (polling.WRITE if self._unsent else 0)
         self._poller.change(self._socket.fileno(), waits)
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from mcp_broker import Client, DeadlineExceeded, InvalidArgument, NotFound, Unavailable, WorkerLost
 from tests.support.running import Running
 from tests.support.waiting import wait_for
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
@@ -239,6 +238,33 @@ def test_what_an_operator_disabled_stays_so_when_the_broker_is_replaced(
 ) -> None:
     steer(client, "disable", "r.count", reason="under repair")
     os.kill(client.call("system.status")["broker"]["pid"], signal.SIGKILL)
+    with pytest.raises(Unavailable, match="under repair"):
+        client.call("r.count", timeout_s=10)
+    steer(client, "enable", "r.count")
+    assert client.call("r.count")
+
+
+def test_what_an_operator_disabled_last_stays_so_when_its_supervisor_was_busy_as_the_broker_died(
+    running: Running, client: Client
+) -> None:
+    worker = client.call("r.pid")
+    broker = client.call("system.status")["broker"]["pid"]
+    # it finds the death of the worker first, and tells a broker of it that is dead
+    supervisor = psutil.Process(running.process.pid)
+    supervisor.suspend()
+    try:
+        wait_for(lambda: supervisor.status() == psutil.STATUS_STOPPED, what="the supervisor stands still")
+        os.kill(worker, signal.SIGKILL)
+        steer(client, "disable", "r.count", reason="under repair")
+        os.kill(broker, signal.SIGKILL)
+        # its descriptors are closed with the last of its threads
+        dead, tasks = psutil.Process(broker), Path(f"/proc/{broker}/task")
+        wait_for(
+            lambda: dead.status() == psutil.STATUS_ZOMBIE and len(list(tasks.iterdir())) == 1,
+            what="the broker's death",
+        )
+    finally:
+        supervisor.resume()
     with pytest.raises(Unavailable, match="under repair"):
         client.call("r.count", timeout_s=10)
     steer(client, "enable", "r.count")

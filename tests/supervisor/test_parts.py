@@ -106,6 +106,21 @@ def test_a_link_that_cannot_be_used_is_lost_once(
     assert ends.lost[0].startswith(said)
 
 
+def test_what_the_dead_said_is_heard_though_something_is_sent_to_them_first(
+    ends: Ends, poller: Poller
+) -> None:
+    ends.link.send(node.Admit(()))
+    ends.theirs.sendall(frame(codec.encode(node.Drained(2))))
+    # with something unread: the next to send hears of a reset
+    ends.theirs.close()
+    ends.link.send(node.Admit(()))
+    ends.link.send(node.Admit(()))
+    assert ends.lost == []
+    ends.link.drain()
+    assert ends.heard == [node.Drained(2)]
+    assert len(ends.lost) == 1
+
+
 # -- lock, ports, records ------------------------------------------------------------------------------
 
 
