@@ -10,6 +10,7 @@ from typing import Any
 
 from mcp_broker import limits
 from mcp_broker.errors import ConfigError
+from mcp_broker.worker import forks
 from mcp_broker.worker.hooks import Hooks
 from mcp_broker.worker.tool import Tool, made
 
@@ -38,7 +39,8 @@ def load(module: str, path: tuple[str, ...] = ()) -> Catalogue:
             sys.path.insert(0, folder)
     before = len(made)
     try:
-        imported = importlib.import_module(module)
+        with forks.contained():
+            imported = importlib.import_module(module)
     except ImportError as error:
         raise ConfigError(f"cannot import {module}: {error}{_advice(module, error)}") from error
     except Exception as error:

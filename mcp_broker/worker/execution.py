@@ -5,10 +5,9 @@ from __future__ import annotations
 import functools
 import resource
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from pydantic_core import ValidationError
@@ -17,11 +16,11 @@ from mcp_broker import limits
 from mcp_broker.errors import CallError, InvalidArgument, MalformedFrame
 from mcp_broker.wire import codec, encoding, messages, payload
 from mcp_broker.wire.structs import Slim
-from mcp_broker.worker import exhaustion, offspring, results
+from mcp_broker.worker import exhaustion, forks, offspring, results
 from mcp_broker.worker.context import ToolCaller, ToolContext
 from mcp_broker.worker.hooks import Hooks
 from mcp_broker.worker.interrupts import CallInterrupted, Interrupts
-from mcp_broker.worker.outcomes import RAISABLE, fault
+from mcp_broker.worker.outcomes import RAISABLE, describe, fault
 
 if TYPE_CHECKING:
     from mcp_broker.worker.bytestream import ByteStream
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
     from mcp_broker.worker.leases import LeasedPort
     from mcp_broker.worker.session import Pending
     from mcp_broker.worker.tool import Tool
-
-TRACEBACK_CHARS: Final = 4000
 
 Finished = tuple[messages.Outcome, bytes | None]
 
@@ -271,6 +268,8 @@ class Execution:
 
     def part(self, run: Run, value: Any) -> bytes | messages.Outcome:
         """Pack one part; an outcome if it cannot be sent."""
+        if forks.is_fork:
+            forks.leave()
         try:
             return results.pack(value, run.plan.tool, keys_are_text=run.plan.keys_are_text)
         except CallError as error:
@@ -278,6 +277,8 @@ class Execution:
 
     def returned(self, run: Run, value: Any) -> Finished:
         """Make the outcome of a result."""
+        if forks.is_fork:
+            forks.leave()
         plan = run.plan
         try:
             packed = results.pack(value, plan.tool, keys_are_text=plan.keys_are_text)
@@ -294,12 +295,16 @@ class Execution:
 
     def ended(self, run: Run) -> messages.Outcome:
         """Make the outcome of a stream that came to its end."""
+        if forks.is_fork:
+            forks.leave()
         usage = self.meter.usage(run.started_ns, time.monotonic_ns())
         call_id = run.pending.dispatch.call_id
         return messages.Outcome(call_id, messages.OK, payload.pack(None), usage, None, run.index)
 
     def cancelled(self, run: Run) -> messages.Outcome:
         """Make the outcome of an interrupted call, after the end of the processes that it started."""
+        if forks.is_fork:
+            forks.leave()
         if self._is_alone:
             offspring.kill_since(run.started_ns)
         now_ns = time.monotonic_ns()
@@ -314,6 +319,8 @@ class Execution:
 
     def failed(self, run: Run, error: BaseException) -> messages.Outcome:
         """Make the outcome of a call that raised."""
+        if forks.is_fork:
+            forks.leave(error)
         if self._interrupts.raised == run.pending.dispatch.seq:
             return self.cancelled(run)
         usage = self.meter.usage(run.started_ns, time.monotonic_ns())
@@ -357,40 +364,3 @@ class Execution:
             report=functools.partial(self.report, pending) if self.report is not None else None,
             lend=self.lend,
         )
-
-
-def describe(error: BaseException, tool: Tool[..., Any]) -> tuple[str, dict[str, Any]]:
-    """Say what a tool raised and where in its author's code.
-
-    Returns:
-        The sentence, and details {type, message, file, line, traceback}.
-    """
-    name = type(error).__name__
-    try:
-        text = str(error)
-    except Exception:
-        text = "(its text cannot be shown)"
-    details: dict[str, Any] = {"type": name, "message": text[: limits.TEXT_CHARS_MAX]}
-    own = tool.function.__code__.co_filename
-    place = _place(error.__traceback__, own)
-    if place is not None:
-        details["file"], details["line"] = place
-        # the first frames are ours
-        trace = error.__traceback__
-        while trace is not None and trace.tb_frame.f_code.co_filename != own and trace.tb_next is not None:
-            trace = trace.tb_next
-        shown = "".join(traceback.format_exception(type(error), error, trace, limit=-20))
-        details["traceback"] = shown[-TRACEBACK_CHARS:]
-    elif isinstance(error, CallError):
-        details |= error.details
-    return (f"{name}: {text}" if text else name), details
-
-
-def _place(trace: TracebackType | None, own: str) -> tuple[str, int] | None:
-    """Return file and line of the last frame of the tool's own module."""
-    place: tuple[str, int] | None = None
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == own:
-            place = own, trace.tb_lineno
-        trace = trace.tb_next
-    return place

@@ -40,6 +40,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from mcp_broker.wire.structs import Slim
+from mcp_broker.worker import forks
 
 if TYPE_CHECKING:
     from mcp_broker.worker.tool import Tool
@@ -123,7 +124,8 @@ class Hooks:
         """Run every start hook; the first one that fails keeps the worker from coming up."""
         for hook in self._hooks:
             if hook.event == "start":
-                hook.function()
+                with forks.contained():
+                    hook.function()
 
     def end(self) -> None:
         """Run every stop hook, whatever the others do."""
@@ -168,7 +170,8 @@ class Around:
     def _call(self, function: Callable[..., Any], /, **arguments: Any) -> Any:
         self._begin(arguments)
         try:
-            result = function(**arguments)
+            with forks.contained():
+                result = function(**arguments)
         except Exception as error:
             self._failed(arguments, error)
             raise
@@ -178,7 +181,8 @@ class Around:
     async def _coroutine(self, function: Callable[..., Any], /, **arguments: Any) -> Any:
         self._begin(arguments)
         try:
-            result = await function(**arguments)
+            with forks.contained():
+                result = await function(**arguments)
         except Exception as error:
             self._failed(arguments, error)
             raise
@@ -188,7 +192,8 @@ class Around:
     def _stream(self, function: Callable[..., Any], /, **arguments: Any) -> Iterator[Any]:
         self._begin(arguments)
         try:
-            yield from function(**arguments)
+            with forks.contained():
+                yield from function(**arguments)
         except Exception as error:
             self._failed(arguments, error)
             raise
@@ -197,8 +202,9 @@ class Around:
     async def _async_stream(self, function: Callable[..., Any], /, **arguments: Any) -> AsyncIterator[Any]:
         self._begin(arguments)
         try:
-            async for part in function(**arguments):
-                yield part
+            with forks.contained():
+                async for part in function(**arguments):
+                    yield part
         except Exception as error:
             self._failed(arguments, error)
             raise
@@ -223,7 +229,8 @@ def _run(functions: list[Callable[[], Any]]) -> str:
     error = ""
     for function in functions:
         try:
-            function()
+            with forks.contained():
+                function()
         except Exception as raised:
             place = traceback.extract_tb(raised.__traceback__)[-1]
             error = error or f"{type(raised).__name__}: {raised} ({place.filename}:{place.lineno})"

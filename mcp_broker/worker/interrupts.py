@@ -12,10 +12,14 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn
 
 if TYPE_CHECKING:
     from mcp_broker.wire.marks import Marks
+
+
+#: signals that a worker handles, and a fork of it does not
+HANDLED: Final = (signal.SIGUSR1, signal.SIGTERM)
 
 
 class CallInterrupted(BaseException):
@@ -68,6 +72,13 @@ class Interrupts:
         signal.signal(signal.SIGTERM, self._on_terminate)
         # Ctrl-C in the supervisor's terminal is the supervisor's to handle
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def relinquish(self) -> None:
+        """Leave signals to their defaults, in a process that was forked off; what a tool does with one stays."""
+        for number in HANDLED:
+            if signal.getsignal(number) in {self._on_interrupt, self._on_terminate}:
+                signal.signal(number, signal.SIG_DFL)
+        self.armed = 0
 
     def forget(self) -> None:
         """Drop what signals asked for on an earlier connection."""

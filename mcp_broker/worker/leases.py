@@ -11,6 +11,7 @@ from mcp_broker import limits
 from mcp_broker.core.bucket import Bucket, Rate
 from mcp_broker.errors import PORT_ERRORS, PortError
 from mcp_broker.wire.tether import Leased, LeasePort, LeaseRefused, ReturnPort
+from mcp_broker.worker import forks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -88,6 +89,10 @@ class Lender:
         def wish(number: int) -> LeasePort:
             return LeasePort(number, port, None if ttl_s is None else max(1, int(ttl_s * _MS)))
 
+        if forks.is_fork:
+            raise PortError(
+                "a port is leased in the process that the tool was called in; this one was forked off it"
+            )
         self._wait()
         try:
             answer, fd = self._tether.ask(wish, limits.PORT_WAIT_S)

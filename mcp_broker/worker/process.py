@@ -24,7 +24,7 @@ from mcp_broker.errors import ConfigError, WireError
 from mcp_broker.wire import codec
 from mcp_broker.wire.marks import MARKS_BYTES, Marks
 from mcp_broker.wire.tether import Asks, Go, Warm
-from mcp_broker.worker import catalogue, sharing
+from mcp_broker.worker import catalogue, forks, sharing
 from mcp_broker.worker.execution import Execution
 from mcp_broker.worker.interrupts import Interrupts
 from mcp_broker.worker.leases import Lender
@@ -90,6 +90,7 @@ def serve(boot: WorkerBoot, tether: Tether) -> None:
     tether.on(Go, go)
     tether.watch()
     sharing.name_with(boot.shared_prefix)
+    forks.watch(interrupts.relinquish)
     tools = catalogue.load(boot.module, boot.path)
     hooks = catalogue.hooks(boot.module, tools)
     # not before the import: until here SIGTERM ends the process at once, as it should

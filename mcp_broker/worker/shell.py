@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from mcp_broker import limits
 from mcp_broker.errors import ConfigError
-from mcp_broker.worker import exhaustion
+from mcp_broker.worker import exhaustion, forks
 from mcp_broker.worker.bytestream import ByteStream
 from mcp_broker.worker.interrupts import CallInterrupted
 from mcp_broker.worker.link import Link, LinkLost
@@ -119,7 +119,9 @@ class Shell:
             outgoing.clear()
 
     def report(self, pending: Pending, fraction: float | None, message: str) -> None:
-        """Send a running call's progress at once, in the middle of its tool's code."""
+        """Send a running call's progress at once, in the middle of its tool's code; a fork has no link to send it by."""
+        if forks.is_fork:
+            return
         if threading.get_ident() != self._thread:
             self.report_from_afar(pending, fraction, message)
             return
@@ -142,11 +144,11 @@ class Shell:
         Raises:
             CallInterrupted: nobody wants the call any more.
             ConnectionError: the bytes cannot come any more.
-            RuntimeError: this is another thread than the tool was called in (its author's fault).
+            RuntimeError: this is another process or thread than the tool was called in (its author's fault).
         """
-        if threading.get_ident() != self._thread:
+        if forks.is_fork or threading.get_ident() != self._thread:
             raise RuntimeError(
-                "a ByteStream is read in the thread that its tool was called in, or by `async for`"
+                "a ByteStream is read in the process and thread that its tool was called in, or by `async for`"
             )
         with self.interrupts.shielded():
             while (data := self.session.read(pending)) is None:

@@ -14,6 +14,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from mcp_broker.wire import messages
+from mcp_broker.worker import forks
 from mcp_broker.worker.bytestream import ByteStream
 from mcp_broker.worker.execution import Execution, Finished, Run
 from mcp_broker.worker.interrupts import CallInterrupted, Interrupts
@@ -76,6 +77,9 @@ class ConcurrentLoop(Shell):
         loop.remove_reader(self.link.wake_fd)
 
     async def _turn(self, concurrency: int) -> None:
+        if forks.is_fork:
+            # of a coroutine that waits: its loop belongs to the worker
+            forks.leave()
         session, link = self.session, self.link
         was_open = link.is_open
         timeout_s = self.connect()
