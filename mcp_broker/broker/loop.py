@@ -14,7 +14,7 @@ import zmq
 
 from mcp_broker import limits
 from mcp_broker.broker.link import NodeLink, SupervisorGone
-from mcp_broker.core.clientele import error as error_message
+from mcp_broker.core.client_sessions import error as error_message
 from mcp_broker.core.refusals import Refusals
 from mcp_broker.errors import Unauthenticated, WireError
 from mcp_broker.transport import DONTWAIT, MORE, has_input
@@ -181,7 +181,7 @@ class Loop:
             self._hello(routing_id, user_id, message, now)
         elif type(message) is messages.Renew:
             self._renew(routing_id, user_id, message, now)
-        elif not self._machine.clientele.message(routing_id, user_id, message, body, now):
+        elif not self._machine.clients.message(routing_id, user_id, message, body, now):
             text = "this connection has no session: say HELLO first, and nothing else before WELCOME"
             self._error(self._clients, routing_id, "UNAUTHENTICATED", text, {"reason": "no_session"})
 
@@ -194,7 +194,7 @@ class Loop:
         except Unauthenticated as error:
             self._error(self._clients, routing_id, error.code, error.message, error.details)
             return
-        if self._machine.clientele.hello(routing_id, user_id, message, grant, now) is None:
+        if self._machine.clients.hello(routing_id, user_id, message, grant, now) is None:
             text = (
                 f"a broker holds {limits.SESSIONS_MAX} sessions, {limits.PRINCIPAL_SESSIONS_MAX} of one principal, "
                 "and has as many; close clients that are done"
@@ -207,7 +207,7 @@ class Loop:
         except Unauthenticated as error:
             self._error(self._clients, routing_id, error.code, error.message, error.details, fatal=False)
             return
-        if not self._machine.clientele.renew(routing_id, user_id, grant, now):
+        if not self._machine.clients.renew(routing_id, user_id, grant, now):
             self._error(
                 self._clients, routing_id, "UNAUTHENTICATED", "say HELLO first", {"reason": "no_session"}
             )
@@ -223,7 +223,7 @@ class Loop:
         if not _has_room_for(message, body):
             self._misbehaved(self._workers, routing_id, _BODY_RULE, now)
             return
-        if not self._machine.crew.message(routing_id, user_id, message, body, now):
+        if not self._machine.workers.message(routing_id, user_id, message, body, now):
             text = "this worker is not expected here: REGISTER first, with a key that the supervisor admitted"
             self._error(self._workers, routing_id, "UNAUTHENTICATED", text, {"reason": "no_session"})
 
@@ -245,7 +245,7 @@ class Loop:
         self._count(error.code, error.message, now, user_id=user_id)
         self._error(socket, routing_id, error.code, error.message, error.details, fatal=fatal)
         if fatal and socket is self._clients:
-            self._machine.clientele.unreachable(routing_id, now)
+            self._machine.clients.unreachable(routing_id, now)
 
     def _other_version(self, socket: zmq.Socket[bytes], routing_id: bytes, majors: tuple[int, ...]) -> None:
         text = f"this broker speaks protocol version {messages.MAJOR}; the peer offers {list(majors[:16])}"
@@ -255,7 +255,7 @@ class Loop:
         self._count("MALFORMED_FRAME", text, now)
         self._error(socket, routing_id, "MALFORMED_FRAME", text, {})
         if socket is self._clients:
-            self._machine.clientele.unreachable(routing_id, now)
+            self._machine.clients.unreachable(routing_id, now)
 
     def _count(self, code: str, reason: str, now: float, **about: str) -> None:
         self._machine.refused["frames"] += 1
@@ -293,15 +293,15 @@ class Loop:
             # some of them a turn, in rotation: many that never read cost those who do no time
             for routing_id in list(islice(waiting, limits.TURN_MESSAGES_MAX)):
                 self._retry(socket, routing_id, now)
-        while machine.clientele.dirty or machine.crew.dirty:
-            workers, machine.crew.dirty[:] = machine.crew.dirty[:], []
+        while machine.clients.dirty or machine.workers.dirty:
+            workers, machine.workers.dirty[:] = machine.workers.dirty[:], []
             for worker in workers:
                 for envelope, body in worker.take_outbox(machine.epoch):
                     if worker.routing_id:
                         self._send(self._workers, worker.routing_id, envelope, body, now)
-            clients, machine.clientele.dirty[:] = machine.clientele.dirty[:], []
+            clients, machine.clients.dirty[:] = machine.clients.dirty[:], []
             for session in clients:
-                if machine.clientele.open.get(session.routing_id) is not session:
+                if machine.clients.open.get(session.routing_id) is not session:
                     # lost: its outbox waits for a client that resumes
                     session.dirty = False
                     continue
@@ -354,9 +354,9 @@ class Loop:
     def _unreachable(self, socket: zmq.Socket[bytes], routing_id: bytes, now: float) -> None:
         self._waiting[socket].pop(routing_id, None)
         if socket is self._clients:
-            self._machine.clientele.unreachable(routing_id, now)
+            self._machine.clients.unreachable(routing_id, now)
         else:
-            self._machine.crew.unreachable(routing_id)
+            self._machine.workers.unreachable(routing_id)
 
 
 def _log_bug(where: str, error: Exception) -> None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from mcp_broker import limits
 from mcp_broker.core.calls import Call, Upload, fault
-from mcp_broker.core.clients import ClientSession, ClientState
-from mcp_broker.core.losses import unavailable
+from mcp_broker.core.client_session import ClientSession, ClientState
+from mcp_broker.core.failures import unavailable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -185,7 +185,7 @@ class Acceptance:
         if pool.failure:
             return unavailable(call.call_id, pool, pool.failure)
         principal = call.session.grant.caller.principal
-        refusal = self._routing.care.refusal(call.tool, call.call_id, principal, now)
+        refusal = self._routing.health.refusal(call.tool, call.call_id, principal, now)
         if now < self._routing.began + limits.ORPHAN_S:
             # what waited at an earlier broker passed its rates there, and comes all at once
             return refusal
@@ -314,7 +314,7 @@ class Acceptance:
         if request.extra is not None and request.extra.again:
             # it may have been accepted once, and run already: whether it does is asked when it is taken
             return tool
-        outcome = self._routing.care.refusal(tool, request.call_id, session.grant.caller.principal, now)
+        outcome = self._routing.health.refusal(tool, request.call_id, session.grant.caller.principal, now)
         if outcome is not None:
             self._refuse(session, outcome, now)
             return None

@@ -10,7 +10,7 @@ Rules
                      \____________________^
 
 An ENDED call may still occupy its worker (deadline or cancel came first); the worker's own record of it
-(:attr:`~mcp_broker.core.workers.Worker.held`) says so. "Late", "orphaned" and "abandoned" are derived.
+(:attr:`~mcp_broker.core.worker.Worker.held`) says so. "Late", "orphaned" and "abandoned" are derived.
 
 Source: docs/protocol.md, "Life of a call".
 """
@@ -29,10 +29,10 @@ from mcp_broker.wire import messages, payload
 from mcp_broker.wire.structs import Slim
 
 if TYPE_CHECKING:
-    from mcp_broker.core.clients import ClientSession
+    from mcp_broker.core.client_session import ClientSession
     from mcp_broker.core.outbox import Body
     from mcp_broker.core.registry import Tool
-    from mcp_broker.core.workers import Worker
+    from mcp_broker.core.worker import Worker
     from mcp_broker.wire.node import Certificate
 
 

@@ -34,7 +34,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from mcp_broker import limits
-from mcp_broker.core.childhood import (
+from mcp_broker.core.child_events import (
     Announce,
     BackoffOver,
     BecameReady,

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mcp_broker.core.workers import WorkerState
+from mcp_broker.core.worker import WorkerState
 from mcp_broker.wire import node
 
 if TYPE_CHECKING:
+    from mcp_broker.core.dispatcher import Dispatcher
     from mcp_broker.core.pool import Pool
-    from mcp_broker.core.pools import Dispatcher
 
 
 class Demands:

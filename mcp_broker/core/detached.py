@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mcp_broker import limits
-from mcp_broker.core import losses
+from mcp_broker.core import failures
 from mcp_broker.core.calls import Call, fault
-from mcp_broker.core.clients import ClientSession
+from mcp_broker.core.client_session import ClientSession
 from mcp_broker.core.shelf import Shelf
 from mcp_broker.wire import messages
 from mcp_broker.wire.structs import Slim
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mcp_broker.core.receipts import Receipt
     from mcp_broker.core.registry import Tool
     from mcp_broker.core.routing import Routing
-    from mcp_broker.core.workers import Worker
+    from mcp_broker.core.worker import Worker
     from mcp_broker.wire.node import Certificate
 
 
@@ -78,7 +78,7 @@ class Detached:
         for call in mine:
             del session.live[call.call_id]
             self.live[call.call_id] = call
-            self._routing.dispatcher.arrears.move(call, adrift)
+            self._routing.dispatcher.backpressure.move(call, adrift)
         if adrift.is_behind:
             # what the client had yet to read is no matter any more
             self._routing.dispatcher.relieve(adrift, now)
@@ -105,7 +105,7 @@ class Detached:
         """Their worker has died."""
         for orphan in orphans:
             if orphan.tool is not None:
-                self.inherit(orphan, losses.forsaken(orphan.call_id, orphan.tool, certificate))
+                self.inherit(orphan, failures.forsaken(orphan.call_id, orphan.tool, certificate))
 
     def late(self, orphan: Orphan) -> None:
         """A call that runs, and that nobody has asked for, is stopped: its time is over."""
@@ -132,7 +132,7 @@ class Detached:
                 return refusal
             # also from a session whose end nobody has noticed yet
             call.session.live.pop(call_id, None)
-            self._routing.dispatcher.arrears.move(call, session)
+            self._routing.dispatcher.backpressure.move(call, session)
             session.live[call_id] = call
             return None
         waiting = self.outcomes.get((principal, call_id))

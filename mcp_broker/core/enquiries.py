@@ -20,7 +20,7 @@ from mcp_broker.wire import payload
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from mcp_broker.core.clients import ClientSession
+    from mcp_broker.core.client_session import ClientSession
     from mcp_broker.core.routing import Routing
     from mcp_broker.wire import messages
 

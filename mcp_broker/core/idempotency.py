@@ -16,9 +16,9 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Final
 
 from mcp_broker import limits
-from mcp_broker.core import losses
+from mcp_broker.core import failures
 from mcp_broker.core.calls import Call, fault
-from mcp_broker.core.clients import ClientState
+from mcp_broker.core.client_session import ClientState
 from mcp_broker.core.shelf import Shelf
 from mcp_broker.wire import messages
 from mcp_broker.wire.structs import Slim
@@ -161,10 +161,10 @@ class Idempotency:
                 routing.end_late(successor, routing.now)
                 continue
             pool = successor.tool.pool
-            if pool is None or routing.care.ends(successor):
+            if pool is None or routing.health.ends(successor):
                 continue
             if pool.failure and not pool.closed:
-                self._ledger.finish(successor, losses.unavailable(successor.call_id, pool, pool.failure))
+                self._ledger.finish(successor, failures.unavailable(successor.call_id, pool, pool.failure))
                 continue
             successor.arguments, successor.body = call.arguments, call.body
             successor.record, record.call = record, successor

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Final
 from mcp_broker import limits
 from mcp_broker.core import condition
 from mcp_broker.core.dead_letters import described
+from mcp_broker.core.death_log import is_wished
 from mcp_broker.core.lifecycle import Treatment
-from mcp_broker.core.obituaries import is_wished
-from mcp_broker.core.workers import WorkerState
+from mcp_broker.core.worker import WorkerState
 from mcp_broker.errors import NotFound, PayloadTooLarge
 from mcp_broker.wire import codec, messages, payload
 
@@ -182,7 +182,7 @@ def _pool(routing: Routing, pool: Pool) -> dict[str, Any]:
 
 def _deaths(routing: Routing) -> list[Any]:
     """Return the newest deaths that nobody had wished for; `why` knows the others too."""
-    unwished = [one for one in routing.crew.deaths if not is_wished(one)]
+    unwished = [one for one in routing.workers.deaths if not is_wished(one)]
     return [codec.as_plain(certificate) for certificate in unwished[:_DEATHS_MAX]]
 
 
@@ -204,9 +204,9 @@ def status(
             "clients": boot.client_endpoint if boot is not None else "",
             "workers": boot.worker_endpoint if boot is not None else "",
         },
-        "sessions": len(routing.clientele.open),
+        "sessions": len(routing.clients.open),
         "refused": dict(routing.refused),
-        "cut_off": routing.clientele.cut_offs,
+        "cut_off": routing.clients.cut_offs,
         "calls": {
             "accepted": ledger.accepted,
             "in_flight": len(ledger) - queued,
@@ -218,7 +218,7 @@ def status(
             "poisoned": len(routing.dispatcher.dead_letters),
         },
         "pools": [_pool(routing, pool) for _, pool in sorted(routing.dispatcher.pools.items())],
-        "ports": [codec.as_plain(port) for port in routing.crew.ports],
+        "ports": [codec.as_plain(port) for port in routing.workers.ports],
         "deaths": _deaths(routing),
     }
 
@@ -228,11 +228,11 @@ def why(routing: Routing, _call: Call, arguments: dict[str, Any]) -> dict[str, A
     wanted: str = arguments["id"]
     tool = routing.registry.tools.get(wanted)
     if tool is not None and tool.pool is not None:
-        told = condition.described(routing.care.lives.of(tool), routing.now)
+        told = condition.described(routing.health.lifecycles.of(tool), routing.now)
         return {"found": True, "kind": "tool", "pool": tool.pool.name, **told}
     if wanted in routing.dispatcher.pools:
         return {"found": True, "kind": "pool", **_pool_story(routing, routing.dispatcher.pools[wanted])}
-    for certificate in routing.crew.deaths:
+    for certificate in routing.workers.deaths:
         if wanted in (certificate.worker_id, str(certificate.pid)):
             return {
                 "found": True,
@@ -241,7 +241,7 @@ def why(routing: Routing, _call: Call, arguments: dict[str, Any]) -> dict[str, A
                 "reclaim": _reclaim(routing, certificate.worker_id),
                 "calls": _ended_by(routing, certificate.worker_id),
             }
-    worker = routing.crew.by_id.get(wanted)
+    worker = routing.workers.by_id.get(wanted)
     if worker is not None:
         state = worker.state.name.lower()
         return {
@@ -295,7 +295,7 @@ def why(routing: Routing, _call: Call, arguments: dict[str, Any]) -> dict[str, A
 
 def _pool_story(routing: Routing, pool: Pool) -> dict[str, Any]:
     """Describe a pool, its tools that do not simply serve, and its latest deaths."""
-    deaths = [certificate for certificate in routing.crew.deaths if certificate.pool == pool.name]
+    deaths = [certificate for certificate in routing.workers.deaths if certificate.pool == pool.name]
     troubled = [
         condition.described(tool.condition, routing.now)
         for tool in routing.registry.of(pool)
@@ -307,7 +307,7 @@ def _pool_story(routing: Routing, pool: Pool) -> dict[str, Any]:
 
 def _reclaim(routing: Routing, worker_id: str) -> dict[str, Any] | None:
     """Return what was taken back after this worker's death, None while that goes on."""
-    for record in routing.crew.reclaims:
+    for record in routing.workers.reclaims:
         if record.worker_id == worker_id:
             plain: dict[str, Any] = codec.as_plain(record)
             return plain

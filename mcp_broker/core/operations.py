@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Final
 
 from mcp_broker import limits
 from mcp_broker.core.pool import APART
-from mcp_broker.core.workers import WorkerState
+from mcp_broker.core.worker import WorkerState
 from mcp_broker.wire import messages, node
 from mcp_broker.wire.structs import Slim
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from mcp_broker.core.pool import Pool
     from mcp_broker.core.registry import Tool
     from mcp_broker.core.routing import Routing
-from mcp_broker.core.workers import Worker
+from mcp_broker.core.worker import Worker
 
 
 class Phase(Enum):
@@ -175,7 +175,7 @@ class Operations:
             worker.send(messages.Hook(self._routing.epoch, operation.order, operation.event, tool.name))
 
     def _have_hooked(self, operation: Operation, now: float) -> bool:
-        waiting, by_id = operation.waiting or set(), self._routing.crew.by_id
+        waiting, by_id = operation.waiting or set(), self._routing.workers.by_id
         # a process that is gone took its state along, and the next one begins with its start hooks
         waiting &= by_id.keys()
         if not waiting:
@@ -204,7 +204,7 @@ class Operations:
         self._routing.to_node.append(node.Replace(worker_id, why))
 
     def _are_replaced(self, operation: Operation, now: float) -> bool:
-        by_id = self._routing.crew.by_id
+        by_id = self._routing.workers.by_id
         left = {
             worker_id
             for worker_id in operation.waiting or ()
@@ -257,7 +257,7 @@ class Operations:
 
     def _begin_move(self, operation: Operation, now: float) -> None:
         if operation.target is not None:
-            self._routing.care.residence.move(operation.tool, operation.target, now)
+            self._routing.health.placement.move(operation.tool, operation.target, now)
 
     def _begin_penalty(self, operation: Operation, now: float) -> None:
         operation.until = now + operation.penalty_s

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mcp_broker.core.outbox import Body
     from mcp_broker.core.receipts import Receipt
     from mcp_broker.core.registry import Tool
-    from mcp_broker.core.workers import Worker
+    from mcp_broker.core.worker import Worker
     from mcp_broker.wire import messages
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 from mcp_broker import limits
 from mcp_broker.core.budget import Budget, Waiting
 from mcp_broker.core.fairness import Backlog, Gate
-from mcp_broker.core.workers import Worker, WorkerState
+from mcp_broker.core.worker import Worker, WorkerState
 from mcp_broker.wire.messages import Priority
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from mcp_broker.core.bucket import Rate
     from mcp_broker.core.calls import Call
-    from mcp_broker.core.clients import ClientSession
+    from mcp_broker.core.client_session import ClientSession
     from mcp_broker.core.registry import Tool
     from mcp_broker.wire.node import PoolReport
 
@@ -35,7 +35,7 @@ class Pool:
     Attributes:
         backlog: all calls of this pool that wait for a worker, by id.
         doubts: calls that may have started at a worker which has not spoken yet (core/reconciliation), by id.
-        waiting: how many both are, with those that wait for their client to read (core/arrears) or for the outcome of another
+        waiting: how many both are, with those that wait for their client to read (core/backpressure) or for the outcome of another
             call (core/idempotency), and how large.
         gates: of its tools that are bounded; empty for most pools.
         rate: what the operator lets each of its tools take.

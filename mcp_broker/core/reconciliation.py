@@ -24,11 +24,11 @@ import math
 from typing import TYPE_CHECKING
 
 from mcp_broker import limits
-from mcp_broker.core import losses
+from mcp_broker.core import failures
 from mcp_broker.core.calls import Call, CallState, fault
 from mcp_broker.core.orphans import Orphan, Orphans
 from mcp_broker.core.pool import APART
-from mcp_broker.core.workers import WorkerState
+from mcp_broker.core.worker import WorkerState
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from mcp_broker.core.pool import Pool
     from mcp_broker.core.receipts import Receipt
     from mcp_broker.core.routing import Routing
-    from mcp_broker.core.workers import Worker
+    from mcp_broker.core.worker import Worker
     from mcp_broker.wire import messages
     from mcp_broker.wire.node import Certificate
 
@@ -122,7 +122,7 @@ class Reconciliation:
             del self.doubts[outcome.call_id]
             self._forget(orphan)
         elif call is None and (orphan.is_unwanted or kept > limits.HELD_BYTES_MAX):
-            self._routing.detached.inherit(orphan, *losses.checked(worker, outcome, body))
+            self._routing.detached.inherit(orphan, *failures.checked(worker, outcome, body))
             self._forget(orphan)
         else:
             if size:
@@ -256,14 +256,14 @@ class Reconciliation:
         )
 
     def _is_in_doubt(self, pool: Pool) -> bool:
-        complete = self._routing.crew.admission_complete
+        complete = self._routing.workers.admission_complete
         kin = (other for other in self._dispatcher.pools.values() if other.family == pool.family)
         return not complete or any(worker.is_silent for one in kin for worker in one.workers.values())
 
     def is_waiting(self) -> bool:
         """Tell whether some worker has yet to say what it holds."""
-        crew = self._routing.crew
-        return not crew.admission_complete or any(worker.is_silent for worker in crew.by_id.values())
+        workers = self._routing.workers
+        return not workers.admission_complete or any(worker.is_silent for worker in workers.by_id.values())
 
     def _lost(self, call: Call) -> bool:
         """End a call that a dead worker had started; False: none had, or it may run again."""
@@ -274,7 +274,7 @@ class Reconciliation:
             # which calls it had started was its own word
             return False
         call.killers = (certificate,)
-        self._ledger.finish(call, losses.forsaken(call.call_id, call.tool, certificate))
+        self._ledger.finish(call, failures.forsaken(call.call_id, call.tool, certificate))
         return True
 
     def _was_let_go(self, call: Call) -> bool:
@@ -302,7 +302,7 @@ class Reconciliation:
         if outcome is None:
             self._dispatcher.adopt(call, orphan.worker, orphan.seq)
             return
-        self._ledger.finish(call, *losses.checked(orphan.worker, outcome, body))
+        self._ledger.finish(call, *failures.checked(orphan.worker, outcome, body))
         if orphan.receipt is not None:
             # its share is the session's from here on
             orphan.receipt.left -= 1
@@ -331,12 +331,12 @@ class Reconciliation:
             if in_doubt or (call.tool.pool is not None and self._may_follow(call, call.tool.pool)):
                 continue
             self.undoubt(call)
-            if not (self._lost(call) or self._was_let_go(call) or self._routing.care.shuts_out(call)):
+            if not (self._lost(call) or self._was_let_go(call) or self._routing.health.shuts_out(call)):
                 free.append(call)
         for call in free:
             its = call.tool.pool
             if its is not None and its.failure and not its.closed:
-                self._ledger.finish(call, losses.unavailable(call.call_id, its, its.failure))
+                self._ledger.finish(call, failures.unavailable(call.call_id, its, its.failure))
             elif its is not None:
                 self._dispatcher.submit([call], its, now)
 
@@ -352,10 +352,10 @@ class Reconciliation:
                 self._routing.detached.late(orphan)
                 # it occupies its worker until that says so
                 orphan.is_unwanted = True
-                self._routing.crew.stop_call(worker, orphan.call_id, orphan.seq, "cancel", now)
+                self._routing.workers.stop_call(worker, orphan.call_id, orphan.seq, "cancel", now)
             elif call is None:
                 if orphan.outcome is not None:
-                    kept = losses.checked(worker, orphan.outcome, orphan.body)
+                    kept = failures.checked(worker, orphan.outcome, orphan.body)
                     self._routing.detached.inherit(orphan, *kept)
                 self._forget(orphan)
             elif call.state is _ENDED:
@@ -388,7 +388,7 @@ class Reconciliation:
             and call.state is not _ENDED
             for call in self.doubts.values()
         ):
-            self._routing.crew.give_up(worker)
+            self._routing.workers.give_up(worker)
         self._routing.timers.add(now + limits.ORPHAN_S, self._unheard, worker)
 
 

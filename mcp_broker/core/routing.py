@@ -4,7 +4,7 @@ Rules
     Everything that decides is here or in the machines that this one owns; the shell only moves bytes.
     No peer can stop it: a refusal is an entry in that peer's outbox, never an exception.
 
-The shell hands decoded messages to :attr:`Routing.clientele`, :attr:`Routing.crew` and :meth:`Routing.from_node`, calls
+The shell hands decoded messages to :attr:`Routing.clients`, :attr:`Routing.workers` and :meth:`Routing.from_node`, calls
 :meth:`Routing.expire` once a turn, and then sends what the dirty sessions and workers and :attr:`Routing.to_node` hold.
 
 What is deliberately absent: payloads (opaque), tokens (the shell verifies them and passes a Grant).
@@ -18,20 +18,20 @@ from mcp_broker import limits
 from mcp_broker.core import own_tools
 from mcp_broker.core.bucket import Rate
 from mcp_broker.core.calls import Call, CallState, Ledger, fault
-from mcp_broker.core.care import Care
-from mcp_broker.core.clientele import Clientele
+from mcp_broker.core.client_sessions import ClientSessions
 from mcp_broker.core.commands import Commands
-from mcp_broker.core.crew import Crew
 from mcp_broker.core.dead_letters import DeadLetters
 from mcp_broker.core.demand import Demands
 from mcp_broker.core.detached import Detached
+from mcp_broker.core.dispatcher import Dispatcher
 from mcp_broker.core.enquiries import Enquiries
 from mcp_broker.core.idempotency import Idempotency
-from mcp_broker.core.pools import Dispatcher
 from mcp_broker.core.rates import Rates
 from mcp_broker.core.reconciliation import Reconciliation
 from mcp_broker.core.registry import Registry
 from mcp_broker.core.timers import Timers
+from mcp_broker.core.tool_health import ToolHealth
+from mcp_broker.core.workers import Workers
 from mcp_broker.wire import messages, node
 
 if TYPE_CHECKING:
@@ -65,14 +65,14 @@ class Routing:
         self.dispatcher.orphaned = self.reconciliation.outcome
         self.idempotency = Idempotency(self)
         self.detached = Detached(self)
-        self.care = Care(self)
-        self.dispatcher.keeper = self.care
-        self.ledger.failing = self.care.failing
+        self.health = ToolHealth(self)
+        self.dispatcher.health = self.health
+        self.ledger.failing = self.health.failing
         self.ledger.keyed = self.idempotency.finished
         self.commands = Commands(self)
         self.enquiries = Enquiries(self)
-        self.clientele = Clientele(self)
-        self.crew = Crew(self)
+        self.clients = ClientSessions(self)
+        self.workers = Workers(self)
         self._demands = Demands(self.dispatcher)
         self.draining = False
         self._drain_until = self._part_at = 0.0
@@ -95,7 +95,7 @@ class Routing:
         self.ledger.finish(call, outcome)
         if worker is not None:
             self.dispatcher.ghosts.add(call.call_id)
-            self.crew.stop_call(worker, call.call_id, seq, why, now)
+            self.workers.stop_call(worker, call.call_id, seq, why, now)
 
     def end_late(self, call: Call, now: float) -> None:
         """End a call whose deadline has passed."""
@@ -121,7 +121,7 @@ class Routing:
         if isinstance(message, node.Shutdown):
             self.draining = True
             self._drain_until = now + message.drain_s
-            self.clientele.forget_allowed()
+            self.clients.forget_allowed()
         elif isinstance(message, node.Boot):
             self.boot = message
             self.lineage = message.lineage
@@ -132,14 +132,14 @@ class Routing:
             # the shell's: machines log nothing
             return
         elif isinstance(message, node.Standings):
-            self.care.lives.recall(message.tools)
+            self.health.lifecycles.recall(message.tools)
         elif isinstance(message, node.Abandoned):
             self.reconciliation.were_abandoned(message.call_ids)
         elif isinstance(message, node.Progressed | node.Commanded):
             self.commands.heard(message, now)
         else:
             self._demands.is_due = self._demands.is_due or isinstance(message, node.Report)
-            self.crew.from_node(message, now)
+            self.workers.from_node(message, now)
 
     def _limit(self, configured: dict[str, int | float]) -> None:
         rate = Rate.of(configured.get("rate_per_s"), int(configured.get("burst", 0)))
@@ -150,7 +150,7 @@ class Routing:
     def deadline(self) -> float:
         """Return when :meth:`expire` has something to do at the latest."""
         at = self._heartbeat_at if not self.enquiries else self.now
-        for other in (self.ledger.deadline(), self.timers.deadline(), self.care.deadline()):
+        for other in (self.ledger.deadline(), self.timers.deadline(), self.health.deadline()):
             if other is not None and other < at:
                 at = other
         if self.draining:
@@ -170,21 +170,21 @@ class Routing:
             self.end(call, fault(call.call_id, "DEADLINE_EXCEEDED", text, details), "deadline", now)
         self.enquiries.turn(now)
         self.timers.run(now)
-        if self.crew.retiring:
-            self.crew.dismiss_free(now)
+        if self.workers.retiring:
+            self.workers.dismiss_free(now)
         if now >= self._heartbeat_at:
             self._heartbeat_at = now + limits.HEARTBEAT_S
-            self.clientele.cut_off(now)
+            self.clients.cut_off(now)
             self._beat()
             # calls that ended otherwise than by their worker's word leave room too, and detached ones have no client to say so
-            for session in self.dispatcher.arrears.sessions:
+            for session in self.dispatcher.backpressure.sessions:
                 self.dispatcher.relieve(session, now)
             for pool in self.dispatcher.pools.values():
                 pool.measure(now)
             self.to_node += self._demands.news(now)
-            if self.care.watched or self.care.residence.apart:
-                self.care.look(now)
-        self.care.settle(now)
+            if self.health.watched or self.health.placement.apart:
+                self.health.look(now)
+        self.health.settle(now)
         if self.draining and not self.drained and (not self.ledger.calls or now >= self._drain_until):
             self._part(now)
 
@@ -193,10 +193,10 @@ class Routing:
 
         What libzmq has received and nobody has read is lost when its connection ends.
         """
-        owes = any(session.outbox or session.unacked for session in self.clientele.open.values())
+        owes = any(session.outbox or session.unacked for session in self.clients.open.values())
         if not self._part_at:
             self._part_at = now + limits.PART_S
-            self.clientele.beat(messages.Heartbeat(self.epoch), everyone=True)
+            self.clients.beat(messages.Heartbeat(self.epoch), everyone=True)
         if not owes or now >= self._part_at:
             self.drained = True
             self._say_goodbye()
@@ -204,8 +204,8 @@ class Routing:
     def _beat(self) -> None:
         self._beats += 1
         beat = messages.Heartbeat(self.epoch)
-        self.clientele.beat(beat, everyone=self._beats % limits.IDLE_BEATS == 0)
-        self.crew.beat(beat, everyone=self._beats % limits.WORKER_IDLE_BEATS == 0)
+        self.clients.beat(beat, everyone=self._beats % limits.IDLE_BEATS == 0)
+        self.workers.beat(beat, everyone=self._beats % limits.WORKER_IDLE_BEATS == 0)
 
     def _say_goodbye(self) -> None:
         unfinished = len(self.ledger.calls)
@@ -214,8 +214,8 @@ class Routing:
             self.ledger.finish(
                 call, fault(call.call_id, "BROKER_LOST", "the broker was stopped before the call ended")
             )
-        self.clientele.dismiss()
-        self.crew.dismiss()
+        self.clients.dismiss()
+        self.workers.dismiss()
         self.to_node.append(node.Drained(unfinished))
 
 

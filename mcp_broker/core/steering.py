@@ -15,13 +15,13 @@ from mcp_broker import limits
 from mcp_broker.core.condition import Condition, described
 from mcp_broker.core.lifecycle import Event, State
 from mcp_broker.core.operations import Operation, Phase
-from mcp_broker.core.workers import WorkerState
+from mcp_broker.core.worker import WorkerState
 from mcp_broker.errors import InvalidArgument, InvalidTransition, NotFound
 
 if TYPE_CHECKING:
     from mcp_broker.core.calls import Call
-    from mcp_broker.core.care import Care
     from mcp_broker.core.routing import Routing
+    from mcp_broker.core.tool_health import ToolHealth
 
 Answer = Callable[["Routing", "Call", dict[str, Any]], dict[str, Any]]
 
@@ -33,13 +33,13 @@ class Steering:
 
     def __init__(self, routing: Routing, condition: Condition, reason: str, now: float) -> None:
         self._routing = routing
-        self._care: Care = routing.care
+        self._health: ToolHealth = routing.health
         self._condition = condition
         self._reason = reason
         self._now = now
 
     def _change(self, event: Event, error: str = "") -> None:
-        self._care.lives.change(self._condition, event, self._now, reason=self._reason, error=error)
+        self._health.lifecycles.change(self._condition, event, self._now, reason=self._reason, error=error)
 
     def _begin(self, phases: tuple[Phase, ...], event: str, *, is_strict: bool) -> None:
         """Begin what leads out of the state that it is in now.
@@ -52,7 +52,7 @@ class Steering:
         def done(error: str, then: float) -> None:
             if condition.life.state is not state:
                 return
-            lives = self._care.lives
+            lives = self._health.lifecycles
             if error and is_strict:
                 lives.change(condition, Event.FAIL, then, error=error)
                 return
@@ -61,7 +61,7 @@ class Steering:
                 lives.change(condition, Event.DONE, then)
 
         operation = Operation(condition.tool, deque(phases), done, event)
-        self._care.operations.begin(operation, self._now)
+        self._health.operations.begin(operation, self._now)
 
     def _hook(self, event: str) -> None:
         """Have hooks run that change nothing, whatever comes of them."""
@@ -72,7 +72,9 @@ class Steering:
             if error:
                 note(error, then)
 
-        self._care.operations.begin(Operation(condition.tool, deque((Phase.HOOKS,)), done, event), self._now)
+        self._health.operations.begin(
+            Operation(condition.tool, deque((Phase.HOOKS,)), done, event), self._now
+        )
 
     def pause(self) -> None:
         """Let its calls wait."""
@@ -124,7 +126,7 @@ class Steering:
                 self._change(Event.DEACTIVATE)
             self._change(Event.ACTIVATE)
             self._hook("activate")
-        self._care.residence.rejoin(condition, self._now)
+        self._health.placement.rejoin(condition, self._now)
         self._routing.registry.changed()
 
     def reset(self) -> None:
@@ -145,7 +147,7 @@ class Steering:
             if not self._condition.life.may(Event.RECOVER):
                 self._change(Event.RECOVER)
             phases = (Phase.ISOLATE, Phase.QUIET, Phase.MOVE)
-            self._care.residence.begin(self._condition, phases, None, self._now)
+            self._health.placement.begin(self._condition, phases, None, self._now)
 
     def unregister(self) -> None:
         """Take it out: its callers are told that there is no such tool."""
@@ -185,7 +187,7 @@ def answering(wish: Callable[[Steering], None]) -> Answer:
         if tool is None or tool.pool is None:
             similar = routing.registry.similar(name, routing.registry.tools)
             raise NotFound(f"there is no tool {name}", {"tool": name, "did_you_mean": similar})
-        condition = routing.care.lives.of(tool)
+        condition = routing.health.lifecycles.of(tool)
         principal = call.session.grant.caller.principal
         reason = wanted.get("reason", "")[: limits.TEXT_CHARS_MAX // 2]
         reason = f"{reason} ({principal})" if reason else f"by {principal}"

@@ -1,249 +1,363 @@
-r"""A worker as the broker sees it: one record from its admission to its settled death.
+"""The workers' side of the broker's machine: registration, outcomes and deaths.
 
-::
-
-    ADMITTED --REGISTER--> REGISTERED --READY--> READY --RETIRE--> RETIRING --DRAIN--> DRAINING
-        \__________________________________ DIED ___________________________________/
-                                     v
-                                   DYING --SETTLED--> GONE
-
-A retiring worker gets no new calls; DRAIN follows once it holds none and its outcomes have arrived, or had time to. That it is to
-retire outlives its connection (``is_retiring``): on a new one RETIRE follows READY at once.
-
-Idle, busy and saturated are derived from ``held`` and ``depth``. Source: docs/protocol.md, "Worker sessions".
+A worker's lease belongs to its node: what is true of a worker's process comes from the supervisor (Admit, Died),
+what is true of its connection from its messages.
 """
 
 from __future__ import annotations
 
-import math
-from enum import IntEnum
+from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
 from mcp_broker import limits
-from mcp_broker.core import outbox
-from mcp_broker.core.clients import Verdict
-from mcp_broker.core.receipts import Receipts
-from mcp_broker.wire import codec, messages
+from mcp_broker.core import uploads
+from mcp_broker.core.bucket import Rate
+from mcp_broker.core.calls import CallState
+from mcp_broker.core.client_session import Verdict
+from mcp_broker.core.death_log import keep
+from mcp_broker.core.interruptions import Interruptions
+from mcp_broker.core.registry import Registration
+from mcp_broker.core.worker import EVENT_OF_KIND, WORKER_TABLE, Worker, WorkerEvent, WorkerState
+from mcp_broker.errors import InvalidArgument, InvalidTransition
+from mcp_broker.wire import messages, node, payload
 
 if TYPE_CHECKING:
-    from mcp_broker.core.calls import Call
+    from mcp_broker.core.outbox import Body
     from mcp_broker.core.pool import Pool
-    from mcp_broker.wire.node import Certificate
+    from mcp_broker.core.routing import Routing
+    from mcp_broker.wire.ports import PortReport
+    from mcp_broker.wire.reclaims import Reclaim
 
 
-class WorkerState(IntEnum):
-    """How far a worker's life has come."""
-
-    ADMITTED = 0
-    REGISTERED = 1
-    READY = 2
-    RETIRING = 3
-    DRAINING = 4
-    DYING = 5
-    GONE = 6
+#: pressures of a worker's report at which it gets no calls
+_CLOSE: Final = frozenset({"unmeasured", "throttle", "exceeded"})
 
 
-class WorkerEvent(IntEnum):
-    """What can happen to a worker."""
+class Workers:
+    """All workers, by id, by key and by where they are reached."""
 
-    REGISTER = 0
-    READY = 1
-    OUTCOMES = 2
-    PARTIAL = 3
-    HEARTBEAT = 4
-    GOODBYE = 5
-    UNREACHABLE = 6
-    DRAIN = 7
-    DIED = 8
-    SETTLED = 9
-    RETIRE = 10
+    def __init__(self, routing: Routing) -> None:
+        self._routing = routing
+        self._interruptions = Interruptions(routing)
+        self._dispatcher = routing.dispatcher
+        #: all and only workers whose state is not GONE
+        self.by_id: dict[str, Worker] = {}
+        self.by_thumbprint: dict[str, Worker] = {}
+        #: workers with something to send
+        self.dirty: list[Worker] = []
+        #: workers that are to go once they are free
+        self.retiring: dict[str, Worker] = {}
+        #: newest first
+        self.deaths: deque[node.Certificate] = deque(maxlen=limits.DEATHS_MAX)
+        #: leased ports, as last reported
+        self.ports: tuple[PortReport, ...] = ()
+        #: what was taken back after deaths, newest first
+        self.reclaims: deque[Reclaim] = deque(maxlen=limits.RECLAIMS_MAX)
+        #: set by the first ADMIT: until then an unknown key may still be admitted
+        self.admission_complete = False
 
+    # -- what workers say --------------------------------------------------------------------------
 
-_T: Final = Verdict.TAKE
-_R: Final = Verdict.REFUSE
-_I: Final = Verdict.IGNORE
-_B: Final = Verdict.BUG
-_A, _G, _Y, _E, _D, _X, _N = WorkerState
-
-# fmt: off
-#: state -> event -> (next state, verdict). REGISTER in a later state is a worker that opened a new connection.
-#: UNREACHABLE and GOODBYE return it to ADMITTED: its process lives until its node says otherwise.
-WORKER_TABLE: Final[tuple[tuple[tuple[WorkerState, Verdict], ...], ...]] = (
-    # REGISTER  READY     OUTCOMES  PARTIAL   HEARTBEAT GOODBYE   UNREACHABLE DRAIN   DIED      SETTLED   RETIRE
-    ((_G, _T), (_A, _R), (_A, _R), (_A, _R), (_A, _R), (_A, _I), (_A, _I), (_A, _I), (_X, _T), (_A, _B), (_A, _I)),  # ADMITTED
-    ((_G, _T), (_Y, _T), (_G, _R), (_G, _R), (_G, _T), (_A, _T), (_A, _T), (_D, _T), (_X, _T), (_G, _B), (_G, _I)),  # REGISTERED
-    ((_G, _T), (_Y, _T), (_Y, _T), (_Y, _T), (_Y, _T), (_A, _T), (_A, _T), (_D, _T), (_X, _T), (_Y, _B), (_E, _T)),  # READY
-    ((_G, _T), (_E, _T), (_E, _T), (_E, _T), (_E, _T), (_A, _T), (_A, _T), (_D, _T), (_X, _T), (_E, _B), (_E, _I)),  # RETIRING
-    ((_G, _T), (_D, _I), (_D, _T), (_D, _T), (_D, _T), (_A, _T), (_A, _T), (_D, _I), (_X, _T), (_D, _B), (_D, _I)),  # DRAINING
-    ((_X, _R), (_X, _I), (_X, _T), (_X, _T), (_X, _I), (_X, _I), (_X, _I), (_X, _I), (_X, _I), (_N, _T), (_X, _I)),  # DYING
-    ((_N, _R), (_N, _R), (_N, _R), (_N, _R), (_N, _R), (_N, _I), (_N, _I), (_N, _I), (_N, _I), (_N, _B), (_N, _I)),  # GONE
-)
-# fmt: on
-
-EVENT_OF_KIND: Final[dict[type, WorkerEvent]] = {
-    messages.Register: WorkerEvent.REGISTER,
-    messages.Ready: WorkerEvent.READY,
-    messages.Outcomes: WorkerEvent.OUTCOMES,
-    messages.Partial: WorkerEvent.PARTIAL,
-    messages.Progresses: WorkerEvent.PARTIAL,
-    messages.Credit: WorkerEvent.PARTIAL,
-    messages.Heartbeat: WorkerEvent.HEARTBEAT,
-    messages.Goodbye: WorkerEvent.GOODBYE,
-    messages.Hooked: WorkerEvent.HEARTBEAT,
-}
-
-#: What a worker may say of a call; anything else is a worker that lies, and becomes INTERNAL.
-WORKER_CODES: Final = frozenset(
-    {
-        messages.OK, "INVALID_ARGUMENT", "TOOL_FAILED", "CANCELLED", "DEADLINE_EXCEEDED", "PAYLOAD_TOO_LARGE",
-        "RESOURCE_EXHAUSTED", "INTERNAL", "NOT_FOUND",
-    }
-)  # fmt: skip
-
-
-#: entries whose message tells the worker what arrived
-_ACKNOWLEDGING: Final = frozenset({messages.Dispatch, outbox.Big, messages.Ack})
-
-
-class Worker:
-    """One admitted worker.
-
-    Attributes:
-        held: the calls that occupy it, by id, in the order of their seq; ended ones too, until it says so.
-        announced: how many it takes at a time, by its own word.
-        depth: how many it is given at a time: none while its node says that it is close to a limit.
-        is_throttled: that is so.
-        seq: the number of its last dispatch.
-        received: outcomes that came over its connection.
-        receipts: which of them have arrived at their callers.
-        rests_since: when it was first seen to hold no call, of those where it is to go.
-        told: up to which number it was told that they have.
-        is_silent: it was admitted by an earlier broker and has not told yet what it holds.
-        is_retiring: it is to get no more calls, and to go when it holds none, however often it registers.
-        certificate: how it died, once it has.
-        edition: of its pool, that it runs.
-    """
-
-    __slots__ = (
-        "_dirty_list",
-        "announced",
-        "certificate",
-        "depth",
-        "dirty",
-        "edition",
-        "held",
-        "is_retiring",
-        "is_silent",
-        "is_throttled",
-        "outbox",
-        "pool",
-        "receipts",
-        "received",
-        "rests_since",
-        "routing_id",
-        "seq",
-        "served",
-        "session_id",
-        "state",
-        "thumbprint",
-        "told",
-        "worker_id",
-    )  # fmt: skip
-
-    def __init__(
-        self, worker_id: str, thumbprint: str, pool: Pool, dirty_list: list[Worker], edition: int = 0
-    ) -> None:
-        self.edition = edition
-        self.worker_id = worker_id
-        self.thumbprint = thumbprint
-        self.pool = pool
-        self.state = WorkerState.ADMITTED
-        self.routing_id = b""
-        self.session_id = b""
-        self.held: dict[bytes, Call] = {}
-        self.announced = self.depth = 0
-        self.is_throttled = False
-        self.seq = 0
-        self.is_silent = self.is_retiring = False
-        self.connected(0)
-        self.served = 0
-        self.certificate: Certificate | None = None
-        self.outbox: list[Any] = []
-        self.dirty = False
-        self._dirty_list = dirty_list
-
-    def connected(self, seq: int) -> None:
-        """Begin to count on a new connection; ``seq``: the number of the last call that it was given."""
-        self.seq = max(self.seq, seq)
-        self.received = self.told = 0
-        self.rests_since = math.inf
-        self.receipts = Receipts()
-
-    def announce(self, depth: int) -> None:
-        """Take its word for how many it takes at a time."""
-        self.announced = depth
-        self.depth = 0 if self.is_throttled else depth
-
-    def throttle(self, *, on: bool) -> None:
-        """Give it no more calls, or again as many as it takes; what it holds it goes on holding."""
-        self.is_throttled = on
-        self.announce(self.announced)
-
-    @property
-    def is_registered(self) -> bool:
-        """Tell whether its tools are known."""
-        return WorkerState.REGISTERED <= self.state <= WorkerState.DRAINING
-
-    def is_free(self, now: float) -> bool:
-        """Tell whether it holds no call, and its outcomes have arrived at their callers, or had the time for that.
-
-        A client that is idle may say nothing until its next call; its session keeps what it was sent.
-        """
-        if self.held or self.is_silent:
-            self.rests_since = math.inf
+    def message(
+        self,
+        routing_id: bytes,
+        user_id: str,
+        message: messages.FromWorker,
+        body: Body | None,
+        now: float,
+    ) -> bool:
+        """Take one worker message; False if no live worker has this key or it must REGISTER first."""
+        event = EVENT_OF_KIND[type(message)]
+        worker = self.by_thumbprint.get(user_id)
+        if worker is None:
+            return WORKER_TABLE[WorkerState.GONE][event][1] is not Verdict.REFUSE
+        if event is not WorkerEvent.REGISTER and worker.routing_id != routing_id:
+            # an old connection's last words
+            return WORKER_TABLE[WorkerState.ADMITTED][event][1] is not Verdict.REFUSE
+        after, verdict = WORKER_TABLE[worker.state][event]
+        if verdict is Verdict.REFUSE:
             return False
-        self.rests_since = min(self.rests_since, now)
-        return self.receipts.advance() == self.received or now - self.rests_since >= limits.ARRIVE_S
+        if verdict is Verdict.BUG:
+            raise InvalidTransition(f"{event.name} in worker state {worker.state.name}")
+        if verdict is Verdict.IGNORE:
+            return True
+        if type(message) is messages.Outcomes:
+            if message.epoch == self._routing.epoch:
+                self._outcomes(worker, message, body, now)
+            return True
+        if isinstance(message, messages.Register):
+            return self._register(worker, routing_id, message, now)
+        if message.epoch != self._routing.epoch:
+            return True
+        self._take(worker, after, message, body, now)
+        return True
 
-    def mark_dirty(self) -> None:
-        """Have the shell look at the outbox at the end of this turn."""
-        if not self.dirty:
-            self.dirty = True
-            self._dirty_list.append(self)
+    def _take(
+        self,
+        worker: Worker,
+        after: WorkerState,
+        message: messages.FromWorker,
+        body: Body | None,
+        now: float,
+    ) -> None:
+        was, worker.state = worker.state, after
+        if isinstance(message, messages.Ready):
+            worker.announce(message.depth)
+            if was is WorkerState.REGISTERED:
+                self._routing.health.ready(worker.pool, now)
+                tools = tuple(
+                    tool.definition
+                    for tool in self._routing.registry.tools.values()
+                    if tool.pool is worker.pool
+                )
+                self._routing.to_node.append(node.WorkerUp(worker.worker_id, tools))
+                if worker.is_retiring:
+                    worker.state = WORKER_TABLE[after][WorkerEvent.RETIRE][0]
+            self._dispatcher.pump(worker.pool, now)
+        elif isinstance(message, messages.Partial):
+            for part in message.parts:
+                broken = self._dispatcher.part(worker, part, body, now)
+                if broken is not None:
+                    # the tool is stopped too: nobody takes what else it says
+                    self._routing.end(*broken, "cancel", now)
+        elif isinstance(message, messages.Progresses):
+            for progress in message.progress:
+                self._dispatcher.progress(worker, progress, now)
+        elif isinstance(message, messages.Credit):
+            for credit in message.credits:
+                call = worker.held.get(credit.call_id)
+                if call is not None and call.state is not CallState.ENDED:
+                    uploads.grant(call, credit.limit, self._routing.epoch, now)
+        elif isinstance(message, messages.Hooked):
+            self._routing.health.operations.hooked(worker, message, now)
+        elif isinstance(message, messages.Goodbye):
+            self._disconnected(worker)
 
-    def send(self, entry: Any) -> None:  # noqa: ANN401 (a message, a Dispatch or a Big)
-        """Queue an entry for the end of this turn."""
-        self.outbox.append(entry)
-        self.mark_dirty()
+    def _outcomes(self, worker: Worker, message: messages.Outcomes, body: Body | None, now: float) -> None:
+        held = worker.held
+        behind = self._dispatcher.backpressure.behind(
+            held.get(outcome.call_id) for outcome in message.outcomes
+        )
+        self._dispatcher.outcomes(worker, message.outcomes, body)
+        if worker.pool.backlog or self._dispatcher.ceiling.limit is not None:
+            self._dispatcher.pump(worker.pool, now)
+        # results that were smaller than expected leave room for others
+        for session in behind:
+            self._dispatcher.relieve(session, now)
 
-    def take_outbox(self, epoch: int) -> list[outbox.Packed]:
-        """Return the turn's messages, packed."""
-        entries, self.outbox = self.outbox, []
-        self.dirty = False
-        packed: list[outbox.Packed] = []
-        done = self.receipts.advance()
-        for kind, run in outbox.runs(entries):
-            first = run[0]
-            if kind is messages.Dispatch:
-                self._pack(epoch, run, packed)
-            elif kind is outbox.Whole:
-                packed.append((codec.encode(first.item), first.body))
-            elif kind is outbox.Big:
-                message = messages.Dispatches(epoch, done, (first.item,))
-                packed.append((codec.encode(message), first.body))
-            elif kind is messages.StreamCredit:
-                packed.append((codec.encode(messages.Credit(epoch, tuple(run))), None))
-            else:
-                packed.append((codec.encode(first), None))
-            if kind in _ACKNOWLEDGING:
-                self.told = done
-        return packed
+    def _register(self, worker: Worker, routing_id: bytes, message: messages.Register, now: float) -> bool:
+        worker.routing_id = routing_id
+        # it is no other worker of its pool, which its tools would have to agree with
+        worker.state = WorkerState.ADMITTED
+        # what an old connection had not carried yet, it never will
+        worker.outbox.clear()
+        refusal: str | None = None
+        details: dict[str, Any] = {}
+        code = "INVALID_ARGUMENT"
+        came = Registration.JOINED
+        if message.protocol != messages.PROTOCOL or messages.MAJOR not in message.majors:
+            code, refusal = "UNSUPPORTED_VERSION", f"this broker speaks version {messages.MAJOR}"
+            details = {"supported": [messages.MAJOR]}
+        else:
+            try:
+                came = self._routing.registry.register(worker.pool, message.tools, worker.edition)
+            except InvalidArgument as invalid:
+                refusal, details = invalid.message, invalid.details
+        if refusal is not None:
+            worker.send(messages.Error(self._routing.epoch, code, refusal, payload.pack(details), fatal=True))
+            self._routing.to_node.append(node.WorkerRefused(worker.worker_id, refusal))
+            return True
+        worker.state = WorkerState.REGISTERED
+        worker.pool.failure = worker.pool.closed
+        if came is not Registration.JOINED:
+            self._supersede(worker.pool)
+        self._routing.registry.learn(worker.pool, message.traits)
+        self._routing.health.registered(worker.pool)
+        worker.pool.regate(self._routing.registry.of(worker.pool), now)
+        worker.connected(message.seq)
+        worker.send(
+            messages.Welcome(
+                self._routing.epoch,
+                (messages.MAJOR, messages.MINOR),
+                self._routing.new_id(),
+                resumed=False,
+                name=worker.worker_id,
+                granted=messages.GrantedLimits(
+                    window=limits.WORKER_DEPTH_MAX, heartbeat_ms=int(limits.HEARTBEAT_S * 1000)
+                ),
+                capabilities=("progress",),
+                lineage=self._routing.lineage,
+            )
+        )
+        self._routing.reconciliation.registered(worker, message, now)
+        return True
 
-    def _pack(self, epoch: int, run: list[messages.Dispatch], packed: list[outbox.Packed]) -> None:
-        done = self.receipts.done
-        envelope = codec.encode(messages.Dispatches(epoch, done, tuple(run)))
-        if len(envelope) <= limits.ENVELOPE_BYTES_MAX:
-            packed.append((envelope, None))
+    def _supersede(self, pool: Pool) -> None:
+        """Give no more calls to workers of earlier editions, which serve other tools, and tell the supervisor."""
+        for worker in pool.workers.values():
+            if worker.edition < pool.edition and worker.state < WorkerState.DYING:
+                self._retire(worker)
+        self._routing.to_node.append(node.Superseded(pool.name, pool.edition))
+        self._routing.health.updating(pool, self._routing.now)
+
+    def unreachable(self, routing_id: bytes) -> None:
+        """The socket could not reach a worker; whether its process lives is its node's to say."""
+        worker = next((worker for worker in self.by_id.values() if worker.routing_id == routing_id), None)
+        if worker is None:
             return
-        parts = (messages.Dispatches(epoch, done, tuple(part)) for part in outbox.split(run))
-        packed.extend((codec.encode(part), None) for part in parts)
+        after, verdict = WORKER_TABLE[worker.state][WorkerEvent.UNREACHABLE]
+        if verdict is Verdict.TAKE:
+            self._disconnected(worker)
+            worker.state = after
+
+    def _disconnected(self, worker: Worker) -> None:
+        """Its connection has ended; what it holds it goes on holding, until it says what that is, or dies."""
+        worker.state = WorkerState.ADMITTED
+        worker.routing_id = b""
+
+    # -- what the node says -------------------------------------------------------------------------
+
+    def from_node(self, message: node.FromSupervisor, now: float) -> None:
+        """Take a message about workers."""
+        if isinstance(message, node.Admit):
+            for admitted in message.workers:
+                self._admit(admitted, now)
+            self.admission_complete = True
+        elif isinstance(message, node.Died):
+            self._routing.reconciliation.had_started(message.certificate, message.started_calls)
+            self._died(message.certificate, now)
+        elif isinstance(message, node.Reclaimed):
+            self.reclaims.appendleft(message.reclaim)
+        elif isinstance(message, node.Deaths):
+            self.deaths.extend(message.certificates)
+            self.reclaims.extend(message.reclaims)
+            for certificate in message.certificates:
+                calls = message.started_calls.get(certificate.worker_id, ())
+                self._routing.reconciliation.had_started(certificate, calls)
+        elif isinstance(message, node.Retire):
+            for worker_id in message.workers:
+                worker = self.by_id.get(worker_id)
+                if worker is not None:
+                    self._retire(worker)
+        elif isinstance(message, node.Tools):
+            self._routing.registry.recall(self._dispatcher.pool(message.pool), message.tools)
+        elif isinstance(message, node.Report):
+            self.ports = message.ports
+            self._report(message.pools, now)
+
+    def _report(self, reports: tuple[node.PoolReport, ...], now: float) -> None:
+        dispatcher, registry = self._dispatcher, self._routing.registry
+        for report in reports:
+            pool = dispatcher.pool(report.name)
+            pool.report = report
+            registry.set_rate(pool, Rate.of(report.rate_per_s, report.burst))
+            pool.closed = report.reason if report.state == "closing" else ""
+            # one may be opened and closed again before anybody looks
+            pool.is_vacant = pool.is_vacant and bool(pool.closed)
+            pool.failure = report.reason if report.state in {"closing", "closed", "failed"} else ""
+            if pool.failure and not pool.closed:
+                dispatcher.fail_backlog(pool, pool.failure)
+            self._throttle(report, now)
+        named = {report.name for report in reports}
+        for pool in [pool for pool in dispatcher.pools.values() if pool.report and pool.name not in named]:
+            # it is in the configuration no more, and its workers have gone
+            dispatcher.fail_backlog(pool, "it was taken out of the configuration")
+            registry.forget(pool)
+            if not pool.workers:
+                del dispatcher.pools[pool.name]
+
+    def _throttle(self, report: node.PoolReport, now: float) -> None:
+        """Give no calls to workers that are close to a limit, until they are not any more."""
+        for seen in report.workers:
+            worker = self.by_id.get(seen.id)
+            is_close = seen.pressure in _CLOSE
+            if worker is None or worker.is_throttled is is_close:
+                continue
+            worker.throttle(on=is_close)
+            if not is_close:
+                self._dispatcher.pump(worker.pool, now)
+
+    def _admit(self, admitted: node.Admitted, now: float) -> None:
+        if admitted.worker_id in self.by_id:
+            return
+        pool = self._dispatcher.pool(admitted.pool)
+        worker = Worker(admitted.worker_id, admitted.thumbprint, pool, self.dirty, admitted.edition)
+        worker.throttle(on=admitted.is_measured)
+        if not (self.admission_complete or admitted.is_spare):
+            # a spare has not been told to connect: there is nothing that it could hold
+            self._routing.reconciliation.expects(worker, now)
+        pool.workers[worker.worker_id] = worker
+        self.by_id[worker.worker_id] = worker
+        self.by_thumbprint[worker.thumbprint] = worker
+
+    def _retire(self, worker: Worker) -> None:
+        worker.is_retiring = True
+        self.retiring[worker.worker_id] = worker
+        worker.state = WORKER_TABLE[worker.state][WorkerEvent.RETIRE][0]
+
+    def dismiss_free(self, now: float) -> None:
+        """Send those away that are to go and hold nothing any more. Their supervisor sees to those that do not go."""
+        for worker in self.retiring.values():
+            if (
+                worker.state is WorkerState.RETIRING
+                and worker.is_free(now)
+                and not self._routing.reconciliation.holds(worker)
+            ):
+                worker.state = WORKER_TABLE[worker.state][WorkerEvent.DRAIN][0]
+                worker.send(messages.Drain(self._routing.epoch))
+
+    def _died(self, certificate: node.Certificate, now: float) -> None:
+        keep(self.deaths, certificate)
+        worker = self.by_id.get(certificate.worker_id)
+        if worker is None:
+            return
+        after, verdict = WORKER_TABLE[worker.state][WorkerEvent.DIED]
+        if verdict is not Verdict.TAKE:
+            return
+        worker.state = after
+        worker.certificate = certificate
+        # outcomes that it flushed before its death may still be on their way through the socket
+        settle_s = limits.DEATH_SETTLE_S if worker.held else 0.0
+        self._routing.timers.add(now + settle_s, self._settle, worker)
+
+    def _settle(self, worker: Worker, now: float) -> None:
+        worker.state = WORKER_TABLE[worker.state][WorkerEvent.SETTLED][0]
+        self.by_id.pop(worker.worker_id, None)
+        self.retiring.pop(worker.worker_id, None)
+        self.by_thumbprint.pop(worker.thumbprint, None)
+        worker.pool.workers.pop(worker.worker_id, None)
+        certificate = worker.certificate
+        if certificate is None:
+            raise InvalidTransition(f"worker {worker.worker_id} settled without a certificate")
+        self._dispatcher.forget(worker, certificate, now)
+        self._routing.reconciliation.died(worker, now)
+
+    # -- what the broker does ---------------------------------------------------------------------------
+
+    def stop_call(self, worker: Worker, call_id: bytes, seq: int, why: node.Why, now: float) -> None:
+        """Have a worker drop a call that has ended: by message if it waits there, by signal if it runs."""
+        worker.send(messages.Cancel(self._routing.epoch, (call_id,)))
+        self._interruptions.begin(worker, call_id, seq, why, now)
+
+    def give_up(self, worker: Worker) -> None:
+        """End a worker that an earlier broker had, and that does not speak to this one."""
+        self._interruptions.end(worker, "silence")
+
+    def beat(self, beat: messages.Heartbeat, *, everyone: bool) -> None:
+        """Say to workers that the broker lives, and which outcomes it has."""
+        for worker in self.by_id.values():
+            if not worker.is_registered:
+                continue
+            done = worker.receipts.advance()
+            if worker.told < done:
+                worker.send(messages.Ack(self._routing.epoch, done))
+            elif worker.held or everyone:
+                worker.send(beat)
+
+    def dismiss(self) -> None:
+        """Tell every worker that no more calls will come."""
+        for worker in self.by_id.values():
+            after, verdict = WORKER_TABLE[worker.state][WorkerEvent.DRAIN]
+            if verdict is Verdict.TAKE:
+                worker.state = after
+                worker.send(messages.Drain(self._routing.epoch))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 from mcp_broker import limits
 from mcp_broker.core.ports import Effect, Ports, PortState, Release
 from mcp_broker.errors import PortDenied, PortError, PortUnavailable
-from mcp_broker.supervisor import connections, gauge, sieve
+from mcp_broker.supervisor import connections, gauge, socket_filter
 from mcp_broker.wire.ports import PortReport
 from mcp_broker.wire.tether import Leased, LeasePort, LeaseRefused, ReturnPort
 
@@ -160,7 +160,7 @@ class Lessor:
 
     def _guard(self, listener: socket.socket) -> None:
         try:
-            sieve.attach(listener, self._networks)
+            socket_filter.attach(listener, self._networks)
         except OSError as error:
             # a kernel without, or one that does not let ordinary users: rather no port than one for everybody
             raise PortDenied(

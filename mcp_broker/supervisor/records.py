@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args
 
 from mcp_broker import limits
-from mcp_broker.core.obituaries import keep
+from mcp_broker.core.death_log import keep
 from mcp_broker.errors import WireError
 from mcp_broker.wire import codec, node
 from mcp_broker.wire.framing import FrameReader, frame

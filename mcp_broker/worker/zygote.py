@@ -29,7 +29,7 @@ from mcp_broker.confine import kernel
 from mcp_broker.proctable import WORKER_VARIABLE
 from mcp_broker.wire import codec, zygote
 from mcp_broker.worker import process
-from mcp_broker.worker.nameplate import Nameplate
+from mcp_broker.worker.process_title import ProcessTitle
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,7 +50,7 @@ _FD_BYTES: Final = array.array("i").itemsize
 def main(orders_fd: int, be_worker: BeWorker = process.run, warm: Callable[[], None] = process.warm) -> int:
     """Be a zygote until the supervisor is gone; return the exit code."""
     kernel.die_with_parent(os.getppid())
-    plate = Nameplate(WORKER_VARIABLE)
+    plate = ProcessTitle(WORKER_VARIABLE)
     plate.show(sys.orig_argv, os.environ.get(WORKER_VARIABLE, "").rstrip())
     warm()
     threads = os.listdir("/proc/self/task")  # noqa: PTH208 (of this process)
@@ -127,7 +127,7 @@ def _fork_again(orders: socket.socket, order: Order, fds: list[int], write: int,
         os._exit(0)
 
 
-def _become(be_worker: BeWorker, plate: Nameplate, order: Order, fds: list[int]) -> NoReturn:
+def _become(be_worker: BeWorker, plate: ProcessTitle, order: Order, fds: list[int]) -> NoReturn:
     """Turn a copy of the zygote into what a program that was started for this order would be."""
     try:
         gate = _take(order, fds)

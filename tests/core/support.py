@@ -11,7 +11,7 @@ from mcp_broker.wire import codec, messages, node, payload
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mcp_broker.core.clients import ClientSession
+    from mcp_broker.core.client_session import ClientSession
     from mcp_broker.core.outbox import Body
 
 EPOCH = 7
@@ -53,14 +53,14 @@ class World:
         self, name: str = "c1", grant: FakeGrant | None = None, session_id: bytes | None = None
     ) -> ClientSession:
         message = messages.Hello(0, "MCPB", (1,), "token", session_id)
-        session = self.machine.clientele.hello(
+        session = self.machine.clients.hello(
             name.encode(), f"key-{name}", message, grant or FakeGrant(), self.now
         )
         assert session is not None
         return session
 
     def client_says(self, name: str, message: Any, body: bytes | None = None) -> bool:
-        return self.machine.clientele.message(name.encode(), f"key-{name}", message, body, self.now)
+        return self.machine.clients.message(name.encode(), f"key-{name}", message, body, self.now)
 
     def call(self, name: str = "c1", tool: str = "echo.echo", timeout_s: float = 30.0, **extra: Any) -> bytes:
         return self.calls(name, (tool,), timeout_s, **extra)[0]
@@ -88,7 +88,7 @@ class World:
         self.machine.from_node(node.Admit((admitted,)), self.now)
 
     def worker_says(self, worker_id: str, message: Any, body: bytes | None = None) -> bool:
-        return self.machine.crew.message(worker_id.encode(), f"key-{worker_id}", message, body, self.now)
+        return self.machine.workers.message(worker_id.encode(), f"key-{worker_id}", message, body, self.now)
 
     def ready(self, worker_id: str = "echo-1", depth: int = 16, pool: str = "echo", **changes: Any) -> None:
         self.serve(worker_id, depth, pool, definition(f"{pool}.echo", **changes))
@@ -119,8 +119,8 @@ class World:
                 return
 
     def heard_by(self, session: ClientSession) -> list[tuple[messages.ToClient, Body | None]]:
-        if session in self.machine.clientele.dirty:
-            self.machine.clientele.dirty.remove(session)
+        if session in self.machine.clients.dirty:
+            self.machine.clients.dirty.remove(session)
         return [(codec.to_client.decode(envelope), body) for envelope, body in session.take_outbox(EPOCH)]
 
     def faults(self, session: ClientSession) -> dict[bytes, dict[str, Any]]:
@@ -143,9 +143,9 @@ class World:
         }
 
     def heard_by_worker(self, worker_id: str) -> list[Any]:
-        worker = self.machine.crew.by_id[worker_id]
-        if worker in self.machine.crew.dirty:
-            self.machine.crew.dirty.remove(worker)
+        worker = self.machine.workers.by_id[worker_id]
+        if worker in self.machine.workers.dirty:
+            self.machine.workers.dirty.remove(worker)
         return [codec.to_worker.decode(envelope) for envelope, _ in worker.take_outbox(EPOCH)]
 
     def dispatched(self, worker_id: str) -> list[bytes]:
@@ -163,22 +163,22 @@ class World:
     def check(self) -> None:
         """Hold the machine to its invariants."""
         machine = self.machine
-        live = {call_id for session in machine.clientele.sessions.values() for call_id in session.live}
+        live = {call_id for session in machine.clients.sessions.values() for call_id in session.live}
         live |= set(machine.detached.live)
         assert live == set(machine.ledger.calls), "every live call belongs to a session that lives"
         queued = {call_id for pool in machine.dispatcher.pools.values() for call_id in pool.backlog}
         held = {
             call_id
-            for worker in machine.crew.by_id.values()
+            for worker in machine.workers.by_id.values()
             for call_id, call in worker.held.items()
             if machine.ledger.calls.get(call_id) is call
         }
         aside = [
             call
             for pool in machine.dispatcher.pools.values()
-            for call in machine.dispatcher.arrears.of_pool(pool)
+            for call in machine.dispatcher.backpressure.of_pool(pool)
         ]
-        assert len(aside) == len(machine.dispatcher.arrears)
+        assert len(aside) == len(machine.dispatcher.backpressure)
         assert not queued & {call.call_id for call in aside}, "no call waits in two places"
         queued |= {call.call_id for call in aside}
         doubts = {call_id for call_id in machine.reconciliation.doubts if call_id in machine.ledger.calls}
@@ -217,7 +217,7 @@ class World:
         assert budget.total.calls == sum(pool.waiting.calls for pool in machine.dispatcher.pools.values())
         assert budget.total.calls == sum(waiting.calls for waiting in budget.principals.values())
         assert budget.total.bytes == sum(waiting.bytes for waiting in budget.principals.values())
-        for worker in machine.crew.by_id.values():
+        for worker in machine.workers.by_id.values():
             assert [call.seq for call in worker.held.values()] == sorted(
                 call.seq for call in worker.held.values()
             )

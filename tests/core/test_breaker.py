@@ -171,7 +171,7 @@ def failing_world(failures: int = limits.BREAKER_CALLS_MIN) -> World:
 
 def test_calls_of_a_tool_that_fails_for_everybody_are_refused_at_once_with_the_time_to_come_back() -> None:
     world = failing_world()
-    session = world.machine.clientele.open[b"c1"]
+    session = world.machine.clients.open[b"c1"]
     world.heard_by(session)
     world.dispatched("echo-1")
     call_id = world.call("c1")
@@ -185,7 +185,7 @@ def test_calls_of_a_tool_that_fails_for_everybody_are_refused_at_once_with_the_t
 
 def test_calls_that_wait_when_the_breaker_opens_end_at_once() -> None:
     world = failing_world(limits.BREAKER_CALLS_MIN - 2)
-    session = world.machine.clientele.open[b"c1"]
+    session = world.machine.clients.open[b"c1"]
     running = [world.call(name) for name in ("c1", "c2")]
     world.worker_says("echo-1", messages.Ready(EPOCH, 0))
     waiting = world.call("c1")
@@ -199,7 +199,7 @@ def test_calls_that_wait_when_the_breaker_opens_end_at_once() -> None:
 
 def test_one_call_tries_after_a_while_and_its_success_lets_everybody_in() -> None:
     world = failing_world()
-    session = world.machine.clientele.open[b"c1"]
+    session = world.machine.clients.open[b"c1"]
     world.later(limits.BREAKER_OPEN_S)
     world.heard_by(session)
     world.dispatched("echo-1")
@@ -214,11 +214,11 @@ def test_one_call_tries_after_a_while_and_its_success_lets_everybody_in() -> Non
 
 def test_a_trial_that_was_never_accepted_does_not_keep_the_tool_closed() -> None:
     world = failing_world()
-    session = world.machine.clientele.open[b"c1"]
+    session = world.machine.clients.open[b"c1"]
     world.later(limits.BREAKER_OPEN_S)
     condition = world.machine.registry.tools["echo.echo"].condition
     assert condition is not None
-    assert world.machine.care.refusal(condition.tool, b"never", "ann", world.now) is None
+    assert world.machine.health.refusal(condition.tool, b"never", "ann", world.now) is None
     world.dispatched("echo-1")
     call_id = world.call("c1")
     assert world.dispatched("echo-1") == [call_id]
@@ -233,14 +233,14 @@ def test_a_callers_own_faults_never_open_a_breaker() -> None:
         for code in ("INVALID_ARGUMENT", "CANCELLED", "PAYLOAD_TOO_LARGE") * 20:
             world.answer("echo-1", world.call(name), code)
     world.later(0)
-    assert not world.machine.care.watched
+    assert not world.machine.health.watched
 
 
 def test_a_tool_that_nobody_needs_to_watch_is_forgotten() -> None:
     world = failing_world(1)
     tool = world.machine.registry.tools["echo.echo"]
-    assert tool in world.machine.care.watched
+    assert tool in world.machine.health.watched
     world.later(2 * limits.BREAKER_WINDOW_S)
-    assert tool not in world.machine.care.watched
+    assert tool not in world.machine.health.watched
     assert tool.condition is not None
     assert tool.condition.breaker is None

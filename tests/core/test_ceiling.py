@@ -29,7 +29,7 @@ def test_no_more_calls_are_with_workers_than_may_be_and_pools_take_turns() -> No
     assert (world.dispatched("a-1"), world.dispatched("b-1")) == (first[2:3], [])
     world.answer("b-1", second[0])
     assert world.dispatched("b-1") == second[1:]
-    held = sum(len(worker.held) for worker in world.machine.crew.by_id.values())
+    held = sum(len(worker.held) for worker in world.machine.workers.by_id.values())
     assert held == 2
 
 

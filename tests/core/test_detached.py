@@ -41,7 +41,7 @@ def test_call_that_still_runs_is_taken_over_by_whoever_attaches() -> None:
     world.hello("c1")
     world.ready()
     says(world, detach=True)
-    world.machine.clientele.unreachable(b"c1", world.now)
+    world.machine.clients.unreachable(b"c1", world.now)
     world.later(bounds.RESUME_GRACE_S + 0.1)
     second = world.hello("c2")
     says(world, "c2", attach=True)
@@ -110,7 +110,7 @@ def test_attaching_that_is_sent_again_after_a_resume_is_answered_once() -> None:
     session = world.hello("c2")
     says(world, "c2", attach=True)
     assert world.outcomes(session) == {ID: "OK"}, "and lost on its way"
-    world.machine.clientele.unreachable(b"c2", world.now)
+    world.machine.clients.unreachable(b"c2", world.now)
     session = world.hello("c2", session_id=session.session_id)
     says(world, "c2", attach=True, again=True)
     assert world.outcomes(session) == {ID: "OK"}
@@ -284,7 +284,7 @@ def test_outcome_of_a_detached_call_waits_at_the_broker_that_follows(
     says(world, attach=True)
     assert world.outcomes(session) == {ID: "OK"}
     world.client_says("c1", messages.Ack(EPOCH, 1))
-    assert world.machine.crew.by_id["echo-1"].receipts.advance() == 1, "its worker need not keep it"
+    assert world.machine.workers.by_id["echo-1"].receipts.advance() == 1, "its worker need not keep it"
     world.later(bounds.ORPHAN_S)
     assert not world.machine.reconciliation.orphans
     world.check()

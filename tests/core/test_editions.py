@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mcp_broker import limits
-from mcp_broker.core.workers import WorkerState
+from mcp_broker.core.worker import WorkerState
 from mcp_broker.wire import messages, node
 from tests.core.support import EPOCH, World, definition
 
@@ -34,7 +34,7 @@ def superseded(world: World) -> list[tuple[str, int]]:
 
 
 def state(world: World, worker_id: str) -> WorkerState:
-    return world.machine.crew.by_id[worker_id].state
+    return world.machine.workers.by_id[worker_id].state
 
 
 def version(world: World, name: str = "echo.echo") -> str:

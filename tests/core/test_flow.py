@@ -16,7 +16,7 @@ from mcp_broker.wire.messages import Priority
 from tests.core.support import EPOCH, FakeGrant, World, definition
 
 if TYPE_CHECKING:
-    from mcp_broker.core.clients import ClientSession
+    from mcp_broker.core.client_session import ClientSession
 
 ROOMY = Bound(1000, 1_000_000)
 
@@ -158,7 +158,7 @@ def test_capped_tool_is_held_by_at_most_so_many_places_and_blocks_no_other() -> 
     others = world.calls("alice", ["echo.echo", "echo.slow", "echo.echo"])
     given = world.dispatched("echo-1") + world.dispatched("echo-2")
     assert sorted(given) == sorted([*slow[:2], others[0], others[2]])
-    holder = next(worker for worker in world.machine.crew.by_id.values() if slow[0] in worker.held)
+    holder = next(worker for worker in world.machine.workers.by_id.values() if slow[0] in worker.held)
     world.answer(holder.worker_id, slow[0])
     assert world.dispatched("echo-1") + world.dispatched("echo-2") == [slow[2]]
     world.check()
@@ -205,7 +205,7 @@ def test_new_version_of_a_tool_may_bring_another_cap_while_calls_wait() -> None:
     world.ready("echo-3", depth=4, concurrency_max=3)
     assert Counter(world.dispatched("echo-3")) <= Counter(calls)
     world.check()
-    assert len(world.machine.crew.by_id["echo-3"].held) == 3
+    assert len(world.machine.workers.by_id["echo-3"].held) == 3
 
 
 def test_waiting_call_of_a_capped_tool_can_be_cancelled_and_expires() -> None:
@@ -431,7 +431,7 @@ def test_refusals_for_the_rate_that_nobody_acknowledges_are_bounded() -> None:
     for _ in range(100):
         world.calls("alice", ["echo.echo"] * bounds.BATCH_MAX)
         world.check()
-    assert session.session_id not in world.machine.clientele.sessions
+    assert session.session_id not in world.machine.clients.sessions
     assert not world.machine.ledger.calls
 
 

@@ -287,7 +287,7 @@ def test_session_that_ends_leaves_none_of_its_calls_to_run_for_nobody(goodbye: b
     if goodbye:
         world.client_says("c1", messages.Goodbye(EPOCH))
     else:
-        world.machine.clientele.unreachable(b"c1", world.now)
+        world.machine.clients.unreachable(b"c1", world.now)
         world.later(bounds.RESUME_GRACE_S + 0.1)
     assert world.dispatched("echo-1") == [calls[2]], "somebody waits for that one"
     world.check()
@@ -393,7 +393,7 @@ def test_followers_take_up_room_to_wait_and_hold_no_arguments() -> None:
     assert (len(calls), refused) == (1 + 5, 20 - 6)
     assert sum(call.bytes_held() for call in calls.values()) == len(large)
     world.answer("echo-1", bytes(16), "CANCELLED")
-    worker = world.machine.crew.by_id["echo-1"]
+    worker = world.machine.workers.by_id["echo-1"]
     (second,) = worker.held.values()
     assert second.call_id == b"\1" * 16
     assert second.packed_arguments() == large, "the one that runs in its place is given the arguments"
@@ -422,7 +422,7 @@ def test_follower_whose_tool_gets_a_worker_of_its_own_counts_there() -> None:
     calls = several(world, "c1", "c1", "c1")
     machine = world.machine
     target = machine.dispatcher.pool("echo~echo.echo")
-    machine.care.residence.move(machine.registry.tools["echo.echo"], target, world.now)
+    machine.health.placement.move(machine.registry.tools["echo.echo"], target, world.now)
     world.check()
     assert target.waiting.calls == 3
     world.serve("own-1", 1, "echo~echo.echo", definition("echo.echo"))

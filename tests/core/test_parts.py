@@ -11,7 +11,7 @@ from mcp_broker.wire import messages, payload
 from tests.core.support import EPOCH, FakeGrant, World
 
 if TYPE_CHECKING:
-    from mcp_broker.core.clients import ClientSession
+    from mcp_broker.core.client_session import ClientSession
 
 WINDOW = bounds.STREAM_WINDOW_MAX
 
@@ -50,9 +50,9 @@ def heard(world: World, session: ClientSession) -> list[int | str]:
 
 
 def resume(world: World, session: ClientSession, ack: int = 0) -> None:
-    world.machine.clientele.unreachable(b"c1", world.now)
+    world.machine.clients.unreachable(b"c1", world.now)
     hello = messages.Hello(0, "MCPB", (1,), "t", session.session_id, ack=ack)
-    assert world.machine.clientele.hello(b"c1", "key-c1", hello, FakeGrant(), world.now) is session
+    assert world.machine.clients.hello(b"c1", "key-c1", hello, FakeGrant(), world.now) is session
 
 
 def test_parts_that_no_credit_covers_come_again_after_a_resume() -> None:
@@ -68,7 +68,7 @@ def test_parts_that_no_credit_covers_come_again_after_a_resume() -> None:
 def test_parts_made_while_the_client_was_away_come_once() -> None:
     world, session, call_id = streaming()
     part(world, call_id, 0)
-    world.machine.clientele.unreachable(b"c1", world.now)
+    world.machine.clients.unreachable(b"c1", world.now)
     part(world, call_id, 1, 2)
     resume(world, session)
     assert heard(world, session) == [0, 1, 2]
@@ -113,7 +113,7 @@ def test_parts_kept_are_bounded_in_number_and_bytes() -> None:
 def test_session_that_ends_keeps_nothing() -> None:
     world, session, call_id = streaming()
     part(world, call_id, 0)
-    world.machine.clientele.unreachable(b"c1", world.now)
+    world.machine.clients.unreachable(b"c1", world.now)
     world.later(2)
     assert (session.kept.by_call, session.kept.size) == ({}, 0)
 

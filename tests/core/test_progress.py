@@ -8,7 +8,7 @@ from mcp_broker.wire import messages, payload
 from tests.core.support import EPOCH, FakeGrant, World
 
 if TYPE_CHECKING:
-    from mcp_broker.core.clients import ClientSession
+    from mcp_broker.core.client_session import ClientSession
 
 
 def calling(
@@ -16,7 +16,7 @@ def calling(
 ) -> tuple[World, ClientSession, bytes]:
     world = World()
     hello = messages.Hello(0, "MCPB", (1,), "t", capabilities=("progress",) if hears else ())
-    session = world.machine.clientele.hello(b"c1", "key-c1", hello, FakeGrant(), world.now)
+    session = world.machine.clients.hello(b"c1", "key-c1", hello, FakeGrant(), world.now)
     assert session is not None
     world.ready(streaming=True, depth=depth)
     return world, session, call(world, 1, idle_ms)
@@ -69,7 +69,7 @@ def test_progress_of_many_calls_goes_in_messages_of_a_batch() -> None:
     world, session, _ = calling(depth=256)
     ids = [call(world, number, None) for number in range(2, 257)]
     world.ready("echo-2", streaming=True, depth=256)
-    held = world.machine.crew.by_id["echo-1"].held
+    held = world.machine.workers.by_id["echo-1"].held
     for call_id in [*ids]:
         if call_id in held:
             report(world, call_id, 0.5)
@@ -94,11 +94,11 @@ def test_client_that_does_not_take_progress_gets_none() -> None:
 def test_progress_while_the_client_is_away_waits_as_one() -> None:
     world, session, call_id = calling()
     world.heard_by(session)
-    world.machine.clientele.unreachable(b"c1", world.now)
+    world.machine.clients.unreachable(b"c1", world.now)
     for step in range(100):
         report(world, call_id, step / 100)
     hello = messages.Hello(0, "MCPB", (1,), "t", session.session_id, ("progress",))
-    world.machine.clientele.hello(b"c1", "key-c1", hello, FakeGrant(), world.now)
+    world.machine.clients.hello(b"c1", "key-c1", hello, FakeGrant(), world.now)
     assert news(world, session) == [(0.99, "")]
 
 

@@ -64,4 +64,4 @@ def test_leased_ports_are_as_the_last_report_says() -> None:
     world = World()
     for ports in ((PortReport(port=18000, state="active", owner="echo-1"),), ()):
         world.machine.from_node(node.Report((), ports), world.now)
-        assert world.machine.crew.ports == ports
+        assert world.machine.workers.ports == ports

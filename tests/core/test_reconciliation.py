@@ -190,7 +190,7 @@ def test_an_outcome_that_comes_after_its_doubtful_call_has_ended_is_let_go() -> 
     world.answer("echo-1", ID)
     assert world.outcomes(session) == {}
     assert not world.machine.reconciliation.orphans
-    assert world.machine.crew.by_id["echo-1"].receipts.advance() == 1, "the worker need not keep it"
+    assert world.machine.workers.by_id["echo-1"].receipts.advance() == 1, "the worker need not keep it"
     world.check()
 
 
@@ -359,7 +359,7 @@ def test_call_of_a_session_that_was_given_up_is_not_run_again_unless_it_may_be(
     assert world.dispatched("echo-1") == [ended]
     world.answer("echo-1", ended)
     assert world.outcomes(session) == {ended: "OK"}, "and lost on its way"
-    world.machine.clientele.unreachable(b"c1", world.now)
+    world.machine.clients.unreachable(b"c1", world.now)
     world.later(bounds.RESUME_GRACE_S + 0.1)
     session = world.hello("c1", session_id=session.session_id)
     again(world, ended, tool)
@@ -383,7 +383,7 @@ def test_what_a_worker_let_go_under_this_broker_stops_no_call_that_this_broker_n
     world = World()
     world.hello()
     world.ready()
-    world.machine.crew.unreachable(b"echo-1")
+    world.machine.workers.unreachable(b"echo-1")
     registers(world, "echo-1", let_go_ms=5000)
     again(world)
     assert world.dispatched("echo-1") == [ID]
@@ -398,7 +398,7 @@ def test_client_that_acknowledges_nothing_holds_up_no_more_than_a_worker_keeps(
     world.hello("idle")
     world.answer("echo-1", world.call("idle"))
     busy = world.hello("busy")
-    worker = world.machine.crew.by_id["echo-1"]
+    worker = world.machine.workers.by_id["echo-1"]
     most = 0
     for count in range(1, 31):
         world.answer("echo-1", world.call("busy"))
@@ -599,7 +599,7 @@ def test_connection_that_ends_costs_no_call() -> None:
     world.ready(depth=4)
     runs, done, waits = (world.call() for _ in range(3))
     world.heard_by_worker("echo-1")
-    world.machine.crew.unreachable(b"echo-1")
+    world.machine.workers.unreachable(b"echo-1")
     assert world.outcomes(session) == {}
     held: tuple[Any, ...] = (messages.Held(done, 0, "tester"), messages.Held(runs, 1, "tester"))
     tools = (definition("echo.echo"),)
@@ -645,7 +645,7 @@ def test_a_call_in_doubt_whose_tool_has_got_a_worker_of_its_own_is_settled_by_th
     again(world)
     machine = world.machine
     target = machine.dispatcher.pool("echo~echo.echo")
-    machine.care.residence.move(machine.registry.tools["echo.echo"], target, world.now)
+    machine.health.placement.move(machine.registry.tools["echo.echo"], target, world.now)
     world.check()
     registers(world, "echo-1")
     world.check()

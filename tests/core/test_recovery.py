@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mcp_broker import limits
-from mcp_broker.core.care import cause_of
 from mcp_broker.core.recovery import (
     CEILING,
     CLASSES,
@@ -23,6 +22,7 @@ from mcp_broker.core.recovery import (
     Ladder,
     Step,
 )
+from mcp_broker.core.tool_health import cause_of
 from mcp_broker.wire import node
 
 HOUR_S = 3600.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mcp_broker.limits as bounds
-from mcp_broker.core.workers import WorkerState
+from mcp_broker.core.worker import WorkerState
 from mcp_broker.wire import messages, node
 from tests.core.support import EPOCH, World, definition
 
@@ -22,7 +22,7 @@ def test_a_free_worker_that_retires_is_sent_away_at_once() -> None:
     world.ready("echo-1")
     retire(world, "echo-1")
     assert is_dismissed(world, "echo-1")
-    assert world.machine.crew.by_id["echo-1"].state is WorkerState.DRAINING
+    assert world.machine.workers.by_id["echo-1"].state is WorkerState.DRAINING
 
 
 def test_a_worker_that_retires_gets_no_new_call_and_goes_when_its_caller_has_the_last_outcome() -> None:
@@ -61,7 +61,7 @@ def test_a_client_that_acknowledges_nothing_keeps_a_retiring_worker_for_a_second
     assert world.outcomes(session) == {call_id: "OK"}
     world.later(bounds.ARRIVE_S)
     assert is_dismissed(world, "echo-1")
-    world.machine.clientele.unreachable(b"c1", world.now)
+    world.machine.clients.unreachable(b"c1", world.now)
     session = world.hello("c1", session_id=session.session_id)
     assert world.outcomes(session) == {call_id: "OK"}, "the broker keeps what its client has not acknowledged"
 
@@ -72,11 +72,11 @@ def test_a_new_connection_does_not_bring_a_retiring_worker_back() -> None:
     world.ready("echo-1")
     call_id = world.call()
     retire(world, "echo-1")
-    world.machine.crew.unreachable(b"echo-1")
+    world.machine.workers.unreachable(b"echo-1")
     held = (messages.Held(call_id, 1, "c1"),)
     world.worker_says("echo-1", messages.Register(0, "MCPB", (1,), (definition("echo.echo"),), held=held))
     world.worker_says("echo-1", messages.Ready(EPOCH, 4))
-    assert world.machine.crew.by_id["echo-1"].state is WorkerState.RETIRING
+    assert world.machine.workers.by_id["echo-1"].state is WorkerState.RETIRING
     world.call()
     assert world.dispatched("echo-1") == []
     world.check()
@@ -112,4 +112,4 @@ def test_the_death_of_a_retiring_worker_is_like_any_other() -> None:
     world.died("echo-1", started_seq=1)
     world.later(1)
     assert world.outcomes(session) == {call_id: "WORKER_LOST"}
-    assert not world.machine.crew.retiring
+    assert not world.machine.workers.retiring

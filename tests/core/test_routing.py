@@ -6,7 +6,7 @@ import pytest
 
 import mcp_broker.limits as bounds
 from mcp_broker.core import introspection
-from mcp_broker.core.clients import ClientState
+from mcp_broker.core.client_session import ClientState
 from mcp_broker.wire import codec, messages, node
 from tests.core.support import EPOCH, FakeGrant, World, definition
 
@@ -197,10 +197,10 @@ def test_worker_learns_which_of_its_outcomes_arrived() -> None:
 def test_renewed_token_must_be_the_same_principals() -> None:
     world = World()
     session = world.hello()
-    clientele = world.machine.clientele
-    assert not clientele.renew(b"c1", "key-c1", FakeGrant(principal="somebody else"), world.now)
+    clients = world.machine.clients
+    assert not clients.renew(b"c1", "key-c1", FakeGrant(principal="somebody else"), world.now)
     assert session.grant.caller.principal == "tester"
-    assert clientele.renew(b"c1", "key-c1", FakeGrant(expires_at=world.now + 5), world.now)
+    assert clients.renew(b"c1", "key-c1", FakeGrant(expires_at=world.now + 5), world.now)
 
 
 def test_failed_pool_tells_its_callers_at_once() -> None:
@@ -295,7 +295,7 @@ def test_session_that_is_lost_keeps_its_calls_for_a_moment() -> None:
     session = world.hello()
     world.ready()
     call_id = world.call()
-    world.machine.clientele.unreachable(b"c1", world.now)
+    world.machine.clients.unreachable(b"c1", world.now)
     world.later(bounds.RESUME_GRACE_S / 2)
     assert world.interrupts() == []
     resumed = world.hello(session_id=session.session_id)
@@ -310,7 +310,7 @@ def test_session_that_does_not_come_back_has_its_calls_cancelled() -> None:
     session = world.hello()
     world.ready()
     world.call()
-    world.machine.clientele.unreachable(b"c1", world.now)
+    world.machine.clients.unreachable(b"c1", world.now)
     world.later(bounds.RESUME_GRACE_S + 0.01)
     assert session.state is ClientState.CLOSED
     assert [interrupt.why for interrupt in world.interrupts()] == ["cancel"]
@@ -328,7 +328,7 @@ def test_unacknowledged_outcomes_are_sent_again_with_their_numbers() -> None:
     world.answer("echo-1", second)
     world.heard_by(session)
     world.client_says("c1", messages.Ack(EPOCH, 1))
-    world.machine.clientele.unreachable(b"c1", world.now)
+    world.machine.clients.unreachable(b"c1", world.now)
     world.hello(session_id=session.session_id)
     again = [message for message, _ in world.heard_by(session) if isinstance(message, messages.Outcomes)]
     assert [(message.first, message.outcomes[0].call_id) for message in again] == [(2, second)]
@@ -339,7 +339,7 @@ def test_call_that_is_sent_again_after_a_resume_does_not_run_again() -> None:
     session = world.hello()
     world.ready()
     ended, running = world.call(), world.call()
-    world.machine.clientele.unreachable(b"c1", world.now)
+    world.machine.clients.unreachable(b"c1", world.now)
     world.answer("echo-1", ended)
     world.hello(session_id=session.session_id)
     world.answer("echo-1", running)
@@ -425,7 +425,7 @@ def test_parts_out_of_order_end_the_stream_as_the_workers_fault() -> None:
 def test_worker_is_told_what_its_caller_takes_and_how_the_arguments_are_encoded() -> None:
     world = World()
     hello = messages.Hello(0, "MCPB", (1,), "t", capabilities=("zstd", "x-other"))
-    world.machine.clientele.hello(b"c1", "key-c1", hello, FakeGrant(), world.now)
+    world.machine.clients.hello(b"c1", "key-c1", hello, FakeGrant(), world.now)
     world.ready()
     extra = messages.CallExtra(encoding="zstd")
     request = messages.Call(b"i" * 16, "echo.echo", 1000, b"opaque", extra)
@@ -438,8 +438,8 @@ def test_worker_is_told_what_its_caller_takes_and_how_the_arguments_are_encoded(
     ]
     assert (dispatch.arguments, dispatch.extra) == (b"opaque", extra)
     assert codec.decode_caller(dispatch.caller).encodings == ("zstd",)
-    world.machine.clientele.renew(b"c1", "key-c1", FakeGrant(), world.now)
-    session = world.machine.clientele.open[b"c1"]
+    world.machine.clients.renew(b"c1", "key-c1", FakeGrant(), world.now)
+    session = world.machine.clients.open[b"c1"]
     assert codec.decode_caller(session.caller_raw).encodings == ("zstd",)
 
 

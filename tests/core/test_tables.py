@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from mcp_broker.core.calls import CALL_TABLE, Call, CallEvent, CallState
-from mcp_broker.core.clients import CLIENT_TABLE, ClientEvent, ClientState, Verdict
-from mcp_broker.core.clients import EVENT_OF_KIND as CLIENT_EVENTS
-from mcp_broker.core.workers import EVENT_OF_KIND as WORKER_EVENTS
-from mcp_broker.core.workers import WORKER_TABLE, WorkerEvent, WorkerState
+from mcp_broker.core.client_session import CLIENT_TABLE, ClientEvent, ClientState, Verdict
+from mcp_broker.core.client_session import EVENT_OF_KIND as CLIENT_EVENTS
+from mcp_broker.core.worker import EVENT_OF_KIND as WORKER_EVENTS
+from mcp_broker.core.worker import WORKER_TABLE, WorkerEvent, WorkerState
 from mcp_broker.errors import InvalidTransition
 from mcp_broker.wire import messages, node
 from tests.core.support import EPOCH, FakeGrant, World, definition
@@ -77,7 +77,7 @@ def client_in(state: ClientState) -> tuple[World, Any]:
     session = world.hello()
     world.heard_by(session)
     if state is ClientState.LOST:
-        world.machine.clientele.unreachable(b"c1", world.now)
+        world.machine.clients.unreachable(b"c1", world.now)
     elif state is ClientState.CLOSED:
         world.client_says("c1", messages.Goodbye(EPOCH))
     assert session.state is state
@@ -88,19 +88,19 @@ def client_in(state: ClientState) -> tuple[World, Any]:
 def test_client_session_obeys_its_table(state: ClientState, event: ClientEvent) -> None:
     world, session = client_in(state)
     after, verdict = CLIENT_TABLE[state][event]
-    clientele = world.machine.clientele
+    clients = world.machine.clients
     if event is ClientEvent.HELLO:
         again = world.hello(session_id=session.session_id if state is ClientState.LOST else None)
         assert again.state is ClientState.OPEN
         assert (again is session) is (state in {ClientState.OPEN, ClientState.LOST})
     elif event is ClientEvent.UNREACHABLE:
-        clientele.unreachable(b"c1", world.now)
+        clients.unreachable(b"c1", world.now)
         assert session is None or session.state is after
     elif event is ClientEvent.GRACE_OVER:
         world.later(5)
         assert session is None or session.state is after
     elif event is ClientEvent.RENEW and state is ClientState.OPEN:
-        assert clientele.renew(b"c1", "key-c1", FakeGrant(), world.now)
+        assert clients.renew(b"c1", "key-c1", FakeGrant(), world.now)
     else:
         taken = world.client_says("c1", CLIENT_MESSAGES[event])
         if state is ClientState.OPEN:
@@ -127,7 +127,7 @@ def worker_in(state: WorkerState) -> World:
         world.call()
         world.machine.from_node(node.Retire(("echo-1",)), world.now)
     elif state is WorkerState.DRAINING:
-        world.machine.crew.dismiss()
+        world.machine.workers.dismiss()
     elif state in {WorkerState.DYING, WorkerState.GONE}:
         world.hello()
         world.call()
@@ -140,15 +140,15 @@ def worker_in(state: WorkerState) -> World:
 @pytest.mark.parametrize(("state", "event"), list(itertools.product(WorkerState, WorkerEvent)))
 def test_worker_obeys_its_table(state: WorkerState, event: WorkerEvent) -> None:
     world = worker_in(state)
-    crew = world.machine.crew
-    worker = crew.by_id.get("echo-1")
+    workers = world.machine.workers
+    worker = workers.by_id.get("echo-1")
     assert (worker is None) is (state is WorkerState.GONE)
     assert worker is None or worker.state is state
     after, verdict = WORKER_TABLE[state][event]
     if event is WorkerEvent.UNREACHABLE:
-        crew.unreachable(b"echo-1")
+        workers.unreachable(b"echo-1")
     elif event is WorkerEvent.DRAIN:
-        crew.dismiss()
+        workers.dismiss()
     elif event is WorkerEvent.RETIRE:
         world.machine.from_node(node.Retire(("echo-1",)), world.now)
     elif event is WorkerEvent.DIED:
@@ -159,7 +159,7 @@ def test_worker_obeys_its_table(state: WorkerState, event: WorkerEvent) -> None:
         taken = world.worker_says("echo-1", WORKER_MESSAGES[event])
         assert taken is (verdict is not Verdict.REFUSE)
     if worker is None:
-        assert "echo-1" not in crew.by_id
+        assert "echo-1" not in workers.by_id
     elif event is WorkerEvent.DIED and state is not WorkerState.DYING:
         assert worker.state is WorkerState.DYING
     elif verdict is not Verdict.BUG:

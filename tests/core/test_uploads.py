@@ -11,7 +11,7 @@ from mcp_broker.wire import codec, messages, payload
 from tests.core.support import EPOCH, FakeGrant, World
 
 if TYPE_CHECKING:
-    from mcp_broker.core.clients import ClientSession
+    from mcp_broker.core.client_session import ClientSession
 
 WINDOW = bounds.UPLOAD_WINDOW_MAX
 
@@ -63,7 +63,7 @@ def test_chunks_go_on_in_the_turn_that_they_came_in() -> None:
     assert passed_on(world) == [0, 1]
     large = bytes(bounds.CHUNK_BYTES_MAX)
     sends(world, call_id, 2, body=large, last=True)
-    worker = world.machine.crew.by_id["echo-1"]
+    worker = world.machine.workers.by_id["echo-1"]
     [(envelope, body)] = worker.take_outbox(EPOCH)
     assert body is large, "not copied"
     assert codec.to_worker.decode(envelope) == messages.Chunks(
@@ -76,7 +76,7 @@ def test_chunks_go_on_in_the_turn_that_they_came_in() -> None:
 def test_large_chunk_acknowledges_no_outcomes() -> None:
     world, _, call_id = uploading()
     reads(world, call_id, WINDOW)
-    worker = world.machine.crew.by_id["echo-1"]
+    worker = world.machine.workers.by_id["echo-1"]
     world.heard_by_worker("echo-1")
     told, worker.told = worker.told, -1
     sends(world, call_id, 0, body=bytes(100_000))
@@ -144,10 +144,10 @@ def test_resumed_upload_goes_on_where_the_broker_is() -> None:
     world, session, call_id = uploading()
     reads(world, call_id, WINDOW)
     sends(world, call_id, 0, 1)
-    world.machine.clientele.unreachable(b"c1", world.now)
+    world.machine.clients.unreachable(b"c1", world.now)
     reads(world, call_id, WINDOW + 2)
     hello = messages.Hello(0, "MCPB", (1,), "t", session.session_id)
-    world.machine.clientele.hello(b"c1", "key-c1", hello, FakeGrant(), world.now)
+    world.machine.clients.hello(b"c1", "key-c1", hello, FakeGrant(), world.now)
     assert limits_told(world, session) == [WINDOW + 2]
     sends(world, call_id, 0, 1, 2)
     assert passed_on(world) == [0, 1, 2], "what came again is dropped"

@@ -9,7 +9,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
 from mcp_broker import limits
-from mcp_broker.core.clientele import error as error_message
+from mcp_broker.core.client_sessions import error as error_message
 from mcp_broker.core.routing import Routing
 from mcp_broker.wire import codec, messages, node
 from tests.core.support import FakeGrant
@@ -148,23 +148,25 @@ class Broker:
             self.machine.from_node(message, self.world.agenda.now)
 
     def _client_message(self, wire: Wire, packet: Packet) -> None:
-        now, clientele = self.world.agenda.now, self.machine.clientele
+        now, clients = self.world.agenda.now, self.machine.clients
         envelope, body = packet
         message = codec.from_client.decode(envelope)
         self.world.note(NAME, f"<- {wire.peer.name}", message)
         if isinstance(message, messages.Hello):
             grant = FakeGrant(principal=message.token)
-            assert clientele.hello(wire.routing_id, wire.user_id, message, grant, now) is not None
+            assert clients.hello(wire.routing_id, wire.user_id, message, grant, now) is not None
             return
         assert not isinstance(message, messages.Renew), "no client of the simulation renews its token"
-        if not clientele.message(wire.routing_id, wire.user_id, message, body, now):
+        if not clients.message(wire.routing_id, wire.user_id, message, body, now):
             self._refuse(wire)
 
     def _worker_message(self, wire: Wire, packet: Packet) -> None:
         envelope, body = packet
         message = codec.from_worker.decode(envelope)
         self.world.note(NAME, f"<- {wire.peer.name}", message)
-        if not self.machine.crew.message(wire.routing_id, wire.user_id, message, body, self.world.agenda.now):
+        if not self.machine.workers.message(
+            wire.routing_id, wire.user_id, message, body, self.world.agenda.now
+        ):
             self._refuse(wire)
 
     def _refuse(self, wire: Wire) -> None:
@@ -177,22 +179,21 @@ class Broker:
     def flush(self) -> None:
         """Send every outbox."""
         machine = self.machine
-        crew, clientele = machine.crew, machine.clientele
-        while clientele.dirty or crew.dirty:
-            workers, crew.dirty[:] = crew.dirty[:], []
+        while machine.clients.dirty or machine.workers.dirty:
+            workers, machine.workers.dirty[:] = machine.workers.dirty[:], []
             for worker in workers:
                 for packed in worker.take_outbox(machine.epoch):
                     if worker.routing_id and not self._send(worker.routing_id, packed):
-                        crew.unreachable(worker.routing_id)
-            clients, clientele.dirty[:] = clientele.dirty[:], []
+                        machine.workers.unreachable(worker.routing_id)
+            clients, machine.clients.dirty[:] = machine.clients.dirty[:], []
             for session in clients:
-                if clientele.open.get(session.routing_id) is not session:
+                if machine.clients.open.get(session.routing_id) is not session:
                     # lost: its outbox waits for a client that resumes
                     session.dirty = False
                     continue
                 for packed in session.take_outbox(machine.epoch):
                     if not self._send(session.routing_id, packed):
-                        clientele.unreachable(session.routing_id, self.world.agenda.now)
+                        machine.clients.unreachable(session.routing_id, self.world.agenda.now)
         to_node, machine.to_node[:] = machine.to_node[:], []
         for message in to_node:
             self.world.note(NAME, "-> supervisor", message)

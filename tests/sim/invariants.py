@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from mcp_broker import limits
 from mcp_broker.client.session import State
-from mcp_broker.core.clients import ClientState
+from mcp_broker.core.client_session import ClientState
 from mcp_broker.core.lifecycle import State as ToolState
 from mcp_broker.core.lifecycle import Treatment
 from mcp_broker.core.pool import APART
@@ -172,7 +172,7 @@ class Invariants:
                 call.deadline > now - _WHEEL_S, f"call {call.call_id.hex()} lives on after its deadline"
             )
         window = limits.CLIENT_WINDOW_MAX
-        for session in machine.clientele.sessions.values():
+        for session in machine.clients.sessions.values():
             owed = session.unacked_count + len(session.outbox)
             self.hold(len(session.live) <= window, f"a session has {len(session.live)} calls")
             self.hold(owed <= 4 * window, f"a session is owed {owed} outcomes")
@@ -212,7 +212,7 @@ class Invariants:
             )
 
     def _check_ghosts(self, machine: Routing) -> None:
-        held = {call_id for worker in machine.crew.by_id.values() for call_id in worker.held}
+        held = {call_id for worker in machine.workers.by_id.values() for call_id in worker.held}
         over = held - machine.ledger.calls.keys()
         self.hold(
             machine.dispatcher.ghosts == over, "ended calls that a worker holds are not those remembered"
@@ -238,7 +238,7 @@ class Invariants:
             self.hold(condition.isolated == (APART in pool.name), f"{tool.name} is served by {pool.name}")
             is_passing = life.state in _PASSING
             self.hold(
-                not is_passing or tool in machine.care.operations.running,
+                not is_passing or tool in machine.health.operations.running,
                 f"{tool.name} is {life.state.name}, and nothing leads on",
             )
             self.hold(len(life.history) <= limits.LIFECYCLE_KEPT, "a history grows")
@@ -246,7 +246,7 @@ class Invariants:
     def _check_workers(self, machine: Routing) -> None:
         """What a worker has, its broker knows that it holds; what it does not know is on its way."""
         for worker in self._world.supervisor.workers():
-            known = machine.crew.by_id.get(worker.name)
+            known = machine.workers.by_id.get(worker.name)
             wire = worker.wire
             if known is None or wire is None or not wire.is_up or wire.is_cut:
                 continue
@@ -286,15 +286,15 @@ class Invariants:
         self.hold(not machine.dispatcher.ghosts, f"ghosts are left: {len(machine.dispatcher.ghosts)}")
         self.hold(not machine.reconciliation.orphans, "calls that nobody asked for are left")
         self.hold(not machine.reconciliation.doubts, "calls in doubt are left")
-        self.hold(not machine.care.operations.running, "operations are left")
+        self.hold(not machine.health.operations.running, "operations are left")
         letters = len(machine.dispatcher.dead_letters)
         self.hold(len(machine.timers) <= letters, f"{len(machine.timers)} timers are left")
         self.hold(not broker.wires.keys() ^ {c.wire.routing_id for c in world.peers() if c.wire is not None},
                   "the broker has connections that no peer has")  # fmt: skip
         workers = {worker.name for worker in world.supervisor.workers()}
-        self.hold(machine.crew.by_id.keys() == workers, "the broker knows other workers than there are")
-        self.hold(len(machine.crew.by_thumbprint) == len(workers), "keys of dead workers are left")
-        for known in machine.crew.by_id.values():
+        self.hold(machine.workers.by_id.keys() == workers, "the broker knows other workers than there are")
+        self.hold(len(machine.workers.by_thumbprint) == len(workers), "keys of dead workers are left")
+        for known in machine.workers.by_id.values():
             self.hold(not known.held, f"{known.worker_id} still holds {len(known.held)} calls")
             self.hold(not known.outbox, f"{known.worker_id} was not sent everything")
             self.hold(not known.receipts, f"{known.worker_id} was not told of its outcomes")
@@ -311,9 +311,9 @@ class Invariants:
     def _check_sessions(self, machine: Routing) -> None:
         clients = {client.session.session_id for client in self._world.clients}
         self.hold(
-            machine.clientele.sessions.keys() == clients, "the broker has other sessions than clients have"
+            machine.clients.sessions.keys() == clients, "the broker has other sessions than clients have"
         )
-        for session in machine.clientele.sessions.values():
+        for session in machine.clients.sessions.values():
             self.hold(session.state is ClientState.OPEN, "a session is not open")
             self.hold(not session.live, "a session has calls left")
             self.hold(not session.unacked, f"{session.unacked_count} outcomes were never acknowledged")

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from mcp_broker.core import clients, pools, registry
+from mcp_broker.core import client_session, dispatcher, registry
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import pytest
 
-    from mcp_broker.core.workers import Worker
+    from mcp_broker.core.worker import Worker
     from mcp_broker.wire.messages import Outcome
 
 #: the bug spares so many calls for each that it hits
@@ -22,9 +22,9 @@ _RARE = 40
 
 def run_again_whatever_the_tool(patch: pytest.MonkeyPatch) -> None:
     """Dispatch a dead worker's calls again without asking whether the tool is idempotent."""
-    original = pools.Dispatcher.forget
+    original = dispatcher.Dispatcher.forget
 
-    def forget(self: pools.Dispatcher, worker: Worker, *others: Any, **named: Any) -> None:
+    def forget(self: dispatcher.Dispatcher, worker: Worker, *others: Any, **named: Any) -> None:
         kept = [(call.tool, call.tool.definition) for call in worker.held.values()]
         for tool, definition in kept:
             tool.definition = msgspec.structs.replace(definition, idempotent=True)
@@ -34,15 +34,15 @@ def run_again_whatever_the_tool(patch: pytest.MonkeyPatch) -> None:
             for tool, definition in reversed(kept):
                 tool.definition = definition
 
-    patch.setattr(pools.Dispatcher, "forget", forget)
+    patch.setattr(dispatcher.Dispatcher, "forget", forget)
 
 
 def drop_an_outcome(patch: pytest.MonkeyPatch) -> None:
     """Forget to tell a client now and then."""
-    original = clients.ClientSession.deliver
+    original = client_session.ClientSession.deliver
     count = 0
 
-    def deliver(self: clients.ClientSession, outcome: Outcome, *others: Any, **named: Any) -> None:
+    def deliver(self: client_session.ClientSession, outcome: Outcome, *others: Any, **named: Any) -> None:
         nonlocal count
         count += 1
         if count % _RARE:
@@ -50,16 +50,16 @@ def drop_an_outcome(patch: pytest.MonkeyPatch) -> None:
         else:
             self.live.pop(outcome.call_id, None)
 
-    patch.setattr(clients.ClientSession, "deliver", deliver)
+    patch.setattr(client_session.ClientSession, "deliver", deliver)
 
 
 def leak_credit(patch: pytest.MonkeyPatch) -> None:
     """Go on counting a call that its worker has finished, now and then."""
-    original = pools.Dispatcher.outcomes
+    original = dispatcher.Dispatcher.outcomes
     count = 0
 
     def outcomes(
-        self: pools.Dispatcher, worker: Worker, outcomes: tuple[Outcome, ...], *others: Any, **named: Any
+        self: dispatcher.Dispatcher, worker: Worker, outcomes: tuple[Outcome, ...], *others: Any, **named: Any
     ) -> None:
         nonlocal count
         held = dict(worker.held)
@@ -69,7 +69,7 @@ def leak_credit(patch: pytest.MonkeyPatch) -> None:
             if not count % _RARE and outcome.call_id in held:
                 worker.held[outcome.call_id] = held[outcome.call_id]
 
-    patch.setattr(pools.Dispatcher, "outcomes", outcomes)
+    patch.setattr(dispatcher.Dispatcher, "outcomes", outcomes)
 
 
 def let_waiting_calls_go(patch: pytest.MonkeyPatch) -> None:

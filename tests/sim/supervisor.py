@@ -218,7 +218,7 @@ class Supervisor:
         self.broker: Broker | None = None
         self.broker_child = children.Child(Restarts(RESTART_POLICY))
         self._broker_alarm = Alarm(world.agenda, self._expire_broker)
-        self.lives = 0
+        self.lifecycles = 0
         self._deaths: deque[node.Certificate] = deque(maxlen=8)
         self._started: dict[str, tuple[bytes, ...]] = {}
         self._abandoned = Abandoned()
@@ -269,8 +269,8 @@ class Supervisor:
 
     def next_worker_id(self, pool: str) -> str:
         """Return an id that no worker had before."""
-        self.lives += 1
-        return f"{pool}-{self.lives}"
+        self.lifecycles += 1
+        return f"{pool}-{self.lifecycles}"
 
     def worker_ends(self, worker: Shell, how: str) -> None:
         """A worker's process is gone; it is seen a little later."""

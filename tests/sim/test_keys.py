@@ -17,8 +17,8 @@ from mcp_broker.wire import messages, payload
 from tests.core.support import EPOCH, FakeGrant, World, definition
 
 if TYPE_CHECKING:
-    from mcp_broker.core.clients import ClientSession
-    from mcp_broker.core.workers import Worker
+    from mcp_broker.core.client_session import ClientSession
+    from mcp_broker.core.worker import Worker
 
 CLIENTS = 3
 
@@ -34,7 +34,7 @@ class Keys:
         self.world = World()
         self.world.machine.dispatcher.budget = Budget(Bound(room, 1000))
         self.tool = definition("echo.echo", idempotent=idempotent)
-        self.calls = self.lives = 0
+        self.calls = self.lifecycles = 0
         self.ended: list[bytes] = []
         self.sessions = [self._hello(number) for number in range(CLIENTS)]
         self.operator = self.world.hello("operator")
@@ -44,7 +44,7 @@ class Keys:
         return self.world.hello(f"c{number}", FakeGrant(principal=principal(number)))
 
     def _worker(self, number: int) -> Worker | None:
-        workers = [worker for worker in self.world.machine.crew.by_id.values() if worker.is_registered]
+        workers = [worker for worker in self.world.machine.workers.by_id.values() if worker.is_registered]
         return workers[number % len(workers)] if workers else None
 
     def _send(self, number: int, *, again: bool) -> None:
@@ -83,15 +83,15 @@ class Keys:
             self.world.died(worker.worker_id, started_seq=number)
 
     def join(self, _: int) -> None:
-        self.world.serve(f"echo-{self.lives}", 2, "echo", self.tool)
-        self.lives += 1
+        self.world.serve(f"echo-{self.lifecycles}", 2, "echo", self.tool)
+        self.lifecycles += 1
 
     def survive(self, number: int) -> None:
         """A worker comes that an earlier broker admitted; it may hold the next call, or never say a word."""
-        world, name = self.world, f"echo-{self.lives}"
-        self.lives += 1
+        world, name = self.world, f"echo-{self.lifecycles}"
+        self.lifecycles += 1
         world.admit(name)
-        world.machine.reconciliation.expects(world.machine.crew.by_id[name], world.now)
+        world.machine.reconciliation.expects(world.machine.workers.by_id[name], world.now)
         held = messages.Held((self.calls + 1).to_bytes(16, "big"), number % 2, principal(number))
         if number:
             self._send(number, again=True)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mcp_broker.core.budget import Bound, Budget
-from mcp_broker.core.clients import ClientState
+from mcp_broker.core.client_session import ClientState
 from mcp_broker.wire import messages
 from tests.core.support import EPOCH, FakeGrant, World
 
@@ -45,7 +45,7 @@ def test_every_accepted_call_ends_exactly_once_whatever_happens(
         )
 
     for verb, number in steps:
-        workers = [worker for worker in world.machine.crew.by_id.values() if worker.is_registered]
+        workers = [worker for worker in world.machine.workers.by_id.values() if worker.is_registered]
         worker = workers[number % len(workers)] if workers else None
         held = list(worker.held) if worker is not None else []
         if verb == "call" and session.state is ClientState.OPEN:
@@ -60,11 +60,11 @@ def test_every_accepted_call_ends_exactly_once_whatever_happens(
         elif verb == "cancel" and submitted:
             world.client_says("c1", messages.Cancel(EPOCH, (submitted[number % len(submitted)],)))
         elif verb == "lose":
-            world.machine.clientele.unreachable(b"c1", world.now)
+            world.machine.clients.unreachable(b"c1", world.now)
         elif verb == "resume" and session.state is ClientState.LOST:
             world.client_says("c1", messages.Heartbeat(EPOCH))
             message = messages.Hello(0, "MCPB", (1,), "t", session.session_id, ack=len(ended))
-            world.machine.clientele.hello(b"c1", "key-c1", message, FakeGrant(), world.now)
+            world.machine.clients.hello(b"c1", "key-c1", message, FakeGrant(), world.now)
         elif verb == "goodbye" and number == 0:
             world.client_says("c1", messages.Goodbye(EPOCH))
         elif verb == "later":

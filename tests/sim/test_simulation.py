@@ -46,7 +46,7 @@ def test_workers_that_retire_cost_no_call(why: str) -> None:
         # else a call that is late takes its worker along, before that is heard to have ended it
         world.network.latency_s = 0.001
         world.run(STEPS)
-        retired += world.supervisor.lives - sum(len(pool.slots) for pool in world.supervisor.pools)
+        retired += world.supervisor.lifecycles - sum(len(pool.slots) for pool in world.supervisor.pools)
         lost = [
             record
             for record in world.records.values()

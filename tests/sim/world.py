@@ -141,7 +141,7 @@ class World:
         return "\n".join(
             (
                 f"all held: {self.steps:,} steps, {self.agenda.now - _BEGIN_S:,.1f} virtual seconds in {seconds:.1f} s",
-                f"{self.faults.count:,} faults, {self.supervisor.epoch} brokers, {self.supervisor.lives} workers",
+                f"{self.faults.count:,} faults, {self.supervisor.epoch} brokers, {self.supervisor.lifecycles} workers",
                 f"{len(self.records):,} calls, {self.invariants.repeats:,} executions again",
                 *(f"  {count:>9,} {code}" for code, count in codes),
             )
@@ -261,7 +261,7 @@ class World:
         assert broker is not None
         machine = broker.machine
         self.note("operator", f"wants {name} of {tool.name}")
-        condition = machine.care.lives.of(tool)
+        condition = machine.health.lifecycles.of(tool)
         with suppress(InvalidTransition):
             WISHES[name][0](Steering(machine, condition, "by the operator", self.agenda.now))
         broker.stir()
@@ -292,7 +292,7 @@ class World:
         machine = broker.machine
         # a call that has ended may yet take its worker along
         is_free = not machine.dispatcher.ghosts and not machine.reconciliation.orphans
-        return is_free and all(known.is_registered for known in machine.crew.by_id.values())
+        return is_free and all(known.is_registered for known in machine.workers.by_id.values())
 
     @property
     def _is_owed(self) -> bool:

@@ -269,8 +269,10 @@ def test_a_broker_that_dies_while_it_is_briefed_is_killed_and_drops_the_rest(tmp
     )
     broker = BrokerChild(cast("Any", owner))
     broker.tell(Wanted())
-    assert killed == ["it"]
     assert broker.pid == 4711
+    broker.send(node.Admit(()))
+    poller.turn(PATIENCE_S)
+    assert killed == ["it"]
     broker.send(node.Admit(()))
     poller.close()
 

@@ -14,7 +14,7 @@ import pytest
 
 from mcp_broker.config import parse
 from mcp_broker.errors import ConfigError
-from mcp_broker.supervisor import gauge, sieve
+from mcp_broker.supervisor import gauge, socket_filter
 from mcp_broker.supervisor.lessor import Lessor
 from mcp_broker.wire.confinement import Confinement
 from mcp_broker.wire.tether import Leased, LeasePort, LeaseRefused, ReturnPort, TetherMessage
@@ -262,9 +262,14 @@ def test_only_listed_networks_reach_a_leased_port_and_its_worker_cannot_change_t
 
 def test_a_filter_of_the_other_family_lets_nobody_in() -> None:
     networks = [ipaddress.ip_network("::1/128"), ipaddress.ip_network("fe80::/10")]
-    assert sieve.program(networks, socket.AF_INET) == [(0x06, 0, 0, 0)]
-    assert len(sieve.program(networks, socket.AF_INET6)) == 4 * 3 + 1 + 3 + 1 + 1
-    assert sieve.program([ipaddress.ip_network("0.0.0.0/0")], socket.AF_INET)[0] == (0x06, 0, 0, 0xFFFFFFFF)
+    assert socket_filter.program(networks, socket.AF_INET) == [(0x06, 0, 0, 0)]
+    assert len(socket_filter.program(networks, socket.AF_INET6)) == 4 * 3 + 1 + 3 + 1 + 1
+    assert socket_filter.program([ipaddress.ip_network("0.0.0.0/0")], socket.AF_INET)[0] == (
+        0x06,
+        0,
+        0,
+        0xFFFFFFFF,
+    )
 
 
 def test_the_end_stops_new_connections_and_leaves_those_that_there_are(lessor: Lessor, first: int) -> None:
@@ -305,7 +310,7 @@ def test_without_a_filter_no_port_is_lent_that_needs_one(
     def unable(_listener: socket.socket, _networks: object) -> None:
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr(sieve, "attach", unable)
+    monkeypatch.setattr(socket_filter, "attach", unable)
     lessor: Lessor = make('allow = ["127.0.0.0/8"]\n')  # type: ignore[operator]
     answer = Worker(lessor).says(LeasePort(1))
     assert isinstance(answer, LeaseRefused)

@@ -233,8 +233,8 @@ def test_the_next_start_removes_a_zygote_that_was_left(start: Start) -> None:
 def test_a_process_shows_the_name_that_it_took() -> None:
     code = (
         "import os, sys\n"
-        "from mcp_broker.worker.nameplate import Nameplate\n"
-        "plate = Nameplate('WHO')\n"
+        "from mcp_broker.worker.process_title import ProcessTitle\n"
+        "plate = ProcessTitle('WHO')\n"
         "plate.show(['first'], 'a')\n"
         "plate.show(['one', 'two'], 'text-1')\n"
         "print(os.getpid(), flush=True)\n"

@@ -1,4 +1,4 @@
-"""Who is told how calls of tools end, as those who move calls see it."""
+"""Who hears how calls of tools end, as those who move calls see it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from mcp_broker.wire.node import Certificate
 
 
-class Keeper(Protocol):
-    """Looks after tools: :class:`mcp_broker.core.care.Care`."""
+class HealthObserver(Protocol):
+    """Follows how tools fare: :class:`mcp_broker.core.tool_health.ToolHealth`."""
 
     @property
     def watched(self) -> dict[Tool, None]:
@@ -30,5 +30,5 @@ class Keeper(Protocol):
         """End a call that would wait for a tool that takes none any more; tell whether it did."""
         ...
 
-    def mourn(self, certificate: Certificate, started: list[Call]) -> None:
+    def worker_died(self, certificate: Certificate, started: list[Call]) -> None:
         """A worker died and took these calls along."""

@@ -36,7 +36,7 @@ def come(
 
 def steer(world: World, wish: str, tool: str = NAME, client: str = "c1", **more: str) -> dict[str, Any]:
     """Be an operator; return the answer, or the code of the refusal under "code"."""
-    session = world.machine.clientele.open[client.encode()]
+    session = world.machine.clients.open[client.encode()]
     world.heard_by(session)
     packed = payload.pack({"tool": tool, **more})
     (call_id,) = world.calls(client, (f"system.tools.{wish}",), arguments=packed)
@@ -70,7 +70,7 @@ def wishes(world: World, kind: type) -> list[Any]:
 def crash(world: World, worker_id: str, client: str = "c1") -> None:
     """Have a call end its worker by itself."""
     call_id = world.call(client)
-    seq = world.machine.crew.by_id[worker_id].held[call_id].seq
+    seq = world.machine.workers.by_id[worker_id].held[call_id].seq
     plain = certificate(worker_id, seq)
     died = node.Certificate(
         worker_id=worker_id, pool=plain.pool, pid=1, cause="exited with code 7", kind="exit", exit_code=7, started_seq=seq
@@ -101,7 +101,7 @@ def test_a_paused_tools_calls_wait_and_hold_up_no_other_tool() -> None:
 def test_a_paused_call_still_ends_at_its_deadline_and_is_told_what_it_waited_for() -> None:
     world = serving()
     steer(world, "pause", reason="a new model")
-    session = world.machine.clientele.open[b"c2"]
+    session = world.machine.clients.open[b"c2"]
     world.heard_by(session)
     call_id = world.call("c2", timeout_s=1.0)
     world.later(1.1)
@@ -133,7 +133,7 @@ def test_a_resume_hook_that_fails_makes_the_tool_an_error_which_enable_mends() -
     steer(world, "pause")
     steer(world, "resume")
     (hook,) = hooks(world)
-    session = world.machine.clientele.open[b"c2"]
+    session = world.machine.clients.open[b"c2"]
     waits = world.call("c2")
     world.heard_by(session)
     world.worker_says("echo-1", messages.Hooked(EPOCH, hook.order, "OSError: no"))
@@ -167,7 +167,7 @@ def test_hooks_of_a_worker_that_dies_are_waited_for_no_more() -> None:
 
 def test_a_stopped_tool_refuses_and_ends_what_waits() -> None:
     world = serving(depth=0)
-    session = world.machine.clientele.open[b"c2"]
+    session = world.machine.clients.open[b"c2"]
     waits = world.call("c2")
     world.heard_by(session)
     assert steer(world, "stop")["state"] == "stopped"
@@ -178,7 +178,7 @@ def test_a_stopped_tool_refuses_and_ends_what_waits() -> None:
 
 def test_what_a_dead_worker_had_not_started_does_not_wait_for_a_tool_that_is_stopped() -> None:
     world = serving()
-    session = world.machine.clientele.open[b"c2"]
+    session = world.machine.clients.open[b"c2"]
     world.calls("c2", (NAME, NAME))
     steer(world, "stop")
     world.heard_by(session)
@@ -191,7 +191,7 @@ def test_what_a_dead_worker_had_not_started_does_not_wait_for_a_tool_that_is_sto
 
 def test_a_disabled_tool_takes_no_new_calls_and_finishes_those_it_had() -> None:
     world = serving(depth=1)
-    session = world.machine.clientele.open[b"c2"]
+    session = world.machine.clients.open[b"c2"]
     first, second = world.calls("c2", (NAME, NAME))
     steer(world, "disable", reason="moved")
     world.heard_by(session)
@@ -204,7 +204,7 @@ def test_a_disabled_tool_takes_no_new_calls_and_finishes_those_it_had() -> None:
 
 def test_what_an_operator_takes_out_is_not_found_and_what_recovery_takes_out_is_unavailable() -> None:
     world = serving()
-    session = world.machine.clientele.open[b"c2"]
+    session = world.machine.clients.open[b"c2"]
     steer(world, "unregister")
     world.heard_by(session)
     call_id = world.call("c2")
@@ -212,7 +212,7 @@ def test_what_an_operator_takes_out_is_not_found_and_what_recovery_takes_out_is_
     steer(world, "enable")
     assert state(world) is State.ACTIVE
     call_id = world.call("c2")
-    seq = world.machine.crew.by_id["echo-1"].seq
+    seq = world.machine.workers.by_id["echo-1"].seq
     violated = node.Certificate(
         worker_id="echo-1", pool="echo", pid=1, cause="killed by SIGSYS", kind="signal", signal="SIGSYS", started_seq=seq
     )  # fmt: skip
@@ -237,7 +237,7 @@ def test_what_cannot_be_done_is_refused_with_what_can() -> None:
 
 def test_a_call_after_a_change_in_the_same_message_sees_the_change() -> None:
     world = serving()
-    session = world.machine.clientele.open[b"c1"]
+    session = world.machine.clients.open[b"c1"]
     world.call()
     world.heard_by(session)
     packed = payload.pack({"tool": NAME})
@@ -442,7 +442,7 @@ def test_a_paused_tool_is_not_recovered_behind_its_operators_back() -> None:
     crash(world, "echo-1")
     call_id = world.call()
     steer(world, "pause")
-    worker = next(worker for worker in world.machine.crew.by_id.values() if call_id in worker.held)
+    worker = next(worker for worker in world.machine.workers.by_id.values() if call_id in worker.held)
     seq = worker.held[call_id].seq
     gone = node.Certificate(
         worker_id=worker.worker_id,
@@ -460,7 +460,7 @@ def test_a_paused_tool_is_not_recovered_behind_its_operators_back() -> None:
 
 def test_an_exception_runs_again_only_where_the_author_says_so() -> None:
     world = serving("recover", idempotent=True)
-    session = world.machine.clientele.open[b"c2"]
+    session = world.machine.clients.open[b"c2"]
     call_id = world.call("c2")
     world.dispatched("echo-1")
     world.answer("echo-1", call_id, "TOOL_FAILED")
@@ -478,7 +478,7 @@ def test_an_exception_runs_again_only_where_the_author_says_so() -> None:
 
 def test_an_exception_is_run_again_no_more_often_than_any_other_call() -> None:
     world = serving("recover", idempotent=True)
-    session = world.machine.clientele.open[b"c2"]
+    session = world.machine.clients.open[b"c2"]
     call_id = world.call("c2")
     for _ in range(limits.ATTEMPTS_MAX):
         world.answer("echo-1", call_id, "TOOL_FAILED")
@@ -517,7 +517,7 @@ def test_a_broker_that_follows_knows_what_operators_did() -> None:
     after.machine.from_node(told, after.now)
     after.hello("c2")
     come(after, "echo-1")
-    session = after.machine.clientele.open[b"c2"]
+    session = after.machine.clients.open[b"c2"]
     after.heard_by(session)
     call_id = after.call("c2")
     assert after.faults(session)[call_id]["reason"] == "moved (ann)"

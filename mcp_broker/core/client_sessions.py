@@ -9,7 +9,7 @@ from mcp_broker import limits
 from mcp_broker.core import uploads
 from mcp_broker.core.acceptance import Acceptance
 from mcp_broker.core.calls import CallState, fault
-from mcp_broker.core.clients import (
+from mcp_broker.core.client_session import (
     CLIENT_TABLE,
     EVENT_OF_KIND,
     ClientEvent,
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mcp_broker.core.routing import Routing
 
 
-class Clientele:
+class ClientSessions:
     """All client sessions, by id and by where they are reached."""
 
     def __init__(self, routing: Routing) -> None:

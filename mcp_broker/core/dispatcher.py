@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mcp_broker import limits
-from mcp_broker.core import losses, outbox
-from mcp_broker.core.arrears import Arrears
+from mcp_broker.core import failures, outbox
+from mcp_broker.core.backpressure import Backpressure
 from mcp_broker.core.budget import Budget
 from mcp_broker.core.calls import Call, CallEvent, CallState, Ledger, fault
 from mcp_broker.core.ceiling import Ceiling
@@ -24,12 +24,12 @@ from mcp_broker.wire import messages
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mcp_broker.core.clients import ClientSession
+    from mcp_broker.core.client_session import ClientSession
     from mcp_broker.core.dead_letters import DeadLetters
-    from mcp_broker.core.keeper import Keeper
+    from mcp_broker.core.health_observer import HealthObserver
     from mcp_broker.core.outbox import Body
     from mcp_broker.core.registry import Tool
-    from mcp_broker.core.workers import Worker
+    from mcp_broker.core.worker import Worker
     from mcp_broker.wire.node import Certificate
 
 # looking an enum's member up costs as much as the comparison
@@ -52,8 +52,8 @@ class Dispatcher:
         #: ids of calls that have ended while a worker still holds them; nobody may use them meanwhile
         self.ghosts: set[bytes] = set()
         #: set by who looks after the tools, before the first call
-        self.keeper: Keeper
-        self.arrears = Arrears()
+        self.health: HealthObserver
+        self.backpressure = Backpressure()
 
     def pool(self, name: str) -> Pool:
         """Return the pool of that name, made at its first mention."""
@@ -64,8 +64,8 @@ class Dispatcher:
 
     def submit(self, calls: list[Call], pool: Pool, now: float) -> None:
         """Give accepted calls to workers with credit; let the rest wait, as many as may."""
-        if self.arrears:
-            calls = self.arrears.sift(calls, self.may_wait)
+        if self.backpressure:
+            calls = self.backpressure.sift(calls, self.may_wait)
         if self.ceiling.limit is not None:
             # others may have waited longer
             self._queue(calls, pool, now)
@@ -112,7 +112,7 @@ class Dispatcher:
 
     def _sift(self, calls: list[Call], pool: Pool) -> list[Call]:
         """Return those of some calls that their clients can take results of; no worker holds the others."""
-        ready = self.arrears.sift(calls)
+        ready = self.backpressure.sift(calls)
         if pool.gates and len(ready) < len(calls):
             for call in set(calls).difference(ready):
                 self._let_go(call, pool)
@@ -132,7 +132,7 @@ class Dispatcher:
             if not run:
                 # all behind closed gates
                 return
-            if self.arrears:
+            if self.backpressure:
                 run = self._sift(run, pool)
             if run:
                 self._assign(run, worker, now)
@@ -147,7 +147,7 @@ class Dispatcher:
                 if self.ceiling.room() <= 0 or worker is None:
                     continue
                 run = pool.take(1, now)
-                if self.arrears:
+                if self.backpressure:
                     run = self._sift(run, pool)
                 if run:
                     self._assign(run, worker, now)
@@ -193,7 +193,7 @@ class Dispatcher:
         worker.received += len(outcomes)
         receipt = Receipt(worker.received)
         held, finish, gates = worker.held, self._ledger.finish, worker.pool.gates
-        watched = self.keeper.watched
+        watched = self.health.watched
         # one question a call for both, since mostly there is neither
         is_attended = bool(gates or watched)
         session: ClientSession | None = None
@@ -210,7 +210,7 @@ class Dispatcher:
             if is_attended:
                 self._let_go(call, worker.pool)
                 if call.tool in watched and call.state is not _ENDED and outcome.code == messages.OK:
-                    self.keeper.succeeded(call)
+                    self.health.succeeded(call)
             if call.state is _ENDED:
                 self.ghosts.discard(call.call_id)
                 self.late += 1
@@ -221,18 +221,18 @@ class Dispatcher:
                 session, count = call.session, 0
             count += 1
             if call.expected_bytes and body is None:
-                self.arrears.small(call)
+                self.backpressure.small(call)
             if outcome.code == "OK" and (outcome.body is not None or body is not None):
                 if outcome.parts != call.parts:
                     outcome = counted(call, outcome)  # noqa: PLW2901
-                if body is not None and (instead := self.arrears.large(call, len(body))) is not None:
+                if body is not None and (instead := self.backpressure.large(call, len(body))) is not None:
                     outcome, body = instead, None  # noqa: PLW2901
                 finish(call, outcome, body)
-            elif self.keeper.runs_again(call, outcome):
+            elif self.health.runs_again(call, outcome):
                 count -= 1
                 again.append(call)
             else:
-                finish(call, *losses.checked(worker, outcome, body))
+                finish(call, *failures.checked(worker, outcome, body))
         if session is not None:
             session.expect(receipt, count)
         worker.receipts.add(receipt)
@@ -303,13 +303,13 @@ class Dispatcher:
         """Take a call that is about to end out of its pool's queue; a worker that holds it goes on holding."""
         if call.state is CallState.QUEUED and call.tool.pool is not None:
             call.tool.pool.unqueue(call)
-            if self.arrears:
-                self.arrears.release(call)
+            if self.backpressure:
+                self.backpressure.release(call)
 
     def relieve(self, session: ClientSession, now: float) -> None:
         """Let calls of a session that was behind wait in their principal's turn, as far as it has read meanwhile."""
         pools: dict[Pool, None] = {}
-        for call in self.arrears.caught_up(session):
+        for call in self.backpressure.caught_up(session):
             if call.tool.pool is not None:
                 call.tool.pool.queue_again([call], now)
                 pools[call.tool.pool] = None
@@ -342,7 +342,7 @@ class Dispatcher:
 
     def _requeue(self, calls: list[Call], pool: Pool, now: float) -> None:
         for call in reversed(calls):
-            if self.keeper.ends(call):
+            if self.health.ends(call):
                 continue
             call.step(CallEvent.REQUEUED)
             pool.requeue(call)
@@ -353,8 +353,8 @@ class Dispatcher:
         held, worker.held = list(worker.held.values()), {}
         worker.outbox.clear()
         again: list[Call] = []
-        exceeding = losses.exceeding(held, certificate)
-        self.keeper.mourn(certificate, [call for call in held if call.seq <= certificate.started_seq])
+        exceeding = failures.exceeding(held, certificate)
+        self.health.worker_died(certificate, [call for call in held if call.seq <= certificate.started_seq])
         for call in held:
             call.worker = None
             self._let_go(call, worker.pool)
@@ -368,18 +368,18 @@ class Dispatcher:
             call.killers = (*call.killers, certificate)
             if exceeding == 1:
                 # it would do the same again
-                self._ledger.finish(call, losses.exhausted(call, certificate))
+                self._ledger.finish(call, failures.exhausted(call, certificate))
             elif len(call.killers) >= limits.POISON_DEATHS:
                 self.dead_letters.add(call, now)
-                self._ledger.finish(call, losses.lost(call, certificate, "POISONED"))
+                self._ledger.finish(call, failures.lost(call, certificate, "POISONED"))
             elif (
                 call.tool.definition.idempotent and call.attempts < limits.ATTEMPTS_MAX and call.may_run_again
             ):
                 again.append(call)
             elif exceeding:
-                self._ledger.finish(call, losses.exhausted(call, certificate, among=exceeding))
+                self._ledger.finish(call, failures.exhausted(call, certificate, among=exceeding))
             else:
-                self._ledger.finish(call, losses.lost(call, certificate, "WORKER_LOST"))
+                self._ledger.finish(call, failures.lost(call, certificate, "WORKER_LOST"))
         self._requeue(again, worker.pool, now)
 
     def end_waiting(self, tool: Tool, outcome: Callable[[bytes], messages.Outcome]) -> None:
@@ -387,13 +387,13 @@ class Dispatcher:
         pool = tool.pool
         if pool is None:
             return
-        for call in [*pool.backlog.values(), *self.arrears.of_pool(pool)]:
+        for call in [*pool.backlog.values(), *self.backpressure.of_pool(pool)]:
             if call.tool is tool:
                 self.release(call)
                 self._ledger.finish(call, outcome(call.call_id))
 
     def fail_backlog(self, pool: Pool, reason: str) -> None:
         """End every waiting call of a pool that its supervisor gave up."""
-        for call in [*pool.backlog.values(), *self.arrears.of_pool(pool)]:
+        for call in [*pool.backlog.values(), *self.backpressure.of_pool(pool)]:
             self.release(call)
-            self._ledger.finish(call, losses.unavailable(call.call_id, pool, reason))
+            self._ledger.finish(call, failures.unavailable(call.call_id, pool, reason))

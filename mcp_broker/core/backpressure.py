@@ -20,12 +20,12 @@ from mcp_broker.core.calls import Call, fault
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from mcp_broker.core.clients import ClientSession
+    from mcp_broker.core.client_session import ClientSession
     from mcp_broker.core.pool import Pool
     from mcp_broker.wire import messages
 
 
-class Arrears:
+class Backpressure:
     """What clients have yet to read, and the calls that wait for it; false until a first large result."""
 
     def __init__(self) -> None:

@@ -18,22 +18,22 @@ from mcp_broker.core.pool import APART
 
 if TYPE_CHECKING:
     from mcp_broker.core.condition import Condition
-    from mcp_broker.core.lives import Lives
+    from mcp_broker.core.lifecycles import Lifecycles
     from mcp_broker.core.pool import Pool
     from mcp_broker.core.registry import Tool
     from mcp_broker.core.routing import Routing
 
 
-class Residence:
+class Placement:
     """Moves tools.
 
     Attributes:
         apart: tools that have a worker of their own; mostly empty.
     """
 
-    def __init__(self, routing: Routing, lives: Lives, operations: Operations) -> None:
+    def __init__(self, routing: Routing, lives: Lifecycles, operations: Operations) -> None:
         self._routing = routing
-        self._lives = lives
+        self._lifecycles = lives
         self._operations = operations
         self.apart: dict[Tool, None] = {}
 
@@ -44,17 +44,17 @@ class Residence:
             return
         if tool.pool is pool:
             self.apart[tool] = None
-            self._lives.of(tool).isolated = True
+            self._lifecycles.of(tool).isolated = True
         elif tool not in self._operations.running:
             # an earlier broker had it isolated
-            self.begin(self._lives.of(tool), (Phase.QUIET, Phase.MOVE), pool, now)
+            self.begin(self._lifecycles.of(tool), (Phase.QUIET, Phase.MOVE), pool, now)
 
     def begin(self, condition: Condition, phases: tuple[Phase, ...], target: Pool | None, now: float) -> None:
         """Let a tool go elsewhere, through these phases; its calls wait meanwhile. One that does not serve stays where it is."""
         if not condition.life.may(Event.RECOVER):
             return
         where = "among others" if target is not None and APART not in target.name else "by itself"
-        self._lives.change(condition, Event.RECOVER, now, reason=f"is to be served {where}")
+        self._lifecycles.change(condition, Event.RECOVER, now, reason=f"is to be served {where}")
         operation = Operation(
             condition.tool,
             deque(phases),
@@ -83,9 +83,9 @@ class Residence:
         source = tool.pool
         if source is None or source is target:
             return
-        condition = self._lives.of(tool)
+        condition = self._lifecycles.of(tool)
         waiting = [call for call in source.backlog.values() if call.tool is tool]
-        aside = [call for call in self._routing.dispatcher.arrears.of_pool(source) if call.tool is tool]
+        aside = [call for call in self._routing.dispatcher.backpressure.of_pool(source) if call.tool is tool]
         aside += self._routing.idempotency.followers(tool)
         doubts = [call for call in source.doubts.values() if call.tool is tool]
         for call in (*waiting, *doubts):
@@ -113,4 +113,4 @@ class Residence:
 
     def _settle(self, condition: Condition, error: str, now: float) -> None:
         if condition.life.state is State.RECOVERING:
-            self._lives.change(condition, Event.DONE, now, error=error)
+            self._lifecycles.change(condition, Event.DONE, now, error=error)

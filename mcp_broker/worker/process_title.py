@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _ADDRESSES: Final = slice(45, 49)
 
 
-class Nameplate:
+class ProcessTitle:
     """The places of a process's command line and of one variable of its environment; a forked process has the same.
 
     Args:

@@ -1,9 +1,9 @@
-"""The care of tools: what failures and successes mean for them, and what is done about it.
+"""The health of tools: what failures and successes mean for them, and what is done about it.
 
 Rules
     What happens to calls only moves the machines here (breaker, ladder, lifecycle). What follows for others (calls that wait,
-    gates, workers) is done by :meth:`Care.settle`, once a turn: it would else come in the middle of what caused it.
-    While nothing fails, nothing here is asked: successes count only for tools in :attr:`Care.watched`, and a session may
+    gates, workers) is done by :meth:`ToolHealth.settle`, once a turn: it would else come in the middle of what caused it.
+    While nothing fails, nothing here is asked: successes count only for tools in :attr:`ToolHealth.watched`, and a session may
     keep a tool that it was let in for (:attr:`~mcp_broker.core.condition.Condition.is_plain`).
     A tool that an operator paused, stopped or took out is not recovered: the step is noted, and not done.
 
@@ -20,11 +20,11 @@ from mcp_broker import limits
 from mcp_broker.core import breaker
 from mcp_broker.core.calls import CallState
 from mcp_broker.core.lifecycle import Event, State, Treatment
-from mcp_broker.core.lives import Lives
+from mcp_broker.core.lifecycles import Lifecycles
 from mcp_broker.core.operations import Operation, Operations, Phase
+from mcp_broker.core.placement import Placement
 from mcp_broker.core.pool import APART
 from mcp_broker.core.recovery import CEILING, Attempt, Cause, Failure, Ladder, Step
-from mcp_broker.core.residence import Residence
 from mcp_broker.errors import MalformedFrame
 from mcp_broker.wire import messages, payload
 
@@ -58,16 +58,16 @@ def cause_of(certificate: Certificate) -> Cause | None:
     return Cause.KILLED if kind == "signal" and signal == "SIGKILL" else Cause.CRASH
 
 
-class Care:
+class ToolHealth:
     """Looks after the tools of one broker."""
 
     def __init__(self, routing: Routing) -> None:
         self._routing = routing
         self._dispatcher = routing.dispatcher
         self._registry = routing.registry
-        self.lives = Lives(routing)
+        self.lifecycles = Lifecycles(routing)
         self.operations = Operations(routing)
-        self.residence = Residence(routing, self.lives, self.operations)
+        self.placement = Placement(routing, self.lifecycles, self.operations)
         #: tools of which somebody waits for a success; mostly empty
         self.watched: dict[Tool, None] = {}
         #: tools whose breaker has opened since the last turn
@@ -111,7 +111,7 @@ class Care:
             says = breaker.Event.ABANDONED
         if says is not breaker.Event.FAILED and (tool.condition is None or tool.condition.breaker is None):
             return
-        condition, principal = self.lives.of(tool), call.session.grant.caller.principal
+        condition, principal = self.lifecycles.of(tool), call.session.grant.caller.principal
         if condition.breaker is None:
             condition.breaker = breaker.Breaker(now)
             self.watched[tool] = None
@@ -147,7 +147,7 @@ class Care:
 
     def succeeded(self, call: Call) -> None:
         """Take note of a result of a watched tool."""
-        condition, now = self.lives.of(call.tool), self._routing.now
+        condition, now = self.lifecycles.of(call.tool), self._routing.now
         if condition.breaker is not None:
             principal = call.session.grant.caller.principal
             self._hear(condition, breaker.Event.SUCCEEDED, call.call_id, principal, now)
@@ -171,7 +171,7 @@ class Care:
         return True
 
     def _failed(self, tool: Tool, failure: Failure, *, died: bool) -> None:
-        condition = self.lives.of(tool)
+        condition = self.lifecycles.of(tool)
         if condition.ladder is None:
             condition.ladder = Ladder()
         attempt = condition.ladder.failed(failure, died=died, isolated=condition.isolated)
@@ -184,29 +184,31 @@ class Care:
     def registered(self, pool: Pool) -> None:
         """A worker of a pool has brought its tools."""
         for tool in self._registry.of(pool):
-            self.lives.of(tool)
+            self.lifecycles.of(tool)
 
     def ready(self, pool: Pool, now: float) -> None:
         """A worker of a pool can take calls."""
         for tool in self._registry.of(pool):
-            self.lives.of(tool).life.handle(Event.READY, now)
+            self.lifecycles.of(tool).life.handle(Event.READY, now)
         if APART in pool.name:
-            self.residence.settled(pool, now)
+            self.placement.settled(pool, now)
 
     def updating(self, pool: Pool, now: float) -> None:
         """Workers of a later edition serve other tools: until those of earlier ones are gone, both do."""
         for tool in self._registry.of(pool):
-            condition = self.lives.of(tool)
+            condition = self.lifecycles.of(tool)
             if condition.life.may(Event.UPDATE) and tool not in self.operations.running:
-                self.lives.change(condition, Event.UPDATE, now, reason=f"edition {pool.edition} of its pool")
+                self.lifecycles.change(
+                    condition, Event.UPDATE, now, reason=f"edition {pool.edition} of its pool"
+                )
                 done = functools.partial(self._updated, condition)
                 self.operations.begin(Operation(tool, deque((Phase.UPDATE,)), done), now)
 
     def _updated(self, condition: Condition, error: str, now: float) -> None:
         if condition.life.state is State.UPDATING:
-            self.lives.change(condition, Event.DONE, now, error=error)
+            self.lifecycles.change(condition, Event.DONE, now, error=error)
 
-    def mourn(self, certificate: Certificate, started: list[Call]) -> None:
+    def worker_died(self, certificate: Certificate, started: list[Call]) -> None:
         """A worker died, and took these calls along; some may have had an outcome before."""
         cause = cause_of(certificate)
         if cause is None:
@@ -238,7 +240,7 @@ class Care:
         if self._steps:
             steps, self._steps = self._steps, {}
             for tool, (attempt, died) in steps.items():
-                self._take_step(self.lives.of(tool), attempt, died=died, now=now)
+                self._take_step(self.lifecycles.of(tool), attempt, died=died, now=now)
         if self.operations.running:
             self.operations.turn(now)
 
@@ -249,22 +251,22 @@ class Care:
     def look(self, now: float) -> None:
         """Forget what was quiet for long, every now and then."""
         for tool in list(self.watched):
-            condition = self.lives.of(tool)
+            condition = self.lifecycles.of(tool)
             if condition.breaker is not None and condition.breaker.is_quiet(now):
                 condition.breaker = None
             if not condition.is_watched:
                 del self.watched[tool]
-        for tool in list(self.residence.apart):
-            condition = self.lives.of(tool)
+        for tool in list(self.placement.apart):
+            condition = self.lifecycles.of(tool)
             ladder = condition.ladder
             if ladder is not None:
                 ladder.decay(now)
             if ladder is not None and (ladder.position is None or ladder.position < Step.ISOLATE):
-                self.residence.rejoin(condition, now)
+                self.placement.rejoin(condition, now)
 
     def _shut(self, tool: Tool, now: float) -> None:
         """A breaker opened: nobody is let in unasked any more, and nobody waits for nothing."""
-        condition = self.lives.of(tool)
+        condition = self.lifecycles.of(tool)
         self._registry.changed()
         its = condition.breaker
         if its is not None and its.state is breaker.State.OPEN:
@@ -276,7 +278,7 @@ class Care:
         why = f"{attempt.failure.cause.value}: {attempt.failure.text}"
         if step is Step.UNREGISTER:
             if life.may(Event.UNREGISTER):
-                self.lives.change(
+                self.lifecycles.change(
                     condition, Event.UNREGISTER, now, reason=f"recovery gave it up after a {why}"
                 )
             return
@@ -300,7 +302,7 @@ class Care:
         if not life.may(Event.RECOVER):
             attempt.error = f"not done, since the tool is {life.state.name.lower()}"
             return
-        self.lives.change(condition, Event.RECOVER, now, reason=f"{step.name.lower()} after a {why}")
+        self.lifecycles.change(condition, Event.RECOVER, now, reason=f"{step.name.lower()} after a {why}")
 
         def done(error: str, then: float) -> None:
             attempt.error = error
@@ -320,7 +322,7 @@ class Care:
     def _finish(self, condition: Condition, error: str, now: float) -> None:
         """A step is done, or could not be: either way calls go on, and tell whether it helped."""
         if condition.life.state is State.RECOVERING:
-            self.lives.change(condition, Event.DONE, now, error=error)
+            self.lifecycles.change(condition, Event.DONE, now, error=error)
 
 
 def _is_in_vain(ladder: Ladder | None) -> bool:

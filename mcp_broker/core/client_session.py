@@ -151,7 +151,7 @@ class ClientSession:
             one that it had not acknowledged. Ids are never used twice, so the set may stay until the next resume.
         queued_bytes: of the large results in the outbox.
         expected_bytes: of large results that workers are expected to make for it.
-        is_behind: it has so much to read that some of its calls are set aside (see core/arrears).
+        is_behind: it has so much to read that some of its calls are set aside (see core/backpressure).
         sent: how many outcomes were ever numbered for this session; the newest of ``unacked`` has this number.
     """
 

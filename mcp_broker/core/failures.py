@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mcp_broker.core.calls import Call, CallState, fault
-from mcp_broker.core.workers import WORKER_CODES
+from mcp_broker.core.worker import WORKER_CODES
 from mcp_broker.wire import codec, messages
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mcp_broker.core.outbox import Body
     from mcp_broker.core.pool import Pool
     from mcp_broker.core.registry import Tool
-    from mcp_broker.core.workers import Worker
+    from mcp_broker.core.worker import Worker
     from mcp_broker.wire.messages import Outcome
     from mcp_broker.wire.node import Certificate
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from mcp_broker.core.obituaries import keep
+from mcp_broker.core.death_log import keep
 from mcp_broker.wire import node
 
 

@@ -12,7 +12,7 @@ from mcp_broker.wire import messages, node, payload
 from tests.core.support import EPOCH, FakeGrant, World, definition
 
 if TYPE_CHECKING:
-    from mcp_broker.core.clients import ClientSession
+    from mcp_broker.core.client_session import ClientSession
 
 BODY = bytes(1024 * 1024)
 #: results after which a client is behind
@@ -43,7 +43,7 @@ def behind(calls: int, depth: int = 1) -> tuple[World, list[bytes]]:
 def test_client_that_reads_nothing_has_its_calls_wait() -> None:
     world, waiting = behind(100)
     assert len(waiting) == 100 - BEHIND
-    session = world.machine.clientele.open[b"c1"]
+    session = world.machine.clients.open[b"c1"]
     assert session.unacked_bytes < bounds.CLIENT_BEHIND_BYTES + 2 * len(BODY)
     assert world.call() in world.machine.ledger.calls, "more are accepted, up to the window"
     assert world.dispatched("echo-1") == []
@@ -78,11 +78,11 @@ def test_calls_go_on_in_their_order_once_the_client_has_read() -> None:
 def test_acknowledgement_that_rides_in_calls_or_hello_counts_too() -> None:
     for again in (True, False):
         world, waiting = behind(30)
-        session = world.machine.clientele.open[b"c1"]
+        session = world.machine.clients.open[b"c1"]
         if again:
-            world.machine.clientele.unreachable(b"c1", world.now)
+            world.machine.clients.unreachable(b"c1", world.now)
             hello = messages.Hello(0, "MCPB", (1,), "token", session.session_id, ack=BEHIND)
-            world.machine.clientele.hello(b"c1", "key-c1", hello, session.grant, world.now)
+            world.machine.clients.hello(b"c1", "key-c1", hello, session.grant, world.now)
         else:
             request = messages.Call(b"n" * 16, "echo.echo", 1000, payload.pack({}))
             world.client_says("c1", messages.Calls(EPOCH, BEHIND, (request,)))
@@ -112,7 +112,7 @@ def test_small_results_of_a_tool_that_was_expected_to_make_large_ones_let_the_ot
         world.check()
     assert done == 100
     assert world.machine.registry.tools["echo.echo"].result_bytes == 0
-    assert not len(world.machine.dispatcher.arrears)
+    assert not len(world.machine.dispatcher.backpressure)
 
 
 def test_results_beyond_the_bound_are_dropped_and_said_to_be() -> None:
@@ -144,7 +144,7 @@ def test_results_beyond_the_bound_are_dropped_and_said_to_be() -> None:
 
 def test_share_of_a_call_whose_worker_dies_goes_with_it() -> None:
     world, _ = behind(3, depth=1)
-    session = world.machine.clientele.open[b"c1"]
+    session = world.machine.clients.open[b"c1"]
     world.client_says("c1", messages.Ack(EPOCH, 3))
     world.call()
     assert session.expected_bytes == len(BODY)
@@ -156,7 +156,7 @@ def test_share_of_a_call_whose_worker_dies_goes_with_it() -> None:
 
 def test_time_passes_for_calls_that_wait_for_their_client() -> None:
     world, waiting = behind(30)
-    session = world.machine.clientele.open[b"c1"]
+    session = world.machine.clients.open[b"c1"]
     world.client_says("c1", messages.Cancel(EPOCH, (waiting[0],)))
     assert world.outcomes(session) == {waiting[0]: "CANCELLED"}
     world.check()
@@ -170,13 +170,13 @@ def test_client_that_goes_away_leaves_nothing() -> None:
     world, waiting = behind(30)
     world.client_says("c1", messages.Goodbye(EPOCH, "done"))
     assert world.machine.ledger.failed == {"CANCELLED": len(waiting)}
-    assert len(world.machine.dispatcher.arrears) == 0
+    assert len(world.machine.dispatcher.backpressure) == 0
     world.check()
 
 
 def test_pool_that_is_given_up_ends_calls_that_wait_for_their_client() -> None:
     world, waiting = behind(30)
-    session = world.machine.clientele.open[b"c1"]
+    session = world.machine.clients.open[b"c1"]
     report = node.PoolReport(
         name="echo", state="failed", wanted=1, workers=(), restarts=0, reason="no module"
     )
@@ -196,18 +196,18 @@ def test_small_results_never_make_calls_wait() -> None:
         world.heard_by(session)
         if number % 500 == 0:
             world.client_says("c1", messages.Ack(EPOCH, session.sent))
-    assert not world.machine.dispatcher.arrears
+    assert not world.machine.dispatcher.backpressure
 
 
 def test_detached_calls_that_wait_for_a_client_that_goes_away_go_on_without_it() -> None:
     world, _ = behind(BEHIND)
-    session = world.machine.clientele.open[b"c1"]
+    session = world.machine.clients.open[b"c1"]
     extra = messages.CallExtra(detach=True)
     calls = [
         messages.Call(bytes([0xD0 + n]) * 16, "echo.echo", 30_000, payload.pack({}), extra) for n in range(3)
     ]
     world.client_says("c1", messages.Calls(EPOCH, 0, tuple(calls)))
-    assert len(world.machine.dispatcher.arrears) == 3
+    assert len(world.machine.dispatcher.backpressure) == 3
     world.client_says("c1", messages.Goodbye(EPOCH, "later"))
     run = []
     while given := world.dispatched("echo-1"):
@@ -216,7 +216,7 @@ def test_detached_calls_that_wait_for_a_client_that_goes_away_go_on_without_it()
             answer_large(world, "echo-1", call_id)
     assert run == [call.call_id for call in calls]
     assert session.expected_bytes == 0
-    assert len(world.machine.dispatcher.arrears) == 0
+    assert len(world.machine.dispatcher.backpressure) == 0
 
 
 @pytest.mark.parametrize("large", [False, True])
@@ -246,7 +246,7 @@ def test_client_with_large_results_has_its_share_of_the_places_and_no_more(large
             world.calls(each, ["echo.echo"] * missing)
         world.later(0.001)
     world.check()
-    assert bool(world.machine.dispatcher.arrears) is large
+    assert bool(world.machine.dispatcher.backpressure) is large
     shares = Counter(served[100:])
     assert shares["low"] == 0, "a lower class waits"
     assert abs(shares["large"] - 100) <= 10
@@ -270,7 +270,7 @@ def test_outcomes_of_others_do_not_look_at_clients_that_are_behind() -> None:
     world.answer("fast-1", call_id)
     assert looked == []
     # one of its own had a place when it fell behind: its end is news
-    session = world.machine.clientele.open[b"c1"]
+    session = world.machine.clients.open[b"c1"]
     world.client_says("c1", messages.Ack(EPOCH, BEHIND))
     looked.clear()
     (given, *_) = world.dispatched("echo-1")
@@ -318,10 +318,10 @@ def test_what_all_clients_have_yet_to_read_is_bounded_and_costs_who_reads_least(
     for session in (*greedy, modest):
         world.heard_by(session)
     world.later(bounds.HEARTBEAT_S)
-    left = world.machine.clientele.sessions.values()
+    left = world.machine.clients.sessions.values()
     assert set(left) == {greedy[0], greedy[2], greedy[3], modest}, "8 MiB, after the largest went"
     assert sum(session.held_bytes for session in left) <= bounds.UNREAD_BYTES_MAX
-    assert world.machine.clientele.cut_offs == 1
+    assert world.machine.clients.cut_offs == 1
     assert waiting not in world.machine.ledger.calls, "what it still waits for is cancelled"
     assert not world.client_says("g1", messages.Ack(EPOCH, 4)), "its client is told that it has no session"
     world.check()
@@ -338,7 +338,7 @@ def test_parts_that_nobody_takes_count_as_unread(monkeypatch: pytest.MonkeyPatch
         world.worker_says("echo-1", messages.Partial(EPOCH, (part,)), BODY)
     world.heard_by(session)
     world.later(bounds.HEARTBEAT_S)
-    assert not world.machine.clientele.sessions
+    assert not world.machine.clients.sessions
 
 
 def test_one_principal_cannot_have_all_sessions() -> None:
@@ -348,7 +348,7 @@ def test_one_principal_cannot_have_all_sessions() -> None:
     hello = messages.Hello(0, "MCPB", (1,), "token")
     more = (FakeGrant(principal="greedy"), FakeGrant(principal="modest"))
     opened = [
-        world.machine.clientele.hello(grant.caller.principal.encode(), "key", hello, grant, world.now)
+        world.machine.clients.hello(grant.caller.principal.encode(), "key", hello, grant, world.now)
         for grant in more
     ]
     assert [session is not None for session in opened] == [False, True]

@@ -33,7 +33,7 @@ STANDING: Final = {
 }
 
 
-class Lives:
+class Lifecycles:
     """The conditions of one broker's tools."""
 
     def __init__(self, routing: Routing) -> None:

@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Final
 
 from mcp_broker import limits
 from mcp_broker.core.calls import CallState
-from mcp_broker.core.workers import WorkerState
+from mcp_broker.core.worker import WorkerState
 from mcp_broker.wire import node
 
 if TYPE_CHECKING:
     from mcp_broker.core.routing import Routing
-    from mcp_broker.core.workers import Worker
+    from mcp_broker.core.worker import Worker
 
 _UNHEEDED_MAX: Final = limits.KILL_UNHEEDED_S / limits.CANCEL_KILL_S
 
 
 @dataclass(slots=True)
-class _Stop:
+class _Interruption:
     """A call that its worker is to drop.
 
     Args:
@@ -40,7 +40,7 @@ class _Stop:
     kills: int = 0
 
 
-class Stops:
+class Interruptions:
     """What is being stopped; the timers hold it."""
 
     def __init__(self, routing: Routing) -> None:
@@ -49,21 +49,21 @@ class Stops:
     def begin(self, worker: Worker, call_id: bytes, seq: int, why: node.Why, now: float) -> None:
         """Have a call raise now, and its worker told to end, then killed, if it still holds the call later."""
         self._interrupt(worker, seq, "raise", why)
-        self._later(_Stop(worker, call_id, seq, why, worker.seq), now)
+        self._later(_Interruption(worker, call_id, seq, why, worker.seq), now)
 
     def end(self, worker: Worker, why: node.Why) -> None:
         """Have a worker killed, whatever it runs."""
         self._interrupt(worker, node.WHATEVER, "kill", why)
 
-    def _later(self, stop: _Stop, now: float) -> None:
+    def _later(self, stop: _Interruption, now: float) -> None:
         self._routing.timers.add(now + limits.CANCEL_TERM_S, self._term, stop)
         self._routing.timers.add(now + limits.CANCEL_KILL_S, self._kill, stop)
 
-    def _term(self, stop: _Stop, now: float) -> None:  # noqa: ARG002 (the shape of what is due)
+    def _term(self, stop: _Interruption, now: float) -> None:  # noqa: ARG002 (the shape of what is due)
         if self._is_held(stop):
             self._interrupt(stop.worker, stop.seq, "term", stop.why)
 
-    def _kill(self, stop: _Stop, now: float) -> None:
+    def _kill(self, stop: _Interruption, now: float) -> None:
         if not self._is_held(stop):
             return
         stop.kills += 1
@@ -75,7 +75,7 @@ class Stops:
         # worker reads that it need not
         self._later(stop, now)
 
-    def _is_held(self, stop: _Stop) -> bool:
+    def _is_held(self, stop: _Interruption) -> bool:
         if stop.worker.state >= WorkerState.DYING:
             return False
         call = stop.worker.held.get(stop.call_id)
@@ -83,7 +83,7 @@ class Stops:
             return call.seq == stop.seq
         return self._routing.reconciliation.is_running(stop.worker, stop.call_id, stop.seq)
 
-    def _is_over(self, stop: _Stop) -> bool:
+    def _is_over(self, stop: _Interruption) -> bool:
         """Tell whether all has ended that the worker can have begun before it was to stop this call.
 
         What it was given since then runs behind this call, so it is no reason to wait.
