@@ -289,6 +289,8 @@ class Loop:
     def flush(self, now: float) -> None:
         """Send every outbox; what cannot be sent now waits, within bounds."""
         machine = self._machine
+        # first: what a caller is told was done, the supervisor has to know when this process dies
+        self._tell_supervisor()
         for socket, waiting in self._waiting.items():
             # some of them a turn, in rotation: many that never read cost those who do no time
             for routing_id in list(islice(waiting, limits.TURN_MESSAGES_MAX)):
@@ -308,11 +310,16 @@ class Loop:
                 for envelope, body in session.take_outbox(machine.epoch):
                     self._send(self._clients, session.routing_id, envelope, body, now)
         if machine.to_node:
-            to_node, machine.to_node[:] = machine.to_node[:], []
-            for node_message in to_node:
-                self._link.send(node_message)
-        else:
+            self._tell_supervisor()
+
+    def _tell_supervisor(self) -> None:
+        machine = self._machine
+        if not machine.to_node:
             self._link.flush()
+            return
+        to_node, machine.to_node[:] = machine.to_node[:], []
+        for node_message in to_node:
+            self._link.send(node_message)
 
     def _send(
         self, socket: zmq.Socket[bytes], routing_id: bytes, envelope: bytes, body: Body | None, now: float

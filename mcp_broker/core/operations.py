@@ -66,7 +66,7 @@ class Operation(Slim):
         target: where MOVE leads.
         until: when the phase is over at the latest.
         order: the number under which workers were asked.
-        waiting: ids of the workers that are waited for.
+        waiting: ids of the workers that are waited for, in the order in which they were asked.
         errors: what went wrong so far.
     """
 
@@ -80,7 +80,7 @@ class Operation(Slim):
     has_begun: bool = False
     until: float = math.inf
     order: int = 0
-    waiting: set[str] | None = None
+    waiting: list[str] | None = None
     errors: tuple[str, ...] = ()
 
 
@@ -95,6 +95,10 @@ class Operations:
 
     def begin(self, operation: Operation, now: float) -> None:
         """Begin an operation, in place of what was under way with its tool."""
+        before = self.running.get(operation.tool)
+        if before is not None and Phase.ISOLATE in operation.phases:
+            # what was to have a pool of its own goes on to that
+            before.target = None
         self.drop(operation.tool)
         self.running[operation.tool] = operation
         self._advance(operation, now)
@@ -108,8 +112,10 @@ class Operations:
     def hooked(self, worker: Worker, message: messages.Hooked, now: float) -> None:
         """Take a worker's word that it has run its hooks."""
         for operation in list(self.running.values()):
-            if operation.order == message.order and operation.waiting is not None:
-                operation.waiting.discard(worker.worker_id)
+            waiting = operation.waiting
+            if operation.order == message.order and waiting is not None:
+                if worker.worker_id in waiting:
+                    waiting.remove(worker.worker_id)
                 if message.error:
                     operation.errors = (*operation.errors, f"{worker.worker_id}: {message.error}")
                 self._advance(operation, now)
@@ -165,19 +171,19 @@ class Operations:
         return True
 
     def _begin_hooks(self, operation: Operation, now: float) -> None:
-        tool, operation.waiting = operation.tool, set()
+        tool, operation.waiting = operation.tool, []
         if operation.event not in tool.traits:
             return
         self._orders += 1
         operation.order, operation.until = self._orders, now + limits.HOOK_S
         for worker in self._serving(tool):
-            operation.waiting.add(worker.worker_id)
+            operation.waiting.append(worker.worker_id)
             worker.send(messages.Hook(self._routing.epoch, operation.order, operation.event, tool.name))
 
     def _have_hooked(self, operation: Operation, now: float) -> bool:
-        waiting, by_id = operation.waiting or set(), self._routing.workers.by_id
+        by_id = self._routing.workers.by_id
         # a process that is gone took its state along, and the next one begins with its start hooks
-        waiting &= by_id.keys()
+        waiting = operation.waiting = [one for one in operation.waiting or () if one in by_id]
         if not waiting:
             return True
         if now < operation.until:
@@ -196,7 +202,7 @@ class Operations:
 
     def _begin_replace(self, operation: Operation, now: float) -> None:
         operation.until = now + limits.RECOVER_S
-        operation.waiting = {worker.worker_id for worker in self._serving(operation.tool)}
+        operation.waiting = [worker.worker_id for worker in self._serving(operation.tool)]
         for worker_id in operation.waiting:
             self._replace(worker_id, f"a step of recovery of {operation.tool.name}")
 
@@ -205,11 +211,11 @@ class Operations:
 
     def _are_replaced(self, operation: Operation, now: float) -> bool:
         by_id = self._routing.workers.by_id
-        left = {
+        left = [
             worker_id
             for worker_id in operation.waiting or ()
             if worker_id in by_id and by_id[worker_id].state is WorkerState.READY
-        }
+        ]
         operation.waiting = left
         if not left:
             return True
@@ -230,10 +236,11 @@ class Operations:
 
     def _is_isolated(self, operation: Operation, now: float) -> bool:
         target = operation.target
-        if target is not None and any(
-            worker.state is WorkerState.READY for worker in target.workers.values()
-        ):
-            return True
+        if target is not None:
+            # it may have gone and come again meanwhile
+            target = operation.target = self._routing.dispatcher.pool(target.name)
+            if any(worker.state is WorkerState.READY for worker in target.workers.values()):
+                return True
         failure = "" if target is None else target.failure
         if now < operation.until and not failure:
             return False

@@ -78,8 +78,32 @@ class Placement:
         home = self._routing.dispatcher.pool(pool.name.partition(APART)[0])
         self.begin(condition, (Phase.QUIET, Phase.MOVE), home, now)
 
+    def evicted(self, pool: Pool, now: float) -> None:
+        """Take the supervisor's word that it has a pool no more, or closes it.
+
+        If it was one of one tool, that is served among the others of its module again, unless a worker holds a call of it.
+        """
+        base, apart, _ = pool.name.partition(APART)
+        home = self._routing.dispatcher.pools.get(base)
+        if not apart or home is None or home.report is None:
+            return
+        for tool in self._routing.registry.of(pool):
+            if not any(
+                call.tool is tool for worker in pool.workers.values() for call in worker.held.values()
+            ):
+                self._move(tool, home, now)
+                self._routing.dispatcher.pump(home, now)
+
     def move(self, tool: Tool, target: Pool, now: float) -> None:
-        """Let another pool serve a tool of which no worker holds a call."""
+        """Let another pool serve a tool of which no worker holds a call; one of its own that it leaves is wanted no more."""
+        source = tool.pool
+        if source is None or source is target:
+            return
+        self._move(tool, target, now)
+        if APART not in target.name:
+            self._operations.leave(source)
+
+    def _move(self, tool: Tool, target: Pool, now: float) -> None:
         source = tool.pool
         if source is None or source is target:
             return
@@ -98,8 +122,8 @@ class Placement:
             self.apart[tool] = None
         else:
             self.apart.pop(tool, None)
-        tool.fence()
-        tool.meter()
+        # its module may have changed since the other pool's workers began
+        tool.define(target.brought.get(tool.name, tool.definition))
         for call in aside:
             target.count_in(call)
         for call in doubts:
@@ -108,8 +132,6 @@ class Placement:
             pool.regate(self._routing.registry.of(pool), now)
         target.queue_again(waiting, now)
         self._routing.registry.changed()
-        if not condition.isolated:
-            self._operations.leave(source)
 
     def _settle(self, condition: Condition, error: str, now: float) -> None:
         if condition.life.state is State.RECOVERING:

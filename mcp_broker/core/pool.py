@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mcp_broker.core.calls import Call
     from mcp_broker.core.client_session import ClientSession
     from mcp_broker.core.registry import Tool
+    from mcp_broker.wire.messages import ToolDefinition
     from mcp_broker.wire.node import PoolReport
 
 _READY: Final = WorkerState.READY
@@ -45,6 +46,7 @@ class Pool:
         closed: by whose wish it takes no calls, or ""; what waits is served yet.
         is_vacant: the supervisor was told that nothing waits for it since it was closed.
         edition: the latest that one of its workers had.
+        brought: what workers of that edition serve, by name: also a tool that is served apart, for when it comes back.
     """
 
     def __init__(self, name: str, budget: Budget) -> None:
@@ -59,6 +61,7 @@ class Pool:
         self.failure = self.closed = ""
         self.is_vacant = False
         self.edition = 0
+        self.brought: dict[str, ToolDefinition] = {}
         self.drain_per_s = 0.0
         self._waits_since: float | None = None
         self._budget = budget

@@ -216,26 +216,30 @@ class Registry:
         if APART in pool.name:
             return self._register_apart(pool, definitions)
         apart = [tool.name for tool in self.tools.values() if _is_apart(tool, pool)]
+        brought = {definition.name: definition for definition in definitions}
         definitions = tuple(definition for definition in definitions if definition.name not in apart)
         known = self._examine(pool, definitions)
         self._check_room(known)
         mine = {tool.name: tool.definition for tool in self.of(pool)}
         others = any(worker.is_registered for worker in pool.workers.values())
+        # of a tool that is served apart, too: it may come back
+        differs = [name for name, one in brought.items() if pool.brought.get(name, one) != one]
         if edition < pool.edition:
-            is_same = mine == {definition.name: definition for definition in definitions}
+            is_same = not differs and mine == {definition.name: definition for definition in definitions}
             return Registration.JOINED if is_same else Registration.OUTDATED
         is_later, pool.edition = edition > pool.edition, edition
         if others and not is_later:
-            for definition in definitions:
-                if known[definition.name] is not None and mine[definition.name] != definition:
-                    raise InvalidArgument(
-                        f"the tool {definition.name!r} differs from what the other workers of pool {pool.name!r} serve",
-                        {"name": definition.name, "pool": pool.name},
-                    )
+            if differs:
+                raise InvalidArgument(
+                    f"the tool {differs[0]!r} differs from what the other workers of pool {pool.name!r} serve",
+                    {"name": differs[0], "pool": pool.name},
+                )
             self._check_size(pool, mine | {definition.name: definition for definition in definitions})
         else:
+            pool.brought = {}
             for name in mine.keys() - known.keys():
                 del self.tools[name]
+        pool.brought |= brought
         for definition in definitions:
             tool = known[definition.name]
             if tool is None:
@@ -247,7 +251,7 @@ class Registry:
                 # the same object, so that calls that wait for it find the new definition
                 tool.define(definition)
         self.changed()
-        is_other = mine != {tool.name: tool.definition for tool in self.of(pool)}
+        is_other = bool(differs) or mine != {tool.name: tool.definition for tool in self.of(pool)}
         return Registration.SUPERSEDES if others and is_later and is_other else Registration.JOINED
 
     def _examine(self, pool: Pool, definitions: tuple[ToolDefinition, ...]) -> dict[str, Tool | None]:
@@ -319,6 +323,7 @@ class Registry:
                 f"the module of pool {pool.name!r} has no tool {name!r} any more", {"name": name}
             )
         _check_schemas(definition)
+        pool.brought = {name: definition}
         known = self.tools.get(name)
         if known is None:
             self.tools[name] = Tool(definition, pool)

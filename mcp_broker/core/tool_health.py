@@ -257,6 +257,10 @@ class ToolHealth:
             if not condition.is_watched:
                 del self.watched[tool]
         for tool in list(self.placement.apart):
+            if self._registry.tools.get(tool.name) is not tool:
+                # forgotten, with the pool of its module
+                del self.placement.apart[tool]
+                continue
             condition = self.lifecycles.of(tool)
             ladder = condition.ladder
             if ladder is not None:

@@ -16,6 +16,7 @@ from mcp_broker.core.calls import CallState
 from mcp_broker.core.client_session import Verdict
 from mcp_broker.core.death_log import keep
 from mcp_broker.core.interruptions import Interruptions
+from mcp_broker.core.pool import APART
 from mcp_broker.core.registry import Registration
 from mcp_broker.core.worker import EVENT_OF_KIND, WORKER_TABLE, Worker, WorkerEvent, WorkerState
 from mcp_broker.errors import InvalidArgument, InvalidTransition
@@ -247,20 +248,27 @@ class Workers:
 
     def _report(self, reports: tuple[node.PoolReport, ...], now: float) -> None:
         dispatcher, registry = self._dispatcher, self._routing.registry
+        placement = self._routing.health.placement
         for report in reports:
             pool = dispatcher.pool(report.name)
             pool.report = report
             registry.set_rate(pool, Rate.of(report.rate_per_s, report.burst))
             pool.closed = report.reason if report.state == "closing" else ""
-            # one may be opened and closed again before anybody looks
-            pool.is_vacant = pool.is_vacant and bool(pool.closed)
+            # told anew after each report: one may be opened and closed again before anybody looks
+            pool.is_vacant = False
             pool.failure = report.reason if report.state in {"closing", "closed", "failed"} else ""
+            if report.state in {"closing", "closed"}:
+                placement.evicted(pool, now)
             if pool.failure and not pool.closed:
                 dispatcher.fail_backlog(pool, pool.failure)
             self._throttle(report, now)
         named = {report.name for report in reports}
         for pool in [pool for pool in dispatcher.pools.values() if pool.report and pool.name not in named]:
             # it is in the configuration no more, and its workers have gone
+            placement.evicted(pool, now)
+            if APART in pool.name and pool.workers:
+                # until they are settled, what they held may have to wait here again: later reports say the same
+                continue
             dispatcher.fail_backlog(pool, "it was taken out of the configuration")
             registry.forget(pool)
             if not pool.workers:

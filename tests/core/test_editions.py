@@ -137,6 +137,18 @@ def test_a_pool_that_is_opened_and_closed_again_at_once_is_said_to_have_nothing_
     assert sum(isinstance(told, node.Vacant) for told in world.machine.to_node) == 2
 
 
+def test_that_nothing_waits_for_a_closing_pool_is_said_after_each_report_that_it_still_closes() -> None:
+    world = World()
+    world.ready()
+    report(world, "closing", "drained")
+    world.later(1)
+    # a supervisor that had just opened it took no notice
+    report(world, "closing", "drained")
+    world.later(1)
+    world.later(1)
+    assert sum(isinstance(told, node.Vacant) for told in world.machine.to_node) == 2
+
+
 def test_a_closed_pool_ends_what_still_waits_with_its_reason() -> None:
     world = World()
     session = world.hello()

@@ -425,6 +425,80 @@ def test_a_pool_of_its_own_goes_again_when_calls_of_the_tool_go_on_too_long_to_m
     assert [wish.wanted for wish in wishes(world, node.Isolate)] == [False]
 
 
+def alone(world: World) -> None:
+    """Have the tool served by a worker of its own."""
+    steer(world, "isolate")
+    come(world, "echo~echo.echo-9", pool="echo~echo.echo", depth=1)
+    world.machine.from_node(apart("ready"), world.now)
+    wishes(world, node.Isolate)
+    assert steer(world, "history")["isolated"]
+
+
+def test_a_pool_of_its_own_that_is_wanted_again_before_the_tool_is_there_is_not_ended_in_between() -> None:
+    world = serving(workers=2)
+    steer(world, "isolate")
+    steer(world, "isolate")
+    assert [wish.wanted for wish in wishes(world, node.Isolate)] == [True, True]
+
+
+def test_a_tool_whose_own_pool_is_no_more_is_served_among_the_others_again_with_what_waits() -> None:
+    for told in (
+        node.Report((node.PoolReport(name="echo", state="ready", wanted=2),)),
+        apart("closed", "its tool is not served apart"),
+    ):
+        world = serving(workers=2)
+        alone(world)
+        world.died("echo~echo.echo-9")
+        world.later(limits.DEATH_SETTLE_S)
+        waits = world.call()
+        world.machine.from_node(told, world.now)
+        assert waits in [*world.dispatched("echo-1"), *world.dispatched("echo-2")]
+        assert not steer(world, "history")["isolated"]
+        assert wishes(world, node.Isolate) == [], "nobody is asked to end what is gone, or may be wanted anew"
+        world.check()
+
+
+def test_a_tool_stays_in_its_own_pool_that_goes_until_what_its_worker_holds_has_ended() -> None:
+    world = serving(workers=2)
+    alone(world)
+    gone = node.Report((node.PoolReport(name="echo", state="ready", wanted=2),))
+    runs = world.call()
+    world.machine.from_node(gone, world.now)
+    assert steer(world, "history")["isolated"]
+    world.answer("echo~echo.echo-9", runs)
+    world.died("echo~echo.echo-9")
+    world.later(limits.DEATH_SETTLE_S)
+    world.machine.from_node(gone, world.now)
+    assert not steer(world, "history")["isolated"]
+    assert "echo~echo.echo" not in world.machine.dispatcher.pools
+    world.check()
+
+
+def test_a_tool_that_comes_back_from_its_own_pool_is_what_the_workers_there_brought_meanwhile() -> None:
+    world = serving()
+    alone(world)
+    for worker_id in ("echo-2", "echo-3"):
+        admitted = node.Admitted(thumbprint=f"key-{worker_id}", worker_id=worker_id, pool="echo", edition=2)
+        world.machine.from_node(node.Admit((admitted,)), world.now)
+    tools = (definition(NAME, version="2.0.0"), definition("echo.other"))
+    world.worker_says("echo-2", messages.Register(0, "MCPB", (1,), tools))
+    world.worker_says("echo-2", messages.Ready(EPOCH, 16))
+    assert [one.edition for one in wishes(world, node.Superseded)] == [2]
+    assert world.machine.registry.tools[NAME].definition.version == "1.0.0", "it is served apart yet"
+    steer(world, "enable")
+    assert world.machine.registry.tools[NAME].definition.version == "2.0.0"
+    world.worker_says("echo-3", messages.Register(0, "MCPB", (1,), tools))
+    assert not [one for one in world.heard_by_worker("echo-3") if isinstance(one, messages.Error)]
+    # and one that would bring another to where the tool is not served now is refused as early as any
+    alone(world)
+    world.admit("echo-4")
+    other = (definition(NAME, version="3.0.0"), definition("echo.other"))
+    world.machine.workers.by_id["echo-4"].edition = 2
+    world.worker_says("echo-4", messages.Register(0, "MCPB", (1,), other))
+    (error,) = [one for one in world.heard_by_worker("echo-4") if isinstance(one, messages.Error)]
+    assert "differs from what the other workers" in error.message
+
+
 def test_to_enable_a_tool_lets_go_of_a_pool_of_its_own_that_it_is_not_served_by() -> None:
     world = serving(workers=2)
     world.machine.from_node(apart("failed", "an earlier broker wanted it"), world.now)

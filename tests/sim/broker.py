@@ -179,6 +179,7 @@ class Broker:
     def flush(self) -> None:
         """Send every outbox."""
         machine = self.machine
+        self._tell_supervisor()
         while machine.clients.dirty or machine.workers.dirty:
             workers, machine.workers.dirty[:] = machine.workers.dirty[:], []
             for worker in workers:
@@ -194,7 +195,10 @@ class Broker:
                 for packed in session.take_outbox(machine.epoch):
                     if not self._send(session.routing_id, packed):
                         machine.clients.unreachable(session.routing_id, self.world.agenda.now)
-        to_node, machine.to_node[:] = machine.to_node[:], []
+        self._tell_supervisor()
+
+    def _tell_supervisor(self) -> None:
+        to_node, self.machine.to_node[:] = self.machine.to_node[:], []
         for message in to_node:
             self.world.note(NAME, "-> supervisor", message)
             self.world.supervisor.hear_broker(self, codec.encode(message))

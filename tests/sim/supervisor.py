@@ -139,6 +139,7 @@ class Slot:
             )
         )
         pool.leaving = [slot for slot in pool.leaving if slot.child.state is not children.State.STOPPED]
+        owner.tidy()
         # what it left is taken back behind all that: nobody waits for it
         taken = Reclaim(worker_id=life.name, pool=self._pool.name, pid=1, level="process")
         owner.world.agenda.after(_RECLAIM_S, lambda: owner.send(node.Reclaimed(taken)))
@@ -162,6 +163,8 @@ class PoolSlots:
         self.tools: tuple[ToolDefinition, ...] = ()
         self.slots = [Slot(owner, self, restarts) for _ in range(size)]
         self.leaving: list[Slot] = []
+        #: it goes when its processes have ended
+        self.is_dissolving = False
 
     def replace(self, slot: Slot) -> None:
         """Retire a slot and put a new one in its place; the pool is never without any."""
@@ -176,6 +179,23 @@ class PoolSlots:
         for slot in [slot for slot in self.slots if slot.edition < edition]:
             self.replace(slot)
 
+    def open(self) -> None:
+        """Want a worker up; what was given up, or was to go, starts afresh."""
+        self.is_dissolving = False
+        if not self.slots:
+            self.slots.append(Slot(self._owner, self, self._restarts))
+        for slot in self.slots:
+            slot.tell(children.Wanted())
+
+    def dissolve(self) -> None:
+        """Have no workers any more, and then no pool."""
+        self.is_dissolving = True
+        self.leaving += self.slots
+        self.slots = []
+        for slot in self.leaving:
+            slot.tell(children.Unwanted())
+        self._owner.tidy()
+
     def retiring(self) -> tuple[str, ...]:
         """Return the workers that the broker is to send away."""
         return tuple(
@@ -186,7 +206,9 @@ class PoolSlots:
 
     @property
     def state(self) -> node.PoolState:
-        """One of ready, degraded, failed, starting."""
+        """One of ready, degraded, failed, starting, closed."""
+        if self.is_dissolving:
+            return "closed"
         states = [slot.child.state for slot in self.slots]
         if all(state is children.State.RUNNING for state in states):
             return "ready"
@@ -199,6 +221,8 @@ class PoolSlots:
     def report(self) -> node.PoolReport:
         """Return what the broker is told."""
         reason = next((slot.child.reason for slot in self.slots if slot.child.reason), "")
+        if self.is_dissolving:
+            reason = "its tool is not served apart"
         return node.PoolReport(name=self.name, state=self.state, wanted=len(self.slots), reason=reason)
 
 
@@ -226,8 +250,6 @@ class Supervisor:
         self._from_broker: deque[tuple[Broker, bytes]] = deque()
         self._link_at = 0.0
         self._standings = node.Standings(())
-        #: of pools that there are no more
-        self._dissolving: list[Slot] = []
 
     def add_pool(self, name: str, size: int, concurrency: int) -> None:
         """Keep so many workers of one kind."""
@@ -238,6 +260,13 @@ class Supervisor:
         self._perform_broker(self.broker_child.handle(children.Wanted(), self.world.agenda.now))
         self.want_all()
 
+    def tidy(self) -> None:
+        """Have those pools no more that were to go, and whose processes have ended."""
+        for pool in [one for one in self.pools if one.is_dissolving]:
+            pool.leaving = [slot for slot in pool.leaving if slot.child.is_alive]
+            if not pool.leaving:
+                self.pools.remove(pool)
+
     def want_all(self) -> None:
         """Want every worker up; what was given up starts afresh."""
         for pool in self.pools:
@@ -246,8 +275,7 @@ class Supervisor:
 
     def slots(self) -> list[Slot]:
         """Return every slot, the retiring ones too."""
-        self._dissolving = [slot for slot in self._dissolving if slot.child.is_alive]
-        return [slot for pool in self.pools for slot in (*pool.slots, *pool.leaving)] + self._dissolving
+        return [slot for pool in self.pools for slot in (*pool.slots, *pool.leaving)]
 
     def change(self, pool: PoolSlots) -> None:
         """Have workers bring a new version of their tools, one first."""
@@ -365,14 +393,9 @@ class Supervisor:
         if pool is None:
             return
         if wanted:
-            for slot in pool.slots:
-                slot.tell(children.Wanted())
-            return
-        self.pools.remove(pool)
-        for slot in (*pool.slots, *pool.leaving):
-            if slot.child.is_alive:
-                self._dissolving.append(slot)
-            slot.tell(children.Unwanted())
+            pool.open()
+        else:
+            pool.dissolve()
 
     def _tell_worker(self, worker_id: str, event: children.Event) -> None:
         for slot in self.slots():

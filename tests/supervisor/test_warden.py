@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from mcp_broker.config import PoolTable
@@ -19,6 +20,7 @@ from mcp_broker.supervisor.isolation.uids import Uids, _spans, has_processes
 from mcp_broker.supervisor.isolation.warden import Warden
 from mcp_broker.supervisor.launch import sandbox
 from mcp_broker.wire.confinement import Confinement
+from tests.support.waiting import wait_for
 
 #: nobody's, out of the range that is used, and of no other run of these tests
 FIRST, COUNT = 1_960_000_000 + 100 * os.getpid(), 3
@@ -285,6 +287,14 @@ def test_a_process_that_is_gone_is_somebody_elses_news() -> None:
     with subprocess.Popen(["/bin/true"]) as child:
         child.wait()
     assert attestation.fault(child.pid, Confinement()) == ""
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("confinement", [Confinement(), Confinement(level="restricted", own_mounts=True)])
+def test_a_process_that_has_ended_and_waits_to_be_reaped_lacks_nothing(confinement: Confinement) -> None:
+    with subprocess.Popen(["/bin/true"]) as child:
+        wait_for(lambda: psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE, what="its end")
+        assert attestation.fault(child.pid, confinement) == ""
 
 
 def test_leases_are_names_that_go_with_their_holder() -> None:

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from mcp_broker import proctable
+
 if TYPE_CHECKING:
     from mcp_broker.wire.confinement import Confinement
 
@@ -34,7 +36,14 @@ def fault(pid: int, confinement: Confinement, *, is_filtered: bool = True) -> st
     found = dict(row.split(":\t", 1) for row in text.splitlines() if ":\t" in row)
     if not is_filtered:
         found["Seccomp"] = _FILTERED
-    return next(_faults(pid, found, confinement), "")
+    lacks = next(_faults(pid, found, confinement), "")
+    # what has ended has no namespaces any more: somebody else tells how
+    return "" if _has_ended(pid) else lacks
+
+
+def _has_ended(pid: int) -> bool:
+    entry = proctable.read(pid)
+    return entry is None or entry.state in {"Z", "X"}
 
 
 def _faults(pid: int, found: dict[str, str], confinement: Confinement) -> Iterator[str]:
