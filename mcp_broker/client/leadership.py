@@ -16,6 +16,7 @@ Rules
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from collections import deque
@@ -183,6 +184,9 @@ class Leadership(Serving):
     def __del__(self) -> None:
         # nobody is inside: a thread there, or a future, would hold a reference
         if getattr(self, "_closed", True) or self._generation != connection.generation:
+            return
+        if sys.is_finalizing():
+            # the modules that a GOODBYE takes are gone; the end of the process ends the session, too
             return
         text = "a Client was dropped and not closed; use `with` or close()"
         warnings.warn(text, ResourceWarning, stacklevel=2, source=self)

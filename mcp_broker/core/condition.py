@@ -24,6 +24,7 @@ class Condition(Slim):
         breaker: None while nothing has failed for a while.
         ladder: None until something failed that climbs.
         isolated: it has a worker of its own.
+        apart: it is to have one; a broker that follows this one has to know.
         by_operator: an operator unregistered it: its callers are told that there is no such tool.
     """
 
@@ -32,6 +33,7 @@ class Condition(Slim):
     breaker: breakers.Breaker | None = None
     ladder: Ladder | None = None
     isolated: bool = False
+    apart: bool = False
     by_operator: bool = False
 
     @property

@@ -47,15 +47,18 @@ class Lifecycles:
         if tool.condition is None:
             now = self._routing.now
             left = self._left.pop(tool.name, None)
-            if left is None:
+            if left is None or not left.state:
                 life = lifecycle.Lifecycle(now)
             else:
                 life = lifecycle.Lifecycle.at(State[left.state.upper()], left.reason, now)
             tool.condition = Condition(tool, life)
             tool.condition.by_operator = left is not None and left.by_operator
+            tool.condition.apart = left is not None and left.apart
             # an earlier broker may have left it so
             tool.condition.isolated = tool.pool is not None and APART in tool.pool.name
             self._apply(tool.condition, now)
+            if tool.condition.apart:
+                self._routing.health.placement.resume(tool.condition, now)
         return tool.condition
 
     def recall(self, left: Iterable[node.Standing]) -> None:
@@ -77,6 +80,12 @@ class Lifecycles:
         if condition.life.handle(event, now, reason=reason, error=error):
             self._apply(condition, now)
         self._tell()
+
+    def want_apart(self, condition: Condition, *, wanted: bool) -> None:
+        """Note whether a tool is to have a worker of its own."""
+        if condition.apart is not wanted:
+            condition.apart = wanted
+            self._tell()
 
     def _apply(self, condition: Condition, now: float) -> None:
         """Do to a tool's calls what its state says."""
@@ -103,13 +112,14 @@ class Lifecycles:
         for tool in self._routing.registry.tools.values():
             condition = tool.condition
             stays = None if condition is None else STANDING.get(condition.life.state)
-            if condition is not None and stays is not None:
+            if condition is not None and (stays is not None or condition.apart):
                 standings.append(
                     node.Standing(
                         tool=tool.name,
-                        state=stays.name.lower(),
-                        reason=condition.life.reason,
+                        state="" if stays is None else stays.name.lower(),
+                        reason="" if stays is None else condition.life.reason,
                         by_operator=condition.by_operator,
+                        apart=condition.apart,
                     )
                 )
         # of tools that nobody has brought yet, the word of the broker before stands

@@ -232,6 +232,8 @@ class Operations:
             operation.target = self._routing.dispatcher.pool(f"{pool.name}{APART}{operation.tool.name}")
             # that an earlier one failed says nothing of this one
             operation.target.failure = ""
+            lifecycles = self._routing.health.lifecycles
+            lifecycles.want_apart(lifecycles.of(operation.tool), wanted=True)
             self._routing.to_node.append(node.Isolate(pool.name, operation.tool.name, wanted=True))
 
     def _is_isolated(self, operation: Operation, now: float) -> bool:
@@ -259,6 +261,9 @@ class Operations:
     def leave(self, pool: Pool) -> None:
         """Have a pool of one tool no more, if it is one."""
         base, apart, name = pool.name.partition(APART)
+        tool, lifecycles = self._routing.registry.tools.get(name), self._routing.health.lifecycles
+        if apart and tool is not None:
+            lifecycles.want_apart(lifecycles.of(tool), wanted=False)
         if apart:
             self._routing.to_node.append(node.Isolate(base, name, wanted=False))
 

@@ -29,6 +29,7 @@ class Placement:
 
     Attributes:
         apart: tools that have a worker of their own; mostly empty.
+        unsettled: pools of one tool that is not there yet, and does not serve; mostly empty.
     """
 
     def __init__(self, routing: Routing, lives: Lifecycles, operations: Operations) -> None:
@@ -36,23 +37,45 @@ class Placement:
         self._lifecycles = lives
         self._operations = operations
         self.apart: dict[Tool, None] = {}
+        self.unsettled: dict[Pool, None] = {}
 
     def settled(self, pool: Pool, now: float) -> None:
         """A worker of a pool of one tool is ready: the tool goes there, unless it does so already."""
+        self.unsettled.pop(pool, None)
         tool = self._routing.registry.tools.get(pool.name.partition(APART)[2])
         if tool is None:
             return
+        condition = self._lifecycles.of(tool)
         if tool.pool is pool:
             self.apart[tool] = None
-            self._lifecycles.of(tool).isolated = True
-        elif tool not in self._operations.running:
-            # an earlier broker had it isolated
-            self.begin(self._lifecycles.of(tool), (Phase.QUIET, Phase.MOVE), pool, now)
-
-    def begin(self, condition: Condition, phases: tuple[Phase, ...], target: Pool | None, now: float) -> None:
-        """Let a tool go elsewhere, through these phases; its calls wait meanwhile. One that does not serve stays where it is."""
-        if not condition.life.may(Event.RECOVER):
+            condition.isolated = True
+            if not condition.apart:
+                # an earlier broker had begun to let it go
+                self.rejoin(condition, now)
+        elif tool in self._operations.running:
             return
+        elif not condition.apart:
+            self._operations.leave(pool)
+        elif not self.begin(condition, (Phase.QUIET, Phase.MOVE), pool, now):
+            # nothing is given out of a tool that does not serve: it need not be asked to be quiet
+            if tool.pool is None or self._is_held(tool, tool.pool):
+                self.unsettled[pool] = None
+            else:
+                self._move(tool, pool, now)
+
+    def resume(self, condition: Condition, now: float) -> None:
+        """Go on where an earlier broker left a tool that had a worker of its own, or was to get one: its calls wait for that."""
+        if not condition.isolated:
+            self.begin(condition, (Phase.ISOLATE, Phase.QUIET, Phase.MOVE), None, now)
+
+    def begin(self, condition: Condition, phases: tuple[Phase, ...], target: Pool | None, now: float) -> bool:
+        """Let a tool go elsewhere, through these phases; its calls wait meanwhile.
+
+        Returns:
+            False if it does not serve: then it stays where it is.
+        """
+        if not condition.life.may(Event.RECOVER):
+            return False
         where = "among others" if target is not None and APART not in target.name else "by itself"
         self._lifecycles.change(condition, Event.RECOVER, now, reason=f"is to be served {where}")
         operation = Operation(
@@ -63,12 +86,15 @@ class Placement:
             target=target,
         )
         self._operations.begin(operation, now)
+        return True
 
     def rejoin(self, condition: Condition, now: float) -> None:
         """Have a tool served among the others of its module again."""
         pool = condition.tool.pool
         if pool is None or condition.tool in self._operations.running:
             return
+        # before its calls have ended: whoever follows this broker has to go on with it
+        self._lifecycles.want_apart(condition, wanted=False)
         if not condition.isolated:
             # one that never came up, and that nobody knows of any more
             left = self._routing.dispatcher.pools.get(f"{pool.name}{APART}{condition.tool.name}")
@@ -88,11 +114,13 @@ class Placement:
         if not apart or home is None or home.report is None:
             return
         for tool in self._routing.registry.of(pool):
-            if not any(
-                call.tool is tool for worker in pool.workers.values() for call in worker.held.values()
-            ):
+            if not self._is_held(tool, pool):
                 self._move(tool, home, now)
                 self._routing.dispatcher.pump(home, now)
+
+    @staticmethod
+    def _is_held(tool: Tool, pool: Pool) -> bool:
+        return any(call.tool is tool for worker in pool.workers.values() for call in worker.held.values())
 
     def move(self, tool: Tool, target: Pool, now: float) -> None:
         """Let another pool serve a tool of which no worker holds a call; one of its own that it leaves is wanted no more."""
@@ -118,6 +146,7 @@ class Placement:
             source.count_out(call)
         tool.pool = target
         condition.isolated = APART in target.name
+        self._lifecycles.want_apart(condition, wanted=condition.isolated)
         if condition.isolated:
             self.apart[tool] = None
         else:
@@ -132,6 +161,8 @@ class Placement:
             pool.regate(self._routing.registry.of(pool), now)
         target.queue_again(waiting, now)
         self._routing.registry.changed()
+        for pool in (source, target):
+            self._routing.workers.retell(pool)
 
     def _settle(self, condition: Condition, error: str, now: float) -> None:
         if condition.life.state is State.RECOVERING:

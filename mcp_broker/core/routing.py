@@ -182,7 +182,7 @@ class Routing:
             for pool in self.dispatcher.pools.values():
                 pool.measure(now)
             self.to_node += self._demands.news(now)
-            if self.health.watched or self.health.placement.apart:
+            if self.health.watched or self.health.placement.apart or self.health.placement.unsettled:
                 self.health.look(now)
         self.health.settle(now)
         if self.draining and not self.drained and (not self.ledger.calls or now >= self._drain_until):

@@ -121,6 +121,10 @@ class Steering:
                 worker.state is WorkerState.READY for worker in pool.workers.values()
             ):
                 self._change(Event.READY)
+        elif state is State.RECOVERING:
+            # it need not be brought to an end first, and a worker of its own is not wanted any more
+            self._health.operations.drop(condition.tool)
+            self._change(Event.DONE)
         elif state in {State.INACTIVE, State.ERROR}:
             if state is State.ERROR:
                 self._change(Event.DEACTIVATE)

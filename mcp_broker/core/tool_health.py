@@ -256,6 +256,8 @@ class ToolHealth:
                 condition.breaker = None
             if not condition.is_watched:
                 del self.watched[tool]
+        for pool in list(self.placement.unsettled):
+            self.placement.settled(pool, now)
         for tool in list(self.placement.apart):
             if self._registry.tools.get(tool.name) is not tool:
                 # forgotten, with the pool of its module

@@ -106,12 +106,7 @@ class Workers:
             worker.announce(message.depth)
             if was is WorkerState.REGISTERED:
                 self._routing.health.ready(worker.pool, now)
-                tools = tuple(
-                    tool.definition
-                    for tool in self._routing.registry.tools.values()
-                    if tool.pool is worker.pool
-                )
-                self._routing.to_node.append(node.WorkerUp(worker.worker_id, tools))
+                self._up(worker)
                 if worker.is_retiring:
                     worker.state = WORKER_TABLE[after][WorkerEvent.RETIRE][0]
             self._dispatcher.pump(worker.pool, now)
@@ -133,6 +128,18 @@ class Workers:
             self._routing.health.operations.hooked(worker, message, now)
         elif isinstance(message, messages.Goodbye):
             self._disconnected(worker)
+
+    def _up(self, worker: Worker) -> None:
+        """Tell the supervisor of a ready worker, and what its pool serves, for a broker that follows this one."""
+        tools = tuple(tool.definition for tool in self._routing.registry.of(worker.pool))
+        self._routing.to_node.append(node.WorkerUp(worker.worker_id, tools))
+
+    def retell(self, pool: Pool) -> None:
+        """Tell the supervisor anew what a pool serves."""
+        worker = next((one for one in pool.workers.values() if one.state is WorkerState.READY), None)
+        if worker is not None:
+            # without any, the next one tells
+            self._up(worker)
 
     def _outcomes(self, worker: Worker, message: messages.Outcomes, body: Body | None, now: float) -> None:
         held = worker.held

@@ -45,7 +45,8 @@ class Recovery:
         if not wish.wanted:
             self._fleet.dissolve(name)
         elif base is not None:
-            _log.warning("the tool %s of pool %s gets a worker of its own", wish.tool, wish.pool)
+            if name not in self._fleet.pools:
+                _log.warning("the tool %s of pool %s gets a worker of its own", wish.tool, wish.pool)
             self._fleet.found(name, alone(base.table))
 
     def briefing(self) -> list[node.Standings]:

@@ -314,10 +314,12 @@ class Standing(Record, kw_only=True, frozen=True):
     """Where a tool was left that does not simply serve; told to a broker that follows another."""
 
     tool: str
-    #: of :class:`mcp_broker.core.lifecycle.State`, in lower case
-    state: str
+    #: of :class:`mcp_broker.core.lifecycle.State`, in lower case; "": it serves
+    state: str = ""
     reason: str = ""
     by_operator: bool = False
+    #: it had a worker of its own, or was to get one
+    apart: bool = False
 
 
 class Standings(NodeMessage, tag="STANDINGS", frozen=True):

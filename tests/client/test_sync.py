@@ -6,6 +6,7 @@ import concurrent.futures as standard
 import gc
 import os
 import re
+import sys
 import threading
 import time
 import weakref
@@ -555,3 +556,17 @@ def test_ended_call_leaves_nothing_to_the_garbage_collector(client: Client) -> N
         wait_for(lambda: gone() is None)
     finally:
         gc.enable()
+
+
+def test_a_client_that_goes_with_its_process_says_nothing(
+    broker: ScriptedBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = Client.connect(broker.profile())
+    link = client._link
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "is_finalizing", lambda: True)
+        # a warning would be an error here
+        del client
+        gc.collect()
+    assert broker.of_kind(messages.Goodbye) == []
+    link.close()

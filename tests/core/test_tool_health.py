@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from mcp_broker import limits
 from mcp_broker.core.lifecycle import State
 from mcp_broker.wire import messages, node, payload
@@ -487,6 +489,8 @@ def test_a_tool_that_comes_back_from_its_own_pool_is_what_the_workers_there_brou
     assert world.machine.registry.tools[NAME].definition.version == "1.0.0", "it is served apart yet"
     steer(world, "enable")
     assert world.machine.registry.tools[NAME].definition.version == "2.0.0"
+    told = [one for one in wishes(world, node.WorkerUp) if one.worker_id == "echo-2"][-1]
+    assert NAME in {tool.name for tool in told.tools}, "a broker that follows knows it from the beginning"
     world.worker_says("echo-3", messages.Register(0, "MCPB", (1,), tools))
     assert not [one for one in world.heard_by_worker("echo-3") if isinstance(one, messages.Error)]
     # and one that would bring another to where the tool is not served now is refused as early as any
@@ -598,23 +602,94 @@ def test_a_broker_that_follows_knows_what_operators_did() -> None:
     assert steer(after, "enable", client="c2")["state"] == "active"
 
 
-def test_a_broker_that_follows_finds_the_worker_of_an_isolated_tool() -> None:
+def following(standings: node.Standings, pool: str = "echo") -> World:
+    """Have a broker that follows another, which said so much of its tools; those of this pool are known."""
     world = World()
-    world.hello("c1")
-    come(world, "echo~echo.echo-9", pool="echo~echo.echo", depth=1)
-    come(world, "echo-1")
-    assert steer(world, "history")["isolated"]
-    late = serving()
-    come(late, "echo~echo.echo-9", pool="echo~echo.echo", depth=1)
-    assert steer(late, "history")["isolated"]
-    late.check()
+    world.hello("c1", FakeGrant(principal="ann"))
+    world.hello("c2", FakeGrant(principal="bob"))
+    tools = (definition(NAME), definition("echo.other"))
+    world.machine.from_node(node.Tools(pool, tools if pool == "echo" else tools[:1]), world.now)
+    world.machine.from_node(standings, world.now)
+    return world
+
+
+OWN = "echo~echo.echo"
+
+
+@pytest.mark.parametrize("first", ["echo-1", f"{OWN}-9"])
+def test_a_tool_with_a_worker_of_its_own_has_it_under_the_next_broker_whoever_comes_first(first: str) -> None:
+    before = serving(workers=2)
+    alone(before)
+    before.later(0.3)
+    steer(before, "pause", tool="echo.other")
+    after = following(wishes(before, node.Standings)[-1])
+    waits = after.call("c2")
+    for worker_id, pool in sorted([("echo-1", "echo"), (f"{OWN}-9", OWN)], key=lambda one: one[0] != first):
+        come(after, worker_id, pool=pool, depth=1)
+        after.later(0.1)
+    assert waits in after.dispatched(f"{OWN}-9")
+    assert steer(after, "history")["isolated"]
+    assert steer(after, "history", tool="echo.other")["state"] == "paused"
+    after.check()
+
+
+def test_a_paused_tool_with_a_worker_of_its_own_has_it_when_it_is_resumed_under_the_next_broker() -> None:
+    before = serving(workers=2)
+    alone(before)
+    steer(before, "pause")
+    before.later(0.3)
+    after = following(wishes(before, node.Standings)[-1])
+    for worker_id, pool in (("echo-1", "echo"), (f"{OWN}-9", OWN)):
+        come(after, worker_id, pool=pool, depth=1)
+    assert state(after) is State.PAUSED
+    waits = after.call("c2")
+    steer(after, "resume")
+    assert after.dispatched(f"{OWN}-9") == [waits]
+    after.check()
+
+
+@pytest.mark.parametrize("knows", ["echo", OWN])
+def test_a_tool_that_was_to_come_back_does_so_under_the_next_broker(knows: str) -> None:
+    before = serving(workers=2)
+    alone(before)
+    before.call()
+    steer(before, "enable")
+    assert steer(before, "history")["isolated"], "its call runs yet"
+    after = following(wishes(before, node.Standings)[-1], pool=knows)
+    for worker_id, pool in ((f"{OWN}-9", OWN), ("echo-1", "echo")):
+        come(after, worker_id, pool=pool, depth=1)
+    after.later(0.1)
+    assert not steer(after, "history")["isolated"]
+    assert [wish.wanted for wish in wishes(after, node.Isolate)] == [False]
+    after.check()
+
+
+def test_without_its_own_worker_in_time_a_tool_goes_on_among_the_others_under_the_next_broker() -> None:
+    after = following(node.Standings((node.Standing(tool=NAME, apart=True),)))
+    come(after, "echo-1")
+    waits = after.call("c2")
+    assert after.dispatched("echo-1") == []
+    after.later(limits.RECOVER_S)
+    assert after.dispatched("echo-1") == [waits]
+    assert [wish.wanted for wish in wishes(after, node.Isolate)] == [True, False]
+
+
+def test_a_tool_that_is_being_isolated_serves_where_it_is_when_an_operator_enables_it() -> None:
+    world = serving(workers=2)
+    steer(world, "isolate")
+    assert state(world) is State.RECOVERING
+    steer(world, "enable")
+    assert state(world) is State.ACTIVE
+    assert not wishes(world, node.Isolate)[-1].wanted
+    # its worker may come all the same
+    come(world, f"{OWN}-9", pool=OWN, depth=1)
+    world.later(1)
+    assert not steer(world, "history")["isolated"]
 
 
 def test_a_tool_that_is_recalled_in_a_pool_of_its_own_counts_as_isolated_before_its_worker_has_come() -> None:
-    world = World()
-    world.hello("c1")
-    world.machine.from_node(node.Tools("echo~echo.echo", (definition(NAME),)), world.now)
-    assert steer(world, "history")["isolated"]
+    after = following(node.Standings((node.Standing(tool=NAME, apart=True),)), pool=OWN)
+    assert steer(after, "history")["isolated"]
 
 
 def test_a_worker_of_its_own_that_has_lost_its_tool_is_refused() -> None:

@@ -46,6 +46,12 @@ def hang() -> None:
         except BaseException:
             pass
 
+@tool(name="r.nap")
+def nap(seconds: float, path: str) -> None:
+    """Sleep; the file is there from the beginning."""
+    open(path, "w").close()
+    time.sleep(seconds)
+
 @tool(name="r.count")
 def count() -> list[int]:
     """Count calls in this process."""
@@ -233,11 +239,41 @@ def test_a_tool_that_crashes_often_gets_a_worker_of_its_own_and_its_neighbours_k
     )
 
 
+def test_a_tool_has_a_worker_of_its_own_until_it_is_enabled_whichever_broker_serves(
+    client: Client, tmp_path: Path
+) -> None:
+    steer(client, "isolate", "r.count")
+    wait_for(lambda: history(client, "r.count")["isolated"], what="its own worker")
+    own = client.call("r.count")[1]
+    for _ in range(3):
+        kill_broker(client)
+        assert client.call("r.count", timeout_s=20)[1] == own
+        assert client.call("r.pid", timeout_s=20) != own
+    steer(client, "isolate", "r.nap")
+    wait_for(lambda: history(client, "r.nap")["isolated"], what="its own worker")
+    mark = tmp_path / "runs"
+    runs = client.submit("r.nap", {"seconds": 1.0, "path": str(mark)})
+    wait_for(mark.exists, what="the call runs")
+    # told before the call ends: whoever follows this broker goes on with it
+    steer(client, "enable", "r.nap")
+    kill_broker(client)
+    runs.result(20)
+    wait_for(lambda: not history(client, "r.nap")["isolated"], what="it is among the others again")
+    assert history(client, "r.count")["isolated"]
+    steer(client, "enable", "r.count")
+    wait_for(lambda: not history(client, "r.count")["isolated"], what="so is the other")
+    assert client.call("r.count")[1] == client.call("r.pid")
+
+
+def kill_broker(client: Client) -> None:
+    os.kill(client.call("system.status")["broker"]["pid"], signal.SIGKILL)
+
+
 def test_what_an_operator_disabled_stays_so_when_the_broker_is_replaced(
     running: Running, client: Client
 ) -> None:
     steer(client, "disable", "r.count", reason="under repair")
-    os.kill(client.call("system.status")["broker"]["pid"], signal.SIGKILL)
+    kill_broker(client)
     with pytest.raises(Unavailable, match="under repair"):
         client.call("r.count", timeout_s=10)
     steer(client, "enable", "r.count")
