@@ -1,4 +1,4 @@
-"""The page that a worker shares with its supervisor, so that a death can say what had started.
+"""The pages that a worker shares with its supervisor, so that a death can say what had started.
 
 Two unsigned 64-bit integers in native order: at 0, written by the worker before each call, the ``seq`` of the
 call that it starts (a call starts in the order of its seq); at 8, written by the supervisor before it signals,
@@ -6,8 +6,9 @@ the ``seq`` that the signal is meant for, so that it never hits the next call. A
 on every machine that we run on. From 16 on a ring of the ids of the calls that it started last, each at the place of
 its seq, written before the seq is: by them another broker knows what had started. Behind the ring, written by the
 worker before it waits with nothing to run, the ``seq`` that it had started last: while the two are the same, it rests.
+A second page has places for the ids of calls that run beside each other: there a long one stays while the ring goes round.
 
-Behind the page, in the same file, is room for the stacks that the worker writes when it is asked to (SIGUSR2).
+Behind these pages, in the same file, is room for the stacks that the worker writes when it is asked to (SIGUSR2).
 """
 
 from __future__ import annotations
@@ -16,25 +17,32 @@ from typing import Final
 
 from mcp_broker import ids
 
-MARKS_BYTES: Final = 4096
-#: of the file: the page, and the room for stacks
+_PAGE_BYTES: Final = 4096
+MARKS_BYTES: Final = 2 * _PAGE_BYTES
+#: of the file: the pages, and the room for stacks
 FILE_BYTES: Final = MARKS_BYTES + 64 * 1024
 _ID_BYTES: Final = ids.CALL_ID_BYTES
 _RING_AT: Final = 16
 #: ids that the ring holds
 RING: Final = 240
 _REST_AT: Final = _RING_AT + RING * _ID_BYTES
+#: calls that run beside each other, at most
+BESIDE: Final = _PAGE_BYTES // _ID_BYTES
 
 
 class Marks:
-    """A view of the page; ``buffer`` is writable and at least MARKS_BYTES long (an mmap)."""
+    """A view of the pages; ``buffer`` is writable and at least MARKS_BYTES long (an mmap)."""
 
-    __slots__ = ("_rest", "_ring", "_words")
+    __slots__ = ("_beside", "_free", "_places", "_rest", "_ring", "_words")
 
     def __init__(self, buffer: memoryview) -> None:
         self._words = buffer[:_RING_AT].cast("Q")
         self._ring = buffer[_RING_AT:_REST_AT]
         self._rest = buffer[_REST_AT : _REST_AT + 8].cast("Q")
+        self._beside = buffer[_PAGE_BYTES:MARKS_BYTES]
+        # the worker's only: who reads need not know which places are free
+        self._places: dict[bytes, int] = {}
+        self._free: list[int] = []
 
     @property
     def started_seq(self) -> int:
@@ -47,6 +55,21 @@ class Marks:
         self._ring[at : at + _ID_BYTES] = call_id
         self._words[0] = seq
 
+    def start_beside(self, seq: int, call_id: bytes) -> None:
+        """Write down that a call starts beside others: more may start while it runs than the ring has places."""
+        place = self._free.pop() if self._free else len(self._places)
+        if place < BESIDE and call_id not in self._places:
+            self._places[call_id] = place
+            at = place * _ID_BYTES
+            self._beside[at : at + _ID_BYTES] = call_id
+        self.start(seq, call_id)
+
+    def end(self, call_id: bytes) -> None:
+        """Let another call have the place of one that has ended; until then its id stays there, which is as true."""
+        place = self._places.pop(call_id, None)
+        if place is not None:
+            self._free.append(place)
+
     def rest(self) -> None:
         """Write down that nothing runs."""
         self._rest[0] = self._words[0]
@@ -57,11 +80,13 @@ class Marks:
         return self._rest[0] == self._words[0]
 
     def started_calls(self) -> tuple[bytes, ...]:
-        """Return the ids of the calls that started last, the newest last; some never were (their place is old)."""
+        """Return the ids of the calls that started last, the newest last, and behind them those that ran beside each other."""
         last = self._words[0]
         places = (seq % RING * _ID_BYTES for seq in range(max(1, last - RING + 1), last + 1))
-        found = (bytes(self._ring[at : at + _ID_BYTES]) for at in places)
-        return tuple(call_id for call_id in found if any(call_id))
+        found = [bytes(self._ring[at : at + _ID_BYTES]) for at in places]
+        found += (bytes(self._beside[at : at + _ID_BYTES]) for at in range(0, _PAGE_BYTES, _ID_BYTES))
+        # some places are empty, and most calls stand in both
+        return tuple(dict.fromkeys(call_id for call_id in reversed(found) if any(call_id)))[::-1]
 
     @property
     def interrupt_seq(self) -> int:
@@ -77,3 +102,4 @@ class Marks:
         self._words.release()
         self._ring.release()
         self._rest.release()
+        self._beside.release()

@@ -30,7 +30,7 @@ class Interrupts:
     """What runs now, and who may be interrupted.
 
     Args:
-        marks: the page shared with the supervisor.
+        marks: the pages shared with the supervisor.
         wake_fd: a handler writes one byte here, so that a wait in C ends.
 
     Attributes:
@@ -44,11 +44,11 @@ class Interrupts:
     """
 
     __slots__ = (
-        "_marks",
         "_wake_fd",
         "armed",
         "asked",
         "elsewhere",
+        "marks",
         "raised",
         "rested",
         "started",
@@ -56,7 +56,7 @@ class Interrupts:
     )
 
     def __init__(self, marks: Marks, wake_fd: int) -> None:
-        self._marks = marks
+        self.marks = marks
         self.started = marks.start
         self.rested = marks.rest
         self._wake_fd = wake_fd
@@ -100,7 +100,7 @@ class Interrupts:
             self._raise()
 
     def _on_interrupt(self, _signal: int, _frame: FrameType | None) -> None:
-        seq = self._marks.interrupt_seq
+        seq = self.marks.interrupt_seq
         if seq and seq == self.armed:
             self._raise()
         self.asked = seq

@@ -37,6 +37,7 @@ class ConcurrentLoop(Shell):
         #: set, and replaced, after each turn that heard the broker
         self._heard = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
+        interrupts.started = interrupts.marks.start_beside
 
     def report_from_afar(self, pending: Pending, fraction: float | None, message: str) -> None:
         """Have the loop's thread report it."""
@@ -150,6 +151,7 @@ class ConcurrentLoop(Shell):
 
     def _ended(self, pending: Pending, task: asyncio.Task[None]) -> None:
         """End a call too whose task was cancelled before its first step, and so ran nothing of what ends one."""
+        self.interrupts.marks.end(pending.dispatch.call_id)
         if self._tasks.pop(id(pending), None) is None or not task.cancelled():
             return
         call_id = pending.dispatch.call_id

@@ -286,3 +286,47 @@ def test_supervisor_that_is_killed_takes_everything_with_it(tmp_path: Path) -> N
             assert client.call("t.echo", {"value": 1}) == 1
     finally:
         running.stop()
+
+
+BESIDE_TOOLS = '''
+import asyncio, os
+from mcp_broker.worker import tool
+
+@tool(name="t.long")
+async def long(path: str) -> None:
+    """Write a line, and take long."""
+    with open(path, "a") as file:
+        file.write("ran\\n")
+    await asyncio.sleep(60)
+
+@tool(name="t.short")
+async def short() -> int:
+    """Return the pid."""
+    return os.getpid()
+'''
+
+BESIDE_CONFIG = """
+[pools.t]
+module = "fault_tools"
+path = ["{folder}"]
+min = {workers}
+concurrency = 4
+"""
+
+
+def test_a_call_does_not_run_twice_though_many_began_beside_it_when_worker_and_broker_die(
+    tmp_path: Path,
+) -> None:
+    marks = tmp_path / "marks"
+    with Running(tmp_path, tools=BESIDE_TOOLS, config=BESIDE_CONFIG) as running, running.client() as client:
+        future = client.submit("t.long", {"path": str(marks)}, timeout_s=60)
+        wait_for(marks.exists, what="the tool having started")
+        for _ in range(300):
+            worker = client.call("t.short")
+        broker = client.call("system.status")["broker"]["pid"]
+        os.kill(worker, signal.SIGKILL)
+        os.kill(broker, signal.SIGKILL)
+        with pytest.raises(WorkerLost):
+            future.result(30)
+        assert client.call("t.short") != worker
+    assert marks.read_text() == "ran\n"

@@ -189,7 +189,8 @@ class Worker(Shell):
         """Start the next call: it is marked before any of its code runs."""
         world, pending = self.world, self.session.start()
         dispatch = pending.dispatch
-        self.marks.start(dispatch.seq, dispatch.call_id)
+        begin = self.marks.start if self.concurrency == 1 else self.marks.start_beside
+        begin(dispatch.seq, dispatch.call_id)
         job = Job(self, pending, Plan.unpack(pending.arguments))
         self.jobs.append(job)
         if world.agenda.now >= pending.deadline:
@@ -252,6 +253,7 @@ class Worker(Shell):
             self.die("crash")
             return
         self._drop(job)
+        self.marks.end(job.pending.dispatch.call_id)
         session.finish(job.pending, outcome, body)
         if self.concurrency > 1:
             session.pace.served(int((now - job.started_at) * 1e9), 1)
