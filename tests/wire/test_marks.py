@@ -50,8 +50,9 @@ def test_more_calls_beside_each_other_than_there_are_places_are_told_as_far_as_t
 
 def test_a_worker_rests_until_it_starts_another_call() -> None:
     worker, supervisor = two_ends()
-    assert supervisor.is_resting
+    told = [supervisor.is_resting]
     worker.start(7, call_id(7))
-    assert not supervisor.is_resting
+    told.append(supervisor.is_resting)
     worker.rest()
-    assert supervisor.is_resting
+    told.append(supervisor.is_resting)
+    assert told == [True, False, True]
