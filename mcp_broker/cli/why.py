@@ -22,6 +22,7 @@ KINDS: Final[dict[str, str]] = {
     "deadline": "mcp-broker killed it, because its call was past its deadline",
     "cancel": "mcp-broker killed it, because its call was cancelled and did not end",
     "silence": "mcp-broker killed it, because it did not speak to a new broker and nobody waited for its call",
+    "hook": "mcp-broker killed it, because a hook of its module did not end",
     "limit": "it exceeded a limit, and was killed for that",
     "violation": "mcp-broker killed it, because it did what no worker does of itself; a tool may have taken it over",
     "unknown": "unknown; nothing that could be observed tells more",

@@ -274,6 +274,11 @@ class Acceptance:
                 now,
             )
             return None
+        if tool is None and request.extra is not None and request.extra.again:
+            # an earlier broker may have had the tool, and a worker of that time may have run it
+            text = f"there is no tool {name} any more; a call that was sent before may have run"
+            self._refuse(session, fault(call_id, "BROKER_LOST", text, {"tool": name}), now)
+            return None
         if tool is None:
             similar = self._similar(session, name, now)
             meant = f"; did you mean {similar[0]}?" if similar else "; `mcp-broker tools` lists what there is"

@@ -66,7 +66,8 @@ class Operation(Slim):
         target: where MOVE leads.
         until: when the phase is over at the latest.
         order: the number under which workers were asked.
-        waiting: ids of the workers that are waited for, in the order in which they were asked.
+        waiting: ids of the workers that are waited for, in the order in which they were asked, each with the number of the
+            last call that it had been given by then.
         errors: what went wrong so far.
     """
 
@@ -80,7 +81,7 @@ class Operation(Slim):
     has_begun: bool = False
     until: float = math.inf
     order: int = 0
-    waiting: list[str] | None = None
+    waiting: dict[str, int] | None = None
     errors: tuple[str, ...] = ()
 
 
@@ -112,10 +113,8 @@ class Operations:
     def hooked(self, worker: Worker, message: messages.Hooked, now: float) -> None:
         """Take a worker's word that it has run its hooks."""
         for operation in list(self.running.values()):
-            waiting = operation.waiting
-            if operation.order == message.order and waiting is not None:
-                if worker.worker_id in waiting:
-                    waiting.remove(worker.worker_id)
+            if operation.order == message.order and operation.waiting is not None:
+                operation.waiting.pop(worker.worker_id, None)
                 if message.error:
                     operation.errors = (*operation.errors, f"{worker.worker_id}: {message.error}")
                 self._advance(operation, now)
@@ -171,25 +170,27 @@ class Operations:
         return True
 
     def _begin_hooks(self, operation: Operation, now: float) -> None:
-        tool, operation.waiting = operation.tool, []
+        tool, operation.waiting = operation.tool, {}
         if operation.event not in tool.traits:
             return
         self._orders += 1
         operation.order, operation.until = self._orders, now + limits.HOOK_S
         for worker in self._serving(tool):
-            operation.waiting.append(worker.worker_id)
+            operation.waiting[worker.worker_id] = worker.seq
             worker.send(messages.Hook(self._routing.epoch, operation.order, operation.event, tool.name))
 
     def _have_hooked(self, operation: Operation, now: float) -> bool:
         by_id = self._routing.workers.by_id
         # a process that is gone took its state along, and the next one begins with its start hooks
-        waiting = operation.waiting = [one for one in operation.waiting or () if one in by_id]
+        waiting = operation.waiting = {
+            one: given for one, given in (operation.waiting or {}).items() if one in by_id
+        }
         if not waiting:
             return True
         if now < operation.until:
             return False
-        if any(by_id[worker_id].held for worker_id in waiting):
-            # it hears of it when the call that it runs is over, which has a deadline
+        if any(call.seq <= given for one, given in waiting.items() for call in by_id[one].held.values()):
+            # it hears of it when the calls that it was given before are over, which have deadlines; others come behind it
             operation.until = now + limits.HOOK_S
             return False
         text = (
@@ -197,12 +198,13 @@ class Operations:
         )
         operation.errors = (*operation.errors, text)
         for worker_id in waiting:
-            self._replace(worker_id, "its hooks did not end")
+            # a worker that retires would hold what waits in it until its hook has ended
+            self._routing.workers.give_up(by_id[worker_id], "hook")
         return True
 
     def _begin_replace(self, operation: Operation, now: float) -> None:
         operation.until = now + limits.RECOVER_S
-        operation.waiting = [worker.worker_id for worker in self._serving(operation.tool)]
+        operation.waiting = {worker.worker_id: worker.seq for worker in self._serving(operation.tool)}
         for worker_id in operation.waiting:
             self._replace(worker_id, f"a step of recovery of {operation.tool.name}")
 
@@ -211,11 +213,11 @@ class Operations:
 
     def _are_replaced(self, operation: Operation, now: float) -> bool:
         by_id = self._routing.workers.by_id
-        left = [
-            worker_id
-            for worker_id in operation.waiting or ()
+        left = {
+            worker_id: given
+            for worker_id, given in (operation.waiting or {}).items()
             if worker_id in by_id and by_id[worker_id].state is WorkerState.READY
-        ]
+        }
         operation.waiting = left
         if not left:
             return True

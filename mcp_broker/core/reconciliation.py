@@ -388,7 +388,7 @@ class Reconciliation:
             and call.state is not _ENDED
             for call in self.doubts.values()
         ):
-            self._routing.workers.give_up(worker)
+            self._routing.workers.give_up(worker, "silence")
         self._routing.timers.add(now + limits.ORPHAN_S, self._unheard, worker)
 
 

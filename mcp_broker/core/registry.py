@@ -79,9 +79,14 @@ def _is_apart(tool: Tool, pool: Pool) -> bool:
 
 
 def _may_move(tool: Tool, pool: Pool) -> bool:
-    """Tell whether another pool may have a tool's name: its own closes, or is closed or no more since an earlier broker."""
+    """Tell whether another pool may have a tool's name.
+
+    Its own closes, or is closed or no more since an earlier broker; or workers of a later edition of it are on their way: should
+    these bring the tool too, it is they who are refused.
+    """
     report = pool.report
-    return bool(pool.closed) or (tool.is_recalled and (report is None or report.state == "closed"))
+    is_gone = tool.is_recalled and (report is None or report.state == "closed")
+    return bool(pool.closed) or is_gone or any(one.edition > pool.edition for one in pool.workers.values())
 
 
 class Tool:
@@ -218,15 +223,16 @@ class Registry:
         apart = [tool.name for tool in self.tools.values() if _is_apart(tool, pool)]
         brought = {definition.name: definition for definition in definitions}
         definitions = tuple(definition for definition in definitions if definition.name not in apart)
-        known = self._examine(pool, definitions)
-        self._check_room(known)
         mine = {tool.name: tool.definition for tool in self.of(pool)}
-        others = any(worker.is_registered for worker in pool.workers.values())
         # of a tool that is served apart, too: it may come back
         differs = [name for name, one in brought.items() if pool.brought.get(name, one) != one]
         if edition < pool.edition:
+            # whatever it brings, it gets no calls of it; what it holds is told of yet
             is_same = not differs and mine == {definition.name: definition for definition in definitions}
             return Registration.JOINED if is_same else Registration.OUTDATED
+        known = self._examine(pool, definitions)
+        self._check_room(known)
+        others = any(worker.is_registered for worker in pool.workers.values())
         is_later, pool.edition = edition > pool.edition, edition
         if others and not is_later:
             if differs:

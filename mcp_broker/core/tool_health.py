@@ -53,7 +53,7 @@ def cause_of(certificate: Certificate) -> Cause | None:
         return Cause.SECURITY
     if kind == "deadline":
         return Cause.TIMEOUT
-    if kind in {"cancel", "silence", "operator", "boot_failure"}:
+    if kind in {"cancel", "silence", "hook", "operator", "boot_failure"}:
         return None
     return Cause.KILLED if kind == "signal" and signal == "SIGKILL" else Cause.CRASH
 

@@ -354,9 +354,9 @@ class Workers:
         worker.send(messages.Cancel(self._routing.epoch, (call_id,)))
         self._interruptions.begin(worker, call_id, seq, why, now)
 
-    def give_up(self, worker: Worker) -> None:
-        """End a worker that an earlier broker had, and that does not speak to this one."""
-        self._interruptions.end(worker, "silence")
+    def give_up(self, worker: Worker, why: node.Why) -> None:
+        """End a worker that does not speak to this broker, or that a hook keeps from its calls."""
+        self._interruptions.end(worker, why)
 
     def beat(self, beat: messages.Heartbeat, *, everyone: bool) -> None:
         """Say to workers that the broker lives, and which outcomes it has."""

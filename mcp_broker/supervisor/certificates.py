@@ -35,6 +35,7 @@ _WHY: Final[dict[Why, str]] = {
     "deadline": "its call was past its deadline",
     "cancel": "its call was cancelled",
     "silence": "it had not spoken to the broker that replaced another, and nobody waited for its call",
+    "hook": "a hook that it was to run did not end",
 }
 
 

@@ -19,13 +19,14 @@ DeathKind = Literal[
     "deadline",
     "cancel",
     "silence",
+    "hook",
     "limit",
     "violation",
     "unknown",
 ]
 #: how far an interrupt goes, and why it does: each of these is a kind of death, too
 Stage = Literal["raise", "term", "kill"]
-Why = Literal["deadline", "cancel", "silence"]
+Why = Literal["deadline", "cancel", "silence", "hook"]
 PoolState = Literal["ready", "starting", "degraded", "failed", "stopped", "closing", "closed"]
 Pressure = Literal["unmeasured", "normal", "warning", "throttle", "exceeded"]
 

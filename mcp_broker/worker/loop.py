@@ -38,7 +38,7 @@ class Loop(Shell):
         session = self.session
         while not self.has_ended():
             try:
-                if session.orders and not session.inbox:
+                if session.orders:
                     self.obey()
                 elif session.inbox:
                     self._turn()
@@ -76,7 +76,7 @@ class Loop(Shell):
                 count = oldest_ns = 0
                 self._between()
                 began_ns = now_ns = clock()
-                if not session.inbox:
+                if not session.inbox or session.orders:
                     break
             pending = session.start()
             finished = call(pending, now_ns)

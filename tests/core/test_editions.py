@@ -252,3 +252,38 @@ def test_rates_of_a_configuration_that_was_read_again_count_at_once() -> None:
     assert world.outcomes(session) == {}
     assert len(world.dispatched("echo-1")) == 2
     assert first
+
+
+def test_a_tool_may_move_from_a_pool_whose_later_edition_is_on_its_way_to_another_one() -> None:
+    world = World()
+    world.hello()
+    serve(world, "echo-1", 1, OLD, MORE)
+    held = world.call()
+    admitted = node.Admitted(thumbprint="key-echo-2", worker_id="echo-2", pool="echo", edition=2)
+    world.machine.from_node(node.Admit((admitted,)), world.now)
+    world.serve("other-1", 4, "other", OLD)
+    moved = world.call()
+    assert world.dispatched("other-1") == [moved]
+    # what comes of its pool serves the rest; should it bring the tool all the same, it is refused
+    world.worker_says("echo-2", messages.Register(0, "MCPB", (1,), (MORE,)))
+    world.answer("echo-1", held)
+    assert [told for told in world.machine.to_node if isinstance(told, node.WorkerRefused)] == []
+    world.check()
+
+
+def test_a_worker_of_an_earlier_edition_may_come_back_with_a_tool_that_another_pool_has_by_now() -> None:
+    world = World()
+    world.hello()
+    serve(world, "echo-2", 2, MORE)
+    world.serve("other-1", 4, "other", OLD)
+    serve(world, "echo-1", 1, OLD, MORE)
+    assert [told for told in world.machine.to_node if isinstance(told, node.WorkerRefused)] == []
+    assert state(world, "echo-1") is WorkerState.RETIRING
+
+
+def test_a_call_that_was_sent_before_of_a_tool_that_is_no_more_may_have_run() -> None:
+    world = World()
+    session = world.hello()
+    serve(world, "echo-2", 2, MORE)
+    call_id = world.call(again=True)
+    assert world.outcomes(session) == {call_id: "BROKER_LOST"}

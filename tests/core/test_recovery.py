@@ -211,6 +211,7 @@ CAUSES: tuple[tuple[dict[str, Any], Cause | None], ...] = (
     ({"kind": "unknown"}, Cause.CRASH),
     ({"kind": "cancel", "signal": "SIGKILL"}, None),
     ({"kind": "silence"}, None),
+    ({"kind": "hook", "signal": "SIGKILL"}, None),
     ({"kind": "operator"}, None),
     ({"kind": "boot_failure"}, None),
 )

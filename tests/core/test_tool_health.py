@@ -147,16 +147,37 @@ def test_a_resume_hook_that_fails_makes_the_tool_an_error_which_enable_mends() -
     world.check()
 
 
+def killed(world: World) -> list[str]:
+    """Return the workers that were to be killed for a hook since this was asked last."""
+    return [
+        one.worker_id for one in wishes(world, node.Interrupt) if (one.stage, one.why) == ("kill", "hook")
+    ]
+
+
 def test_a_hook_that_does_not_end_costs_its_worker_and_leaves_no_tool_stuck() -> None:
     world = serving("start", "stop")
     steer(world, "stop")
     assert state(world) is State.STOPPING
     world.later(limits.HOOK_S + 0.1)
     assert state(world) is State.STOPPED
-    assert [wish.worker_id for wish in wishes(world, node.Replace)] == ["echo-1"]
+    assert killed(world) == ["echo-1"]
     steer(world, "start")
     world.later(limits.HOOK_S + 0.1)
     assert state(world) is State.ERROR
+
+
+def test_a_hook_that_does_not_end_costs_its_worker_however_many_calls_come_behind_it() -> None:
+    world = serving("reset")
+    before = world.call(tool="echo.other")
+    steer(world, "reset")
+    behind = world.call("c2", tool="echo.other")
+    world.later(limits.HOOK_S + 0.1)
+    assert killed(world) == [], "it may run the call that it was given before"
+    world.answer("echo-1", before)
+    world.later(limits.HOOK_S + 0.1)
+    assert killed(world) == ["echo-1"]
+    assert behind in world.machine.workers.by_id["echo-1"].held
+    world.check()
 
 
 def test_hooks_of_a_worker_that_dies_are_waited_for_no_more() -> None:

@@ -52,6 +52,14 @@ def nap(seconds: float, path: str) -> None:
     open(path, "w").close()
     time.sleep(seconds)
 
+@tool(name="r.stuck")
+def stuck() -> None:
+    """Have a hook that does not end."""
+
+@on("reset", stuck)
+def hang_on() -> None:
+    time.sleep(600)
+
 @tool(name="r.count")
 def count() -> list[int]:
     """Count calls in this process."""
@@ -305,6 +313,17 @@ def test_what_an_operator_disabled_last_stays_so_when_its_supervisor_was_busy_as
         client.call("r.count", timeout_s=10)
     steer(client, "enable", "r.count")
     assert client.call("r.count")
+
+
+def test_a_hook_that_does_not_end_costs_its_worker_and_holds_up_other_tools_no_longer(client: Client) -> None:
+    before = client.call("r.pid")
+    steer(client, "reset", "r.stuck")
+    # they come behind the hook, one after the other
+    calls = [client.submit("r.pid", {}, timeout_s=25) for _ in range(3)]
+    (after,) = {call.result(25) for call in calls}
+    assert after != before
+    death = client.call("system.status")["deaths"][0]
+    assert (death["pid"], death["kind"]) == (before, "hook")
 
 
 def test_a_sigkill_from_outside_is_nobodys_fault(running: Running, client: Client) -> None:
