@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from mcp_broker import logs
+from mcp_broker import limits, logs
 from mcp_broker.core import children
 from mcp_broker.errors import SupervisionError
 from mcp_broker.supervisor import containment, quota, reclaim
@@ -154,6 +154,12 @@ class Slot:
             life.process.signal(signal.SIGUSR1)
             # the worker ends what its call started, as far as it can be seen to be the call's; the rest is a stray
             self._ground.strayed()
+            return
+        if (
+            order.why == "silence"
+            and 0 < life.marks.spared_until - time.monotonic() < limits.CALL_TIMEOUT_S_MAX
+        ):
+            # it runs a detached call, of which the broker can know only when it has ended
             return
         started = life.marks.started_seq
         seq = started if order.seq == node.WHATEVER else order.seq

@@ -6,6 +6,7 @@ the ``seq`` that the signal is meant for, so that it never hits the next call. A
 on every machine that we run on. From 16 on a ring of the ids of the calls that it started last, each at the place of
 its seq, written before the seq is: by them another broker knows what had started. Behind the ring, written by the
 worker before it waits with nothing to run, the ``seq`` that it had started last: while the two are the same, it rests.
+Then, of a detached call, its ``seq`` and its deadline, nanoseconds of the monotonic clock: nobody need ask for it meanwhile.
 A second page has places for the ids of calls that run beside each other: there a long one stays while the ring goes round.
 
 Behind these pages, in the same file, is room for the stacks that the worker writes when it is asked to (SIGUSR2).
@@ -26,6 +27,7 @@ _RING_AT: Final = 16
 #: ids that the ring holds
 RING: Final = 240
 _REST_AT: Final = _RING_AT + RING * _ID_BYTES
+_SPARED_AT: Final = _REST_AT + 8
 #: calls that run beside each other, at most
 BESIDE: Final = _PAGE_BYTES // _ID_BYTES
 
@@ -33,12 +35,13 @@ BESIDE: Final = _PAGE_BYTES // _ID_BYTES
 class Marks:
     """A view of the pages; ``buffer`` is writable and at least MARKS_BYTES long (an mmap)."""
 
-    __slots__ = ("_beside", "_free", "_places", "_rest", "_ring", "_words")
+    __slots__ = ("_beside", "_free", "_places", "_rest", "_ring", "_spared", "_words")
 
     def __init__(self, buffer: memoryview) -> None:
         self._words = buffer[:_RING_AT].cast("Q")
         self._ring = buffer[_RING_AT:_REST_AT]
         self._rest = buffer[_REST_AT : _REST_AT + 8].cast("Q")
+        self._spared = buffer[_SPARED_AT : _SPARED_AT + 16].cast("Q")
         self._beside = buffer[_PAGE_BYTES:MARKS_BYTES]
         # the worker's only: who reads need not know which places are free
         self._places: dict[bytes, int] = {}
@@ -69,6 +72,17 @@ class Marks:
         place = self._places.pop(call_id, None)
         if place is not None:
             self._free.append(place)
+
+    def spare(self, seq: int, deadline: float) -> None:
+        """Write down that a call is detached, and when it ends at the latest, seconds of the monotonic clock."""
+        self._spared[1] = int(deadline * 1e9)
+        self._spared[0] = seq
+
+    @property
+    def spared_until(self) -> float:
+        """When the detached call that runs ends at the latest, seconds of the monotonic clock; 0.0: there is none."""
+        runs = self._spared[0] == self._words[0] and not self.is_resting
+        return self._spared[1] * 1e-9 if runs else 0.0
 
     def rest(self) -> None:
         """Write down that nothing runs."""
@@ -102,4 +116,5 @@ class Marks:
         self._words.release()
         self._ring.release()
         self._rest.release()
+        self._spared.release()
         self._beside.release()

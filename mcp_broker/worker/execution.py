@@ -167,6 +167,8 @@ class Execution:
         """
         dispatch = pending.dispatch
         self._interrupts.started(dispatch.seq, dispatch.call_id)
+        if dispatch.extra is not None and dispatch.extra.detach:
+            self._interrupts.marks.spare(dispatch.seq, pending.deadline)
         if started_ns * 1e-9 >= pending.deadline:
             text = "the time of the call was over before it could start"
             details = {"which": "timeout", "started": False}

@@ -114,6 +114,8 @@ class Slot:
             life.marks.interrupt_seq = order.seq
             life.interrupt()
             return
+        if order.why == "silence" and life.marks.spared_until > self._owner.world.agenda.now:
+            return
         started = life.marks.started_seq
         seq = started if order.seq == node.WHATEVER else order.seq
         if seq > started or (self._pool.concurrency == 1 and seq < started):

@@ -191,6 +191,8 @@ class Worker(Shell):
         dispatch = pending.dispatch
         begin = self.marks.start if self.concurrency == 1 else self.marks.start_beside
         begin(dispatch.seq, dispatch.call_id)
+        if dispatch.extra is not None and dispatch.extra.detach:
+            self.marks.spare(dispatch.seq, pending.deadline)
         job = Job(self, pending, Plan.unpack(pending.arguments))
         self.jobs.append(job)
         if world.agenda.now >= pending.deadline:

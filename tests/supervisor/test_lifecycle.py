@@ -293,6 +293,20 @@ def test_an_interrupt_raises_in_its_call_only_and_names_the_reason(start: Start,
     assert sum(one["kind"] == "DIED" for one in node.order()) == 1
 
 
+@pytest.mark.parametrize(("detached_s", "kind"), [(60.0, "cancel"), (0.0, "silence"), (1e6, "silence")])
+def test_a_worker_that_is_silent_for_a_detached_call_is_spared_until_that_is_over(
+    start: Start, detached_s: float, kind: str
+) -> None:
+    node = start({"started_seq": 7, "detached_s": detached_s})
+    node.event("PoolReady")
+    order = {"worker_id": node.worker()["id"], "stage": "kill"}
+    node.order(interrupt={**order, "seq": 0, "why": "silence"})
+    if kind == "cancel":
+        # it lives, and is killed by this
+        node.order(interrupt={**order, "seq": 7, "why": "cancel"})
+    assert node.event("WorkerDied")["certificate"]["kind"] == kind
+
+
 def test_a_worker_that_says_nonsense_on_its_tether_is_killed_and_its_certificate_says_so(
     start: Start,
 ) -> None:

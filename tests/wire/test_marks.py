@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from mcp_broker.wire.marks import BESIDE, MARKS_BYTES, RING, Marks
 
 
@@ -56,3 +58,17 @@ def test_a_worker_rests_until_it_starts_another_call() -> None:
     worker.rest()
     told.append(supervisor.is_resting)
     assert told == [True, False, True]
+
+
+def test_a_worker_is_spared_while_it_runs_a_detached_call() -> None:
+    worker, supervisor = two_ends()
+    worker.start(1, call_id(1))
+    told = [supervisor.spared_until]
+    worker.start(2, call_id(2))
+    worker.spare(2, 1234.5)
+    told.append(supervisor.spared_until)
+    worker.rest()
+    told.append(supervisor.spared_until)
+    worker.start(3, call_id(3))
+    told.append(supervisor.spared_until)
+    assert told == [0.0, pytest.approx(1234.5), 0.0, 0.0]

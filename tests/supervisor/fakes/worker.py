@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -74,6 +75,8 @@ def run(boot_fd: int, tether_fd: int) -> NoReturn:
     os.lseek(boot.marks_fd, MARKS_BYTES, os.SEEK_SET)
     faulthandler.register(signal.SIGUSR2, file=boot.marks_fd)
     marks.start(options.get("started_seq", 0), b"c" * 16)
+    if "detached_s" in options:
+        marks.spare(options["started_seq"], time.monotonic() + options["detached_s"])
     heard = Path(options["heard"]) if "heard" in options else None
 
     def on_interrupt(_number: int, _frame: object) -> None:
