@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
+from itertools import compress
 
 from mcp_broker import limits
 from mcp_broker.wire import codec, messages
@@ -64,6 +65,23 @@ class KeptOutcomes:
         """Forget what has arrived: all outcomes up to this number."""
         while self._messages and self._messages[0].last <= count:
             self._drop()
+
+    def forget_repeated(self, running: Container[bytes]) -> None:
+        """Keep the latest outcome of each call only, and none of a call that runs: a broker that has a call run again has the one before."""
+        newer: set[bytes] = set()
+        left: deque[Kept] = deque()
+        for kept in reversed(self._messages):
+            ids = [outcome.call_id for outcome in kept.outcomes]
+            stays = [one not in running and one not in newer for one in ids]
+            newer.update(ids)
+            self._count -= stays.count(False)
+            if not any(stays):
+                self._bytes -= kept.size
+                continue
+            kept.outcomes = tuple(compress(kept.outcomes, stays))
+            kept.callers = list(compress(kept.callers, stays))
+            left.appendleft(kept)
+        self._messages = left
 
     def halve(self) -> None:
         """Let go of the older half."""

@@ -129,6 +129,7 @@ class Session:
     def opened(self, now: float) -> None:
         """Begin a session on a new connection: REGISTER, and nothing else before WELCOME."""
         self.lost()
+        self.kept.forget_repeated(self.running.keys())
         self.state = State.REGISTERING
         self.heard_at = now
         envelope = codec.encode(self._register(now))

@@ -228,6 +228,33 @@ def test_what_finishes_without_a_connection_is_told_to_the_next_broker(session: 
     assert body == b"x" * 100_000
 
 
+def again(number: int, call: int) -> tuple[bytes, bytes | None]:
+    """Have a call run a second time, under another number."""
+    repeated = messages.Dispatch(number, bytes([call]) * 16, "try.it", 1000, b"\x80", CALLER)
+    return frames(messages.Dispatches(EPOCH, 0, (repeated,)))
+
+
+def test_of_a_call_that_ran_again_the_next_broker_is_told_the_latest_only(session: Session) -> None:
+    for packed in (dispatch(1), dispatch(2), again(3, 1), dispatch(4)):
+        session.receive(*packed, 0.0)
+        pending = session.start()
+        session.finish(pending, ok(pending, bytes([pending.dispatch.seq])))
+        if pending.dispatch.seq != 1:
+            session.flush()
+    session.receive(*again(5, 4), 0.0)
+    session.start()
+    session.opened(0.5)
+    (register,) = said(session)
+    # two and the second one of the first; the fourth runs
+    assert [(one.call_id[0], one.seq) for one in register.held] == [(2, 0), (1, 0), (4, 5)]
+    session.receive(*welcome(EPOCH + 1), 0.5)
+    told = [message for message in said(session) if isinstance(message, messages.Outcomes)]
+    assert [(one.first, [outcome.body for outcome in one.outcomes]) for one in told] == [
+        (1, [b"\2"]),
+        (2, [b"\3"]),
+    ]
+
+
 def test_old_outcomes_that_nobody_acknowledges_are_let_go(
     session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
