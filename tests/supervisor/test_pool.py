@@ -224,6 +224,79 @@ def test_a_successor_that_cannot_start_leaves_the_member_and_its_death_is_not_th
     assert [slot.edition for slot in pool.members] == [2]
 
 
+@pytest.mark.parametrize("keys", ["", "spare = 1"])
+def test_a_member_that_dies_while_its_successor_starts_comes_back_itself(keys: str) -> None:
+    pool = made(keys)
+    (member,) = pool.members
+    pool.change(table(f"{keys}\noptions = {{a = 1}}"), POLICY, TIMES)
+    pool.settle()
+    (successor,) = [one.successor for one in pool._successions]
+    member.die()
+    pool.settle()
+    assert (pool.members, member.child.state) == ([member], State.STARTING)
+    assert not pool.is_settled
+    successor.die(hopeless=True)
+    settle(pool)
+    assert (pool.members, member.child.state) == ([member], State.RUNNING), "the old ones stay"
+    assert (pool.state, pool.setback, pool.is_settled) == ("degraded", "it died", True)
+
+
+def test_a_member_that_is_starting_again_is_replaced_when_its_successor_is_ready() -> None:
+    pool = made()
+    (member,) = pool.members
+    member.die()
+    pool.change(table("options = {a = 1}"), POLICY, TIMES)
+    pool.settle()
+    assert pool.members == [member]
+    (successor,) = [slot for slot in pool.slots if slot is not member]
+    successor.ready()
+    pool.settle()
+    assert pool.members == [successor]
+    assert not member.child.is_wanted
+    settle(pool)
+    assert pool.is_settled
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["it was given up before", "it is given up meanwhile"])
+def test_a_member_that_cannot_come_back_is_no_reason_to_wait(before: bool) -> None:
+    pool = made()
+    (member,) = pool.members
+    if before:
+        member.die(hopeless=True)
+    pool.change(table("options = {a = 1}"), POLICY, TIMES)
+    pool.settle()
+    if not before:
+        member.die(hopeless=True)
+        pool.settle()
+    assert member not in pool.members
+    assert pool.state == "starting", "calls wait for its successor"
+    settle(pool)
+    assert (pool.state, pool.slots, pool.is_settled) == ("ready", pool.members, True)
+
+
+def test_a_member_and_its_successor_that_both_cannot_come_up_end_the_roll() -> None:
+    pool = made()
+    (member,) = pool.members
+    pool.change(table("options = {a = 1}"), POLICY, TIMES)
+    pool.settle()
+    (successor,) = [slot for slot in pool.slots if slot is not member]
+    successor.die(hopeless=True)
+    member.die(hopeless=True)
+    settle(pool)
+    assert (pool.state, pool.setback, pool.is_settled) == ("failed", "it died", True)
+
+
+def test_a_spare_of_another_edition_takes_no_members_place() -> None:
+    pool = made("spare = 1")
+    (member,) = pool.members
+    pool.change(table("spare = 1\noptions = {a = 1}"), POLICY, TIMES)
+    pool.settle()
+    (spare,) = pool.spares
+    spare.ready()
+    member.die()
+    assert (pool.members, pool.spares) == ([member], [spare]), "it may be warm, and refused by the broker"
+
+
 def test_a_changed_pool_replaces_a_quarter_at_a_time() -> None:
     pool = made("min = 8")
     pool.change(table("min = 8\nconcurrency = 2"), POLICY, TIMES)
