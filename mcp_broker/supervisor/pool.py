@@ -287,12 +287,8 @@ class Pool:
         self.leaving.append(member)
         member.retire(why)
 
-    def settle(self) -> None:
-        """Go on with what has changed: successors that are ready or given up, rolls, slots that have left."""
-        if self.leaving:
-            self.leaving = [slot for slot in self.leaving if slot.child.state is not State.STOPPED]
-        if self._ground.is_leaving:
-            return
+    def _succeed(self) -> None:
+        """Have successors that are ready take their places; let go of those that were given up."""
         for one in list(self._successions):
             state = one.successor.child.state
             if state is State.FATAL:
@@ -304,6 +300,14 @@ class Pool:
                 if state is State.RUNNING and one.member.edition == self.edition:
                     self.setback = ""
                 self._hand_over(one.member, one.successor, one.why)
+
+    def settle(self) -> None:
+        """Go on with what has changed: successors that are ready or given up, rolls, slots that have left."""
+        if self.leaving:
+            self.leaving = [slot for slot in self.leaving if slot.child.state is not State.STOPPED]
+        if self._ground.is_leaving:
+            return
+        self._succeed()
         if self.closed and not any(slot.child.state is not State.FATAL for slot in self.members):
             # nobody is left who could serve what waits
             self.vacate()
@@ -343,6 +347,9 @@ class Pool:
         if slot is not None:
             self.tools = tools
             slot.registered()
+            if not self._ground.is_leaving:
+                # what the broker, or an operator, wants of it next may come in the same turn: it is a member by then
+                self._succeed()
 
     def worker_refused(self, worker_id: str, reason: str) -> None:
         """Take the broker's word that a worker will not become ready."""

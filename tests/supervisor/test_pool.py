@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -45,7 +46,7 @@ class FakeSlot:
         self.is_spare = is_spare
         self.on_death = on_death
         self.child = children.Child(restarts)
-        self.life = None
+        self.life: Any = None
         self.retired_why = ""
         self.is_called = False
 
@@ -63,6 +64,9 @@ class FakeSlot:
     def call_up(self) -> None:
         self.is_spare, self.is_called = False, True
         self.tell(children.CalledUp())
+
+    def registered(self) -> None:
+        self.ready()
 
     def ready(self) -> None:
         self.tell(children.BecameReady())
@@ -222,6 +226,19 @@ def test_a_successor_that_cannot_start_leaves_the_member_and_its_death_is_not_th
     pool.setback = ""
     settle(pool)
     assert [slot.edition for slot in pool.members] == [2]
+
+
+def test_a_successor_is_a_member_as_soon_as_the_broker_says_that_it_is_ready() -> None:
+    pool = made()
+    (member,) = pool.members
+    pool.replace(member, "it is old")
+    (successor,) = [slot for slot in pool.slots if slot is not member]
+    successor.life = SimpleNamespace(worker_id="t-2")
+    pool.worker_up("t-2", pool.tools)
+    assert pool.members == [successor]
+    assert pool.replace(successor, "its tool failed"), "what the broker wants next is done, in the same turn"
+    settle(pool)
+    assert successor not in pool.slots
 
 
 @pytest.mark.parametrize("keys", ["", "spare = 1"])
