@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
@@ -48,7 +48,7 @@ class FakeSlot:
         self.child = children.Child(restarts)
         self.life: Any = None
         self.retired_why = ""
-        self.is_called = False
+        self.is_called = self.is_heard = False
 
     @property
     def is_warm(self) -> bool:
@@ -67,6 +67,9 @@ class FakeSlot:
 
     def registered(self) -> None:
         self.ready()
+
+    def hear_out(self) -> None:
+        self.is_heard = True
 
     def ready(self) -> None:
         self.tell(children.BecameReady())
@@ -133,16 +136,32 @@ def test_no_slot_is_wanted_any_more_once_the_workers_are_being_stopped() -> None
     assert not slot.child.is_wanted
 
 
-def test_nothing_revives_a_pool_that_is_dissolved_but_to_want_it_again() -> None:
-    class Definitions:
-        def load(self) -> dict[str, Any]:
-            return {}
+class Definitions:
+    def load(self) -> dict[str, Any]:
+        return {}
 
-        def save(self, _tools: Any) -> None:
-            """Nobody reads."""
+    def save(self, _tools: Any) -> None:
+        """Nobody reads."""
 
+
+def made_fleet() -> Fleet:
     doubles: Any = (FakeGround(), Definitions())
-    fleet = Fleet(doubles[0], config.parse('[pools.t]\nmodule = "m"'), doubles[1], lambda _event: None)
+    return Fleet(doubles[0], config.parse('[pools.t]\nmodule = "m"'), doubles[1], lambda _event: None)
+
+
+def test_the_limits_that_a_workers_tools_ask_for_are_heard_before_it_is_measured() -> None:
+    fleet, measured = made_fleet(), []
+    double: Any = SimpleNamespace(began=lambda slot, _now: measured.append(slot.is_heard))
+    fleet._metering = double
+    fleet.start()
+    (slot,) = fleet.slots
+    slot.life = cast("Any", SimpleNamespace(worker_id="t-1"))
+    fleet.worker_up("t-1", ())
+    assert measured == [True]
+
+
+def test_nothing_revives_a_pool_that_is_dissolved_but_to_want_it_again() -> None:
+    fleet = made_fleet()
     fleet.found("t~t.x", table())
     pool: Any = fleet.pools["t~t.x"]
     settle(pool)

@@ -77,6 +77,28 @@ def test_messages_reach_their_handlers_whole_and_in_order(pair: Pair) -> None:
     assert pair.violations == []
 
 
+def test_all_that_was_said_before_can_be_heard_at_once(pair: Pair) -> None:
+    for message in (Warm(), Ask(1, "a"), Ask(2, "b")):
+        pair.theirs.send(codec.encode(message))
+    pair.tether.drain()
+    assert pair.heard == [Warm(), Ask(1, "a"), Ask(2, "b")]
+    pair.theirs.send(codec.encode(Ask(3, "c")))
+    pair.theirs.close()
+    pair.tether.drain()
+    assert pair.heard[3:] == [Ask(3, "c")]
+    pair.tether.drain()
+    assert pair.violations == []
+
+
+def test_who_never_stops_talking_is_not_heard_for_ever(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        pair.tether, "_handlers", {Warm: lambda message: pair.theirs.send(codec.encode(message))}
+    )
+    pair.theirs.send(codec.encode(Warm()))
+    pair.tether.drain()
+    assert len(pair.violations) == 1
+
+
 @pytest.mark.parametrize(
     ("packet", "said"),
     [
