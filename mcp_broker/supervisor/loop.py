@@ -157,7 +157,7 @@ class Supervisor:
         self._recovery = Recovery(self._fleet)
         tell = self._broker.send
         self._commands = Commands(tell, lambda: self.is_leaving)
-        Operations(self._fleet).join(self._commands)
+        Operations(self._fleet, self._deaths).join(self._commands)
         self._reloading = Reloading(self._fleet, self._config, self._reread, tell, self._on_event)
         self._reloading.join(self._commands)
         self._ends_with_terminal = ends_with_terminal()
