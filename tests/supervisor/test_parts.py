@@ -121,6 +121,42 @@ def test_what_the_dead_said_is_heard_though_something_is_sent_to_them_first(
     assert len(ends.lost) == 1
 
 
+def test_a_word_that_cannot_be_taken_costs_no_other(poller: Poller, caplog: pytest.LogCaptureFixture) -> None:
+    ours, theirs = socket.socketpair()
+    heard: list[node.ToSupervisor] = []
+
+    def take(message: node.ToSupervisor) -> None:
+        if message == node.Serving(7):
+            raise LookupError("a bug")
+        heard.append(message)
+
+    link = Link(ours, poller, take, lambda _reason: None)
+    theirs.sendall(frame(codec.encode(node.Serving(7))) + frame(codec.encode(node.Drained(2))))
+    poller.turn(PATIENCE_S)
+    assert heard == [node.Drained(2)]
+    assert "LookupError: a bug" in caplog.text
+    theirs.sendall(frame(codec.encode(node.Serving(7))) + frame(codec.encode(node.Drained(3))))
+    theirs.close()
+    link.drain()
+    assert heard[1:] == [node.Drained(3)], "also where it was the last that was said"
+    assert not link.is_open
+
+
+def test_what_was_said_by_an_end_that_takes_nothing_is_heard(ends: Ends, poller: Poller) -> None:
+    large = node.Abandoned((b"i" * 16,) * 500_000)
+    for number in range(2):
+        ends.theirs.sendall(frame(codec.encode(node.Drained(number))))
+        while not ends.lost:
+            ends.link.send(large)
+        ends.link.send(large)
+        poller.turn(PATIENCE_S)
+    assert ends.heard == [node.Drained(0), node.Drained(1)]
+    ends.theirs.close()
+    poller.turn(PATIENCE_S)
+    assert ends.lost == ["it takes no messages"]
+    assert not ends.link.is_open
+
+
 # -- lock, ports, records ------------------------------------------------------------------------------
 
 
