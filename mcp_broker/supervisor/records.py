@@ -32,11 +32,37 @@ def write_atomically(path: Path, data: bytes) -> None:
     part = path.with_name(path.name + ".part")
     fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
-        os.write(fd, data)
+        _write(fd, data)
         os.fsync(fd)
     finally:
         os.close(fd)
     part.replace(path)
+
+
+def append(path: Path, line: bytes) -> None:
+    """Put a line at the end of a file of such. A crash in between costs this line only: reading skips what is torn.
+
+    Raises:
+        OSError: there is no room for it; the file is as it was.
+    """
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        whole = os.fstat(fd).st_size
+        try:
+            _write(fd, line)
+        except OSError:
+            # the next line must not continue what there was room for
+            os.ftruncate(fd, whole)
+            raise
+    finally:
+        os.close(fd)
+
+
+def _write(fd: int, data: bytes) -> None:
+    """Write all of it: with little room left, the kernel takes a part, and refuses the next."""
+    left = memoryview(data)
+    while left:
+        left = left[os.write(fd, left) :]
 
 
 def _keep(path: Path, data: bytes) -> bool:
@@ -181,19 +207,11 @@ class Deaths:
             self._rewrite()
             return
         try:
-            self._append(_line(certificate))
+            append(self._path, _line(certificate))
         except OSError as error:
             _log.warning("cannot write %s: %s", self._path, error.strerror)
             return
         self._lines += 1
-
-    def _append(self, line: bytes) -> None:
-        # one write of one line: a crash in between costs this line only, and reading skips what is torn
-        fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            os.write(fd, line)
-        finally:
-            os.close(fd)
 
     def _rewrite(self) -> None:
         if _keep(self._path, b"".join(map(_line, reversed(self._recent)))):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -27,7 +28,7 @@ from mcp_broker.supervisor.lock import Lock, holder
 from mcp_broker.supervisor.poller import Poller, is_readable
 from mcp_broker.supervisor.ports import Ports
 from mcp_broker.supervisor.process import Exit, Process
-from mcp_broker.supervisor.records import Counters, Deaths, Definitions
+from mcp_broker.supervisor.records import Counters, Deaths, Definitions, write_atomically
 from mcp_broker.wire import codec, messages, node
 from mcp_broker.wire.framing import FrameReader, frame
 from tests.supervisor.conftest import PATIENCE_S, is_running
@@ -274,6 +275,50 @@ def test_a_torn_line_costs_that_line_only(tmp_path: Path) -> None:
     with (tmp_path / "deaths.jsonl").open("ab") as file:
         file.write(b'{"worker_id": "p-2", "po')
     Deaths(tmp_path).add(certificate("p-3"))
+    assert [one.worker_id for one in Deaths(tmp_path).recent] == ["p-3", "p-1"]
+
+
+class Disk:
+    """Takes a few bytes at a time, as long as it has room."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self._write = os.write
+
+    def write(self, fd: int, data: bytes) -> int:
+        if self.room <= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        taken = self._write(fd, bytes(data[: min(7, self.room)]))
+        self.room -= taken
+        return taken
+
+
+def test_a_file_is_written_whole_though_the_disk_takes_little_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "write", Disk(1 << 20).write)
+    write_atomically(tmp_path / "file", b"new!" * 100)
+    assert (tmp_path / "file").read_bytes() == b"new!" * 100
+    deaths = Deaths(tmp_path)
+    deaths.add(certificate("p-1"))
+    assert Deaths(tmp_path).recent == deaths.recent
+
+
+def test_a_full_disk_costs_what_was_to_be_written_and_nothing_that_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_atomically(tmp_path / "file", b"old" * 100)
+    deaths = Deaths(tmp_path)
+    deaths.add(certificate("p-1"))
+    disk = Disk(50)
+    monkeypatch.setattr(os, "write", disk.write)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(tmp_path / "file", b"new!" * 100)
+    assert (tmp_path / "file").read_bytes() == b"old" * 100
+    disk.room = 50
+    deaths.add(certificate("p-2"))
+    disk.room = 1 << 20
+    deaths.add(certificate("p-3"))
     assert [one.worker_id for one in Deaths(tmp_path).recent] == ["p-3", "p-1"]
 
 
