@@ -31,6 +31,8 @@ from mcp_broker.supervisor.process import Exit, Process
 from mcp_broker.supervisor.records import Counters, Deaths, Definitions, write_atomically
 from mcp_broker.wire import codec, messages, node
 from mcp_broker.wire.framing import FrameReader, frame
+from mcp_broker.wire.marks import RING
+from mcp_broker.wire.structs import replaced
 from tests.supervisor.conftest import PATIENCE_S, is_running
 from tests.support import descriptors
 from tests.support.waiting import wait_for
@@ -252,6 +254,42 @@ def test_deaths_survive_newest_first_and_bounded(tmp_path: Path) -> None:
     assert len(again.recent) == limits.DEATHS_MAX
     assert again.recent[0].worker_id == f"p-{2 * limits.DEATHS_MAX + 4}"
     assert len((tmp_path / "deaths.jsonl").read_bytes().splitlines()) <= 2 * limits.DEATHS_MAX
+
+
+def test_calls_that_many_dead_had_started_are_all_told_of_the_newest_of_each_first(tmp_path: Path) -> None:
+    deaths = Deaths(tmp_path)
+    rings = {
+        f"p-{worker}": tuple((worker * RING + number).to_bytes(16, "big") for number in range(RING))
+        for worker in range(1000)
+    }
+    last_words = "x" * limits.STDERR_TAIL_BYTES
+    for worker_id, ring in rings.items():
+        long = replaced(certificate(worker_id), stderr=last_words, stack=2 * last_words)
+        deaths.add(long, ring)
+    packed = codec.encode(deaths.told())
+    assert len(packed) < limits.NODE_BYTES_MAX
+    told = codec.from_supervisor.decode(packed)
+    assert isinstance(told, node.Deaths)
+    assert sum(map(len, told.started_calls.values())) <= limits.STARTED_MAX
+    share = limits.STARTED_MAX // len(rings)
+    assert list(told.started_calls) == list(rings), "who died first is first"
+    for worker_id, ids in told.started_calls.items():
+        assert len(ids) >= share
+        assert ids == rings[worker_id][-len(ids) :]
+    assert told.started_calls["p-999"] == rings["p-999"], "who died last keeps most"
+    assert told.certificates == deaths.recent
+    known = [one.worker_id for one in (*told.certificates, *told.others)]
+    assert sorted(known) == sorted(rings), "each has its certificate, and one"
+
+
+def test_of_more_workers_than_there_may_be_those_that_died_last_are_told_of(tmp_path: Path) -> None:
+    deaths = Deaths(tmp_path)
+    for number in range(limits.WORKERS_MAX + 3):
+        deaths.add(certificate(f"p-{number}"), (bytes(16),))
+    told = deaths.told()
+    assert len(told.started_calls) == limits.WORKERS_MAX
+    assert next(iter(told.started_calls)) == "p-3"
+    assert len(told.certificates) + len(told.others) == limits.WORKERS_MAX
 
 
 def test_tools_are_known_to_the_next_supervisor_and_a_torn_file_is_none(tmp_path: Path) -> None:
