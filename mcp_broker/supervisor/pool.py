@@ -3,8 +3,8 @@
 A slot is one of four:
 
 - a *member* counts: there are as many as the pool's size says;
-- a *spare* is warm (its tools are imported) and idle: it takes the place of a member that dies, at once, and what was the
-  member starts again as a spare;
+- a *spare* is warm (its tools are imported) and idle: it takes the place of a member of its edition that dies, at once,
+  and what was the member starts again as a spare;
 - a *successor* starts up to take a member's place; once it is ready, the member retires;
 - one that *leaves* was retired: it finishes its calls, ends, and is forgotten.
 
