@@ -160,8 +160,8 @@ HELD_MAX: Final = 4096
 HELD_BYTES_MAX: Final = 32 * 1024 * 1024
 #: How long a broker keeps what workers tell of and no client asks for: clients reconnect within a second or two.
 ORPHAN_S: Final = 10.0
-#: Calls that the dead had started, as a broker remembers them: 64 workers' rings.
-STARTED_MAX: Final = 64 * 240
+#: Calls that the dead had started, as they are remembered: of WORKERS_MAX that die at once the last 64 each; of fewer, more.
+STARTED_MAX: Final = 64 * WORKERS_MAX
 #: Messages that a turn takes from one socket, so that timers are never starved; each may carry BATCH_MAX calls.
 TURN_MESSAGES_MAX: Final = 64
 #: Messages that wait in our own queue for a peer whose socket is full; past it, the session ends.

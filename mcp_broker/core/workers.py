@@ -239,9 +239,10 @@ class Workers:
         elif isinstance(message, node.Deaths):
             self.deaths.extend(message.certificates)
             self.reclaims.extend(message.reclaims)
-            for certificate in message.certificates:
-                calls = message.started_calls.get(certificate.worker_id, ())
-                self._routing.reconciliation.had_started(certificate, calls)
+            known = {one.worker_id: one for one in (*message.certificates, *message.others)}
+            for worker_id, calls in message.started_calls.items():
+                if worker_id in known:
+                    self._routing.reconciliation.had_started(known[worker_id], calls)
         elif isinstance(message, node.Retire):
             for worker_id in message.workers:
                 worker = self.by_id.get(worker_id)

@@ -183,9 +183,8 @@ class BrokerChild:
         self._owner.heard(message)
 
     def _lost(self, reason: str) -> None:
-        """A broker without its link is of no use: it cannot hear of deaths."""
+        """A broker without its link is of no use: it cannot hear of deaths. What it had said is heard until its end."""
         _log.debug("the broker: %s", reason)
-        self._link = None
         self.kill()
 
     def _exited(self, end: Exit) -> None:
@@ -194,7 +193,6 @@ class BrokerChild:
             return
         if self._link is not None:
             self._link.drain()
-        if self._link is not None:
             self._link.close()
             self._link = None
         self.process = None

@@ -210,6 +210,8 @@ class Fleet:
             pool.worker_up(worker_id, tools)
         slot = self.find(worker_id)
         if slot is not None:
+            with contained("hearing a worker out"):
+                slot.hear_out()
             self._metering.began(slot, time.monotonic())
         now = self.tools()
         if now != before:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 from mcp_broker import limits
 from mcp_broker.errors import WireError
 from mcp_broker.supervisor import poller as polling
+from mcp_broker.supervisor.containment import contained
 from mcp_broker.wire import codec
 from mcp_broker.wire.framing import FrameReader, frame
 
@@ -64,8 +65,9 @@ class Link:
     Args:
         end: our end; it becomes non-blocking and belongs to the link.
         poller: what waits on it.
-        on_message: called with each message.
-        on_lost: called once, with the reason, when the link can no longer be used.
+        on_message: called with each message; one that it fails at costs no other.
+        on_lost: called once, with the reason, when nothing can be sent any more. What the other end had said before may
+            still come, until :meth:`close`.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Link:
         self._unsent: deque[_Unsent] = deque()
         self._unsent_bytes = 0
         self.is_open = True
+        self._is_lost = False
         #: the other end takes nothing more; what it had sent before is still to be read
         self._is_deaf = False
         poller.add(end.fileno(), self._serve)
@@ -104,7 +107,9 @@ class Link:
             copy = None if descriptor is None else os.dup(descriptor)
             self._unsent.append(_Unsent(framed, copy))
         if self._unsent_bytes > _BACKLOG_BYTES_MAX:
-            self._lose("it takes no messages")
+            # whoever sends is in the middle of something: its last words are read when it is their turn, or by drain()
+            self._deafen()
+            self._tell_lost("it takes no messages")
             return
         self._flush()
 
@@ -127,9 +132,20 @@ class Link:
         self._unsent.clear()
         self._unsent_bytes = 0
 
+    def _deafen(self) -> None:
+        """Send nothing more."""
+        self._is_deaf = True
+        self._drop_unsent()
+        self._poller.change(self._socket.fileno(), polling.READ)
+
     def _lose(self, reason: str) -> None:
         self.close()
-        self._on_lost(reason)
+        self._tell_lost(reason)
+
+    def _tell_lost(self, reason: str) -> None:
+        if not self._is_lost:
+            self._is_lost = True
+            self._on_lost(reason)
 
     def _serve(self, events: int) -> None:
         if events & polling.WRITE:
@@ -150,8 +166,8 @@ class Link:
             pass
         except OSError:
             # it is gone, and its last words are in front of the end of file that is read next
-            self._is_deaf = True
-            self._drop_unsent()
+            self._deafen()
+            return
         waits = polling.READ | (polling.WRITE if self._unsent else 0)
         self._poller.change(self._socket.fileno(), waits)
 
@@ -170,7 +186,9 @@ class Link:
         try:
             for body in self._reader.feed(chunk):
                 if self.is_open:
-                    self._on_message(codec.to_supervisor.decode(body))
+                    message = codec.to_supervisor.decode(body)
+                    with contained("what the broker had said"):
+                        self._on_message(message)
         except WireError as error:
             self._lose(f"it sent what is no message: {error}")
         return True

@@ -157,7 +157,7 @@ class Supervisor:
         self._recovery = Recovery(self._fleet)
         tell = self._broker.send
         self._commands = Commands(tell, lambda: self.is_leaving)
-        Operations(self._fleet).join(self._commands)
+        Operations(self._fleet, self._deaths).join(self._commands)
         self._reloading = Reloading(self._fleet, self._config, self._reread, tell, self._on_event)
         self._reloading.join(self._commands)
         self._ends_with_terminal = ends_with_terminal()
@@ -333,7 +333,7 @@ class Supervisor:
     def briefing(self) -> list[node.FromSupervisor]:
         """Return what follows BOOT. The first broker gets its table of keys when all are made."""
         table = [self._fleet.admissions()] if self._is_table_complete else []
-        deaths = node.Deaths(self._deaths.recent, self._deaths.started_calls, self.aftermath.records)
+        deaths = self._deaths.told(self.aftermath.records)
         past: list[node.FromSupervisor] = [*table, deaths, *self._abandoned.told(), *self._fleet.tools()]
         return [*past, *self._recovery.briefing(), *self._fleet.retirement(), self._report()]
 

@@ -17,13 +17,19 @@ if TYPE_CHECKING:
     from mcp_broker.supervisor.commands import Commands, Look
     from mcp_broker.supervisor.fleet import Fleet
     from mcp_broker.supervisor.pool import Pool
+    from mcp_broker.supervisor.records import Deaths
 
 
 class Operations:
-    """The commands that concern pools and their workers."""
+    """The commands that concern pools and their workers.
 
-    def __init__(self, fleet: Fleet) -> None:
+    Args:
+        deaths: by which a worker that is gone is told from one that there never was.
+    """
+
+    def __init__(self, fleet: Fleet, deaths: Deaths) -> None:
         self._fleet = fleet
+        self._deaths = deaths
 
     def join(self, commands: Commands) -> None:
         """Take over the commands."""
@@ -56,6 +62,10 @@ class Operations:
         slot = self._fleet.find(target) if target is not None else None
         if slot is not None:
             return self._drain_worker(str(target))
+        gone = next((death for death in self._deaths.recent if death.worker_id == target), None)
+        if gone is not None and target not in self._fleet.pools:
+            # a broker that died may have sent it before, when the worker was still there
+            return lambda: self._drained(gone.worker_id, gone.pool)
         pools = list(self._fleet.pools.values()) if target is None else [self._fleet.find_pool(target)]
         for pool in pools:
             _close(pool, "an operator has drained it")
@@ -75,7 +85,7 @@ class Operations:
 
         def look() -> Progress | dict[str, Any]:
             if pool.find(worker_id) is None:
-                return {"pools": [described(pool)], "worker": worker_id}
+                return self._drained(worker_id, pool.name)
             if pool.setback:
                 raise Unavailable(
                     f"worker {worker_id} stays, since no other one could start: {pool.setback}",
@@ -84,6 +94,11 @@ class Operations:
             return Progress(None, f"{worker_id} is replaced, and finishes its calls")
 
         return look
+
+    def _drained(self, worker_id: str, pool: str) -> dict[str, Any]:
+        """Return what is answered when a worker has gone; its pool may have gone with it."""
+        pools = [self._fleet.pools[pool]] if pool in self._fleet.pools else []
+        return {"pools": [described(pool) for pool in pools], "worker": worker_id}
 
 
 def _close(pool: Pool, why: str) -> None:

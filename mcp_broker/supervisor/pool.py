@@ -3,14 +3,15 @@
 A slot is one of four:
 
 - a *member* counts: there are as many as the pool's size says;
-- a *spare* is warm (its tools are imported) and idle: it takes the place of a member that dies, at once, and what was the
-  member starts again as a spare;
+- a *spare* is warm (its tools are imported) and idle: it takes the place of a member of its edition that dies, at once,
+  and what was the member starts again as a spare;
 - a *successor* starts up to take a member's place; once it is ready, the member retires;
 - one that *leaves* was retired: it finishes its calls, ends, and is forgotten.
 
 An *edition* is one form of the pool's table. Workers of an earlier one are replaced a few at a time (a roll), or all at
 once when the broker says that a later one serves other tools. Each edition has a record of deaths of its own, so that
-a broken one cannot take down the workers that are left of the one before.
+a broken one cannot take down the workers that are left of the one before. A member that dies starts again as it was: only
+a successor that is ready takes its place, unless it cannot come back.
 
 A pool *closes* when an operator wants none of it: the broker takes no more calls for it, says when none waits, and then
 the members retire.
@@ -26,7 +27,7 @@ from mcp_broker.core.children import Refused, State, Unwanted, Wanted
 from mcp_broker.core.restart import Restarts
 from mcp_broker.supervisor import standing
 from mcp_broker.supervisor.containment import contained
-from mcp_broker.supervisor.sizing import Sizing
+from mcp_broker.supervisor.sizing import Sizing, worth
 from mcp_broker.supervisor.slot import Slot
 
 if TYPE_CHECKING:
@@ -42,11 +43,6 @@ if TYPE_CHECKING:
 #: of the members, so many are replaced at a time in a roll: each costs a process more meanwhile
 _ROLL_SHARE: Final = 4
 _OUTDATED: Final = "one of the present configuration has taken its place"
-#: whom a smaller pool does without first
-_DISPENSABLE: Final = (
-    *(State.FATAL, State.STOPPED, State.BACKOFF, State.STOPPING),
-    *(State.RETIRING, State.STARTING, State.RUNNING),
-)
 
 
 @dataclass(slots=True)
@@ -173,11 +169,12 @@ class Pool:
         if member not in self.members or any(one.member is member for one in self._successions):
             return False
         successor = self._recruit()
-        if member.child.state is State.RUNNING:
-            self._successions.append(Succession(member, successor, why))
-        else:
+        if member.child.state is State.FATAL:
             # nothing is lost with it
             self._hand_over(member, successor, why)
+        else:
+            # also one that is just starting again: it may come up where its successor cannot
+            self._successions.append(Succession(member, successor, why))
         return True
 
     def change(self, table: PoolTable, policy: Policy, times: Times) -> None:
@@ -240,7 +237,8 @@ class Pool:
         if self._ground.is_leaving or slot not in self.members or slot.child.state is not State.RUNNING:
             return
         spare = self._warm_spare()
-        if spare is None:
+        if spare is None or slot.edition != spare.edition:
+            # one of an earlier edition starts again itself: this one may be broken, also where its spares are warm
             return
         spare.call_up()
         self.members[self.members.index(slot)] = spare
@@ -256,7 +254,7 @@ class Pool:
             self.members.append(self._recruit())
         while len(self.members) > self.size:
             # of two alike, the younger: the older one has its caches warm
-            self._retire(min(reversed(self.members), key=_worth))
+            self._retire(min(reversed(self.members), key=worth))
         wanted = 0 if self.closed else self.table.spare
         for slot in [slot for slot in self.spares if slot.edition < self.edition][::-1]:
             self._dismiss_spare(slot)
@@ -289,22 +287,27 @@ class Pool:
         self.leaving.append(member)
         member.retire(why)
 
+    def _succeed(self) -> None:
+        """Have successors that are ready take their places; let go of those that were given up."""
+        for one in list(self._successions):
+            state = one.successor.child.state
+            if state is State.FATAL:
+                self.setback = one.successor.child.reason
+                self._give_up(one)
+                self._ground.changed()
+            elif state is State.RUNNING or one.member.child.state is State.FATAL:
+                # a member that died comes back: until its successor is ready, nobody knows whether that one ever will be
+                if state is State.RUNNING and one.member.edition == self.edition:
+                    self.setback = ""
+                self._hand_over(one.member, one.successor, one.why)
+
     def settle(self) -> None:
         """Go on with what has changed: successors that are ready or given up, rolls, slots that have left."""
         if self.leaving:
             self.leaving = [slot for slot in self.leaving if slot.child.state is not State.STOPPED]
         if self._ground.is_leaving:
             return
-        for one in list(self._successions):
-            state = one.successor.child.state
-            if state is State.RUNNING or one.member.child.state is not State.RUNNING:
-                if state is State.RUNNING and one.member.edition == self.edition:
-                    self.setback = ""
-                self._hand_over(one.member, one.successor, one.why)
-            elif state is State.FATAL:
-                self.setback = one.successor.child.reason
-                self._give_up(one)
-                self._ground.changed()
+        self._succeed()
         if self.closed and not any(slot.child.state is not State.FATAL for slot in self.members):
             # nobody is left who could serve what waits
             self.vacate()
@@ -344,6 +347,9 @@ class Pool:
         if slot is not None:
             self.tools = tools
             slot.registered()
+            if not self._ground.is_leaving:
+                # what the broker, or an operator, wants of it next may come in the same turn: it is a member by then
+                self._succeed()
 
     def worker_refused(self, worker_id: str, reason: str) -> None:
         """Take the broker's word that a worker will not become ready."""
@@ -392,8 +398,3 @@ class Pool:
     def reason(self) -> str:
         """Why it is not as it should be, or ""."""
         return standing.reason(self)
-
-
-def _worth(slot: Slot) -> tuple[int, int]:
-    """Return what a smaller pool keeps: the larger."""
-    return slot.edition, _DISPENSABLE.index(slot.child.state)

@@ -16,11 +16,13 @@ from mcp_broker.core.death_log import keep
 from mcp_broker.errors import WireError
 from mcp_broker.wire import codec, node
 from mcp_broker.wire.framing import FrameReader, frame
+from mcp_broker.wire.structs import replaced
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from mcp_broker.wire.messages import ToolDefinition
+    from mcp_broker.wire.reclaims import Reclaim
 
 _log = logging.getLogger("mcp_broker.supervisor")
 
@@ -32,11 +34,37 @@ def write_atomically(path: Path, data: bytes) -> None:
     part = path.with_name(path.name + ".part")
     fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
-        os.write(fd, data)
+        _write(fd, data)
         os.fsync(fd)
     finally:
         os.close(fd)
     part.replace(path)
+
+
+def append(path: Path, line: bytes) -> None:
+    """Put a line at the end of a file of such. A crash in between costs this line only: reading skips what is torn.
+
+    Raises:
+        OSError: there is no room for it; the file is as it was.
+    """
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        whole = os.fstat(fd).st_size
+        try:
+            _write(fd, line)
+        except OSError:
+            # the next line must not continue what there was room for
+            os.ftruncate(fd, whole)
+            raise
+    finally:
+        os.close(fd)
+
+
+def _write(fd: int, data: bytes) -> None:
+    """Write all of it: with little room left, the kernel takes a part, and refuses the next."""
+    left = memoryview(data)
+    while left:
+        left = left[os.write(fd, left) :]
 
 
 def _keep(path: Path, data: bytes) -> bool:
@@ -137,8 +165,43 @@ class Definitions:
         _keep(self._path, b"".join(frame(codec.encode(tools)) for tools in pools))
 
 
-#: workers whose last calls are remembered for a broker that is started after their death: those of a bad minute
-_STARTED_MAX: Final = 64
+class Started:
+    """Calls that dead workers had started last, which no broker may run again; of this supervisor's life only.
+
+    Attributes:
+        calls: worker id -> ids of its calls, the newest last; who died first is first. Bounded in workers, and in ids:
+            beyond those whoever died first keeps its newest, and a fair share at least.
+    """
+
+    def __init__(self) -> None:
+        self.calls: dict[str, tuple[bytes, ...]] = {}
+        #: of the same workers, without their last words
+        self._certificates: dict[str, node.Certificate] = {}
+        self._count = 0
+
+    def told(self, recent: tuple[node.Certificate, ...], reclaims: tuple[Reclaim, ...] = ()) -> node.Deaths:
+        """Return what the next broker is told, beside recent certificates and what was taken back after deaths."""
+        known = {one.worker_id for one in recent}
+        others = (one for one in self._certificates.values() if one.worker_id not in known)
+        return node.Deaths(recent, self.calls, reclaims, tuple(others))
+
+    def add(self, certificate: node.Certificate, call_ids: tuple[bytes, ...]) -> None:
+        """Remember what one more had started."""
+        worker_id = certificate.worker_id
+        self.calls[worker_id] = call_ids
+        self._certificates[worker_id] = replaced(certificate, stderr="", stack="")
+        self._count += len(call_ids)
+        if len(self.calls) > limits.WORKERS_MAX:
+            first = next(iter(self.calls))
+            self._count -= len(self.calls.pop(first))
+            del self._certificates[first]
+        share = limits.STARTED_MAX // len(self.calls)
+        for other, known in self.calls.items():
+            if self._count <= limits.STARTED_MAX:
+                break
+            if len(known) > share:
+                self.calls[other] = known[-share:]
+                self._count -= len(known) - share
 
 
 class Deaths:
@@ -151,8 +214,7 @@ class Deaths:
     def __init__(self, state_dir: Path) -> None:
         self._path = state_dir / "deaths.jsonl"
         self._recent: deque[node.Certificate] = deque(maxlen=limits.DEATHS_MAX)
-        #: worker id -> ids of the calls that it started last; of this supervisor's life only, the oldest first
-        self.started_calls: dict[str, tuple[bytes, ...]] = {}
+        self._started = Started()
         self._lines = 0
         with contextlib.suppress(OSError):
             data = self._path.read_bytes()
@@ -170,30 +232,24 @@ class Deaths:
         """The certificates kept, newest first."""
         return tuple(self._recent)
 
+    def told(self, reclaims: tuple[Reclaim, ...] = ()) -> node.Deaths:
+        """Return what the next broker is told, with what was taken back after the deaths."""
+        return self._started.told(self.recent, reclaims)
+
     def add(self, certificate: node.Certificate, started_calls: tuple[bytes, ...] = ()) -> None:
         """Keep one more; the file is written anew when it holds twice what is kept."""
         keep(self._recent, certificate)
         if started_calls:
-            self.started_calls[certificate.worker_id] = started_calls
-            if len(self.started_calls) > _STARTED_MAX:
-                del self.started_calls[next(iter(self.started_calls))]
+            self._started.add(certificate, started_calls)
         if self._lines >= 2 * limits.DEATHS_MAX:
             self._rewrite()
             return
         try:
-            self._append(_line(certificate))
+            append(self._path, _line(certificate))
         except OSError as error:
             _log.warning("cannot write %s: %s", self._path, error.strerror)
             return
         self._lines += 1
-
-    def _append(self, line: bytes) -> None:
-        # one write of one line: a crash in between costs this line only, and reading skips what is torn
-        fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            os.write(fd, line)
-        finally:
-            os.close(fd)
 
     def _rewrite(self) -> None:
         if _keep(self._path, b"".join(map(_line, reversed(self._recent)))):

@@ -1,14 +1,25 @@
-"""How many workers a pool wants: as its table says, as an operator says, or as the demand says between the table's bounds."""
+"""How many workers a pool wants: as its table says, as an operator says, or as the demand says between the table's bounds.
+
+And which of them it does without first when it wants fewer.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+from mcp_broker.core.children import State
 from mcp_broker.core.scaling import Bounds, Load, Scaler
 
 if TYPE_CHECKING:
     from mcp_broker.config import PoolTable
+    from mcp_broker.supervisor.slot import Slot
     from mcp_broker.wire import node
+
+#: whom a smaller pool does without first
+_DISPENSABLE: Final = (
+    *(State.FATAL, State.STOPPED, State.BACKOFF, State.STOPPING),
+    *(State.RETIRING, State.STARTING, State.RUNNING),
+)
 
 
 class Sizing:
@@ -43,3 +54,8 @@ class Sizing:
         if self._is_adaptive:
             self.size = self._scaler.decide(before, now)
         return self.size != before
+
+
+def worth(slot: Slot) -> tuple[int, int]:
+    """Return what a smaller pool keeps: the larger."""
+    return slot.edition, _DISPENSABLE.index(slot.child.state)

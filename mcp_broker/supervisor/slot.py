@@ -104,6 +104,11 @@ class Slot:
         else:
             self.tell(children.BecameReady())
 
+    def hear_out(self) -> None:
+        """Take what the worker has said so far: its tools' limits it told before it came to the broker."""
+        if self.life is not None and self.life.tether is not None:
+            self.life.tether.drain()
+
     def tell(self, event: children.Event) -> None:
         """Feed the machine, and do what it says."""
         if isinstance(event, children.Wanted) and self._ground.is_stopping:

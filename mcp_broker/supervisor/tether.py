@@ -62,7 +62,7 @@ class Tether:
         self._decode = decoder.decode
         self._bucket = Bucket(_RATE)
         self._is_open = self._is_heard = True
-        poller.add(end.fileno(), self._receive)
+        poller.add(end.fileno(), self._serve)
 
     def send(self, message: TetherMessage, fd: int | None = None) -> None:
         """Send a message, and perhaps a copy of a descriptor; one that is gone hears nothing."""
@@ -79,6 +79,11 @@ class Tether:
         except OSError:
             # its end is reported by its pidfd
             self._unhear()
+
+    def drain(self) -> None:
+        """Take all that the worker has said so far; however fast it goes on, its rate ends that."""
+        while self._is_heard and self._receive():
+            pass
 
     def close(self) -> None:
         """Let go of our end."""
@@ -97,18 +102,26 @@ class Tether:
             self._unhear()
             self._on_violation(what)
 
-    def _receive(self, _events: int) -> None:
-        """Take one packet; whoever sends many waits for his turn like everybody."""
+    def _serve(self, _events: int) -> None:
+        """Take one packet a turn; whoever sends many waits for his turn like everybody."""
+        self._receive()
+
+    def _receive(self) -> bool:
+        """Take one packet; False when there is none."""
         try:
             packet = self._socket.recv(limits.TETHER_BYTES_MAX + 1)
         except BlockingIOError:
-            return
+            return False
         except OSError:
             packet = b""
         if not packet:
             # gone, or it closed its end, which harms nobody but itself
             self._unhear()
-            return
+            return False
+        self._take(packet)
+        return True
+
+    def _take(self, packet: bytes) -> None:
         now = time.monotonic()
         if self._bucket.wait_s(now):
             self._violate(

@@ -168,10 +168,12 @@ class Deaths(NodeMessage, tag="DEATHS", frozen=True):
     """Supervisor, once after BOOT: recent certificates, so that a new broker can still answer `why`."""
 
     certificates: tuple[Certificate, ...]
-    #: of those that died lately: worker id -> ids of the calls that it started last
+    #: of those that died lately, the oldest first: worker id -> ids of the calls that it started last
     started_calls: dict[str, tuple[bytes, ...]] = {}
     #: what was taken back after deaths, newest first
     reclaims: tuple[Reclaim, ...] = ()
+    #: of those in ``started_calls`` that are not among the recent, without their last words
+    others: tuple[Certificate, ...] = ()
 
 
 class Command(NodeMessage, tag="COMMAND", frozen=True):

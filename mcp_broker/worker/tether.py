@@ -6,6 +6,7 @@ Source: docs/protocol.md, "Tether".
 from __future__ import annotations
 
 import array
+import contextlib
 import os
 import socket
 import threading
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mcp_broker import limits
 from mcp_broker.wire import codec, tether
-from mcp_broker.wire.tether import Answer, Request, TetherMessage
+from mcp_broker.wire.tether import Answer, Leased, Request, ReturnPort, TetherMessage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,7 +71,7 @@ class Tether:
             request: makes it, with the number that is free.
 
         Raises:
-            TimeoutError: no answer came in time; one that comes later is dropped, its descriptor closed.
+            TimeoutError: no answer came in time; one that comes later is let go of, with all that it lent.
         """
         future: Future[Received] = Future()
         with self._lock:
@@ -84,7 +85,7 @@ class Tether:
             with self._lock:
                 is_answered = self._requests.pop(number, None) is None
             if is_answered:
-                _close(future.result().fd)
+                self._let_go(*future.result())
             raise
 
     def _listen(self) -> None:
@@ -120,7 +121,15 @@ class Tether:
             if future is not None:
                 future.set_result(Received(message, fd))
         if future is None:
-            _close(fd)
+            self._let_go(message, fd)
+
+    def _let_go(self, message: TetherMessage, fd: int | None) -> None:
+        """Drop an answer that nobody waits for any more: what it lent would be this worker's for as long as it lives."""
+        _close(fd)
+        if isinstance(message, Leased):
+            # after the socket is closed: who listens without a lease is killed
+            with contextlib.suppress(OSError):
+                self.say(ReturnPort(message.port))
 
 
 def _close(fd: int | None) -> None:

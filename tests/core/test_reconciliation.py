@@ -8,7 +8,7 @@ import pytest
 
 import mcp_broker.limits as bounds
 from mcp_broker.core.budget import Bound
-from mcp_broker.wire import messages, node, payload
+from mcp_broker.wire import codec, messages, node, payload
 from tests.core.support import EPOCH, FakeGrant, World, certificate, definition
 
 ID = b"i" * 16
@@ -131,6 +131,31 @@ def test_call_that_a_dead_worker_had_started_is_lost_with_its_certificate() -> N
     assert outcome.code == "WORKER_LOST"
     assert outcome.fault is not None
     assert payload.unpack_map(outcome.fault.details)["certificate"]["worker_id"] == "echo-9"
+
+
+def test_calls_of_workers_that_died_with_hundreds_of_others_are_lost_too() -> None:
+    recent = tuple(certificate(f"echo-{number}", 1) for number in range(bounds.DEATHS_MAX))
+    other = certificate("echo-9999", 1)
+    world = successor("echo-10000")
+    told = node.Deaths(recent, {other.worker_id: (ID,)}, others=(other,))
+    world.machine.from_node(codec.from_supervisor.decode(codec.encode(told)), world.now)
+    session = world.hello()
+    registers(world, "echo-10000")
+    again(world)
+    assert world.outcomes(session) == {ID: "WORKER_LOST"}
+    assert tuple(world.machine.workers.deaths) == recent, "it is not recent for that"
+
+
+def test_of_calls_that_the_dead_had_started_the_oldest_deaths_are_forgotten_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bounds, "STARTED_MAX", 2)
+    old, young, now = (bytes([number]) * 16 for number in range(3))
+    world = World()
+    dead = (certificate("echo-2", 1), certificate("echo-1", 1))
+    world.machine.from_node(node.Deaths(dead, {"echo-1": (old,), "echo-2": (young,)}), world.now)
+    world.machine.from_node(node.Died(certificate("echo-3", 1), (now,)), world.now)
+    assert list(world.machine.reconciliation._started) == [young, now]
 
 
 def test_idempotent_call_that_a_dead_worker_had_started_runs_again() -> None:

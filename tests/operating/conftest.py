@@ -76,9 +76,10 @@ class Operated:
     def until(self, what: str, condition: Callable[[], Any], within_s: float = 20.0) -> Any:
         return wait_for(condition, within_s=within_s, what=what)
 
-    def configure(self, keys: str = "", more: str = "") -> None:
+    def configure(self, keys: str = "", more: str = "", module: str = "fault_tools") -> None:
         """Write the file: more keys for the pool, more tables after it."""
-        self._file.write_text(self._config.replace("#more", keys) + more)
+        text = self._config.replace("#more", keys).replace('"fault_tools"', f'"{module}"')
+        self._file.write_text(text + more)
 
     def code(self, text: str, module: str = "fault_tools") -> None:
         """Write a module of tools."""

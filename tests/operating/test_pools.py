@@ -229,6 +229,33 @@ def test_code_that_cannot_start_leaves_the_workers_before_it_in_place(operated: 
     assert operated.pool()["reason"] == ""
 
 
+def test_a_worker_that_dies_while_code_that_cannot_start_is_tried_comes_back_as_it_was(
+    operated: Operated,
+) -> None:
+    (worker,) = operated.pool()["workers"]
+    told = operated.folder / "told"
+    waits = (
+        f"import time\nfrom pathlib import Path\nwhile not Path({str(told)!r}).exists(): time.sleep(0.01)\n"
+    )
+    operated.code(waits + BROKEN, "broken_tools")
+    operated.configure(module="broken_tools")
+    reload = operated.client.submit("system.reload", {}, timeout_s=60)
+    operated.until("its successor", lambda: operated.states() == ["ready", "starting"])
+    os.kill(worker["pid"], signal.SIGKILL)
+    operated.until(
+        "it to be back",
+        lambda: (
+            operated.states() == ["ready", "starting"]
+            and worker["pid"] not in [one["pid"] for one in operated.pool()["workers"]]
+        ),
+    )
+    told.touch()
+    with pytest.raises(Unavailable, match="No module named 'nowhere'"):
+        reload.result(60)
+    assert operated.states() == ["ready"]
+    assert operated.client.call("t.echo", {"value": 1}) == 1
+
+
 @pytest.mark.parametrize(
     ("does", "limits", "reason"),
     [

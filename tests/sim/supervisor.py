@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from mcp_broker.core import children
 from mcp_broker.core.restart import Policy, Restarts
 from mcp_broker.supervisor.broker import RESTART_POLICY
-from mcp_broker.supervisor.records import Abandoned
+from mcp_broker.supervisor.records import Abandoned, Started
 from mcp_broker.wire import codec, node
 from mcp_broker.wire.reclaims import Reclaim
 from tests.sim.agenda import Alarm
@@ -246,7 +246,7 @@ class Supervisor:
         self._broker_alarm = Alarm(world.agenda, self._expire_broker)
         self.lifecycles = 0
         self._deaths: deque[node.Certificate] = deque(maxlen=8)
-        self._started: dict[str, tuple[bytes, ...]] = {}
+        self._started = Started()
         self._abandoned = Abandoned()
         self._to_broker: deque[tuple[Broker, bytes]] = deque()
         self._from_broker: deque[tuple[Broker, bytes]] = deque()
@@ -320,7 +320,8 @@ class Supervisor:
         """Tell the broker, if there is one; the next one is briefed anew."""
         if isinstance(message, node.Died):
             self._deaths.appendleft(message.certificate)
-            self._started[message.certificate.worker_id] = message.started_calls
+            if message.started_calls:
+                self._started.add(message.certificate, message.started_calls)
         broker, agenda = self.broker, self.world.agenda
         if broker is None:
             return
@@ -436,7 +437,7 @@ class Supervisor:
         living = tuple(slot.admitted for slot in self.slots() if slot.life is not None)
         self.send(_boot(self.epoch))
         self.send(node.Admit(living))
-        self.send(node.Deaths(tuple(self._deaths), self._started))
+        self.send(self._started.told(tuple(self._deaths)))
         for told in self._abandoned.told():
             self.send(told)
         for pool in self.pools:

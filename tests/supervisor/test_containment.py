@@ -23,14 +23,17 @@ from mcp_broker.supervisor.containment import TOLD_S, Containment, contained
 from mcp_broker.supervisor.endpoint import Endpoint
 from mcp_broker.supervisor.life import Life
 from mcp_broker.supervisor.poller import Poller
+from mcp_broker.supervisor.process import Exit
 from mcp_broker.supervisor.slot import Slot, Times
-from mcp_broker.wire import node
+from mcp_broker.wire import codec, node
+from mcp_broker.wire.framing import frame
 from tests.supervisor.conftest import PATIENCE_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mcp_broker.supervisor.isolation.warden import Cell
+    from mcp_broker.supervisor.launch import BrokerOrder
     from tests.supervisor.conftest import Start
 
 
@@ -250,31 +253,89 @@ def test_a_worker_that_cannot_be_started_for_a_bug_of_ours_is_told_dead_and_trie
 # -- a broker that is gone before it is told anything -------------------------------------------------------------
 
 
+class BrokerOwner:
+    """What a BrokerChild needs; its processes are doubles, whose ends of their links we have if we keep them."""
+
+    instance = "ab"
+
+    def __init__(self, run_dir: Path, *, keep_ends: bool) -> None:
+        self.run_dir = run_dir
+        self.poller = Poller()
+        self.launcher = SimpleNamespace(launch_broker=self._launch)
+        self._keep_ends = keep_ends
+        self._epochs = itertools.count(1)
+        self.ends: list[socket.socket] = []
+        self.launched = 0
+        self.killed: list[str] = []
+        self.heard_of: list[object] = []
+        self.died: list[str] = []
+
+    def _launch(self, order: BrokerOrder, _poller: Poller, _on_exit: object) -> object:
+        self.launched += 1
+        if self._keep_ends:
+            self.ends.append(socket.socket(fileno=os.dup(order.link_fd)))
+        return SimpleNamespace(
+            name=order.name, pid=4711, starttime=0, stderr_tail="", kill=lambda: self.killed.append("it")
+        )
+
+    def next_epoch(self) -> int:
+        return next(self._epochs)
+
+    def boot(self, epoch: int) -> node.Boot:
+        return node.Boot(epoch, 0, 0, "", "", bytes(32), bytes(32), {}, "", "", {}, 1, 0.0)
+
+    def briefing(self) -> list[node.Admit]:
+        return [node.Admit(()), node.Admit(())]
+
+    def endpoints(self) -> list[tuple[node.Listen, int]]:
+        return [(node.Listen("t-1", "", "ipc://x"), 0)]
+
+    def heard(self, message: object) -> None:
+        if message == node.Vacant("broken"):
+            raise LookupError("a bug")
+        self.heard_of.append(message)
+
+    def broker_died(self, _pid: int, reason: str) -> None:
+        self.died.append(reason)
+
+    def strayed(self) -> None:
+        """Nobody looks."""
+
+
 def test_a_broker_that_dies_while_it_is_briefed_is_killed_and_drops_the_rest(tmp_path: Path) -> None:
-    poller = Poller()
-    killed: list[str] = []
-    process = SimpleNamespace(
-        name="broker-1", pid=4711, starttime=0, stderr_tail="", kill=lambda: killed.append("it")
-    )
-    owner = SimpleNamespace(
-        poller=poller,
-        # it is started, and nobody has the other end: we close our copy
-        launcher=SimpleNamespace(launch_broker=lambda _order, _poller, _on_exit: process),
-        run_dir=tmp_path,
-        instance="ab",
-        next_epoch=lambda: 1,
-        boot=lambda epoch: node.Boot(epoch, 0, 0, "", "", bytes(32), bytes(32), {}, "", "", {}, 1, 0.0),
-        briefing=lambda: [node.Admit(()), node.Admit(())],
-        endpoints=lambda: [(node.Listen("t-1", "", "ipc://x"), 0)],
-    )
+    owner = BrokerOwner(tmp_path, keep_ends=False)
     broker = BrokerChild(cast("Any", owner))
     broker.tell(Wanted())
     assert broker.pid == 4711
     broker.send(node.Admit(()))
-    poller.turn(PATIENCE_S)
-    assert killed == ["it"]
+    owner.poller.turn(PATIENCE_S)
+    assert owner.killed == ["it"]
     broker.send(node.Admit(()))
-    poller.close()
+    owner.poller.close()
+
+
+def test_a_broker_that_takes_nothing_is_killed_heard_to_the_end_and_followed_by_another(
+    tmp_path: Path,
+) -> None:
+    owner = BrokerOwner(tmp_path, keep_ends=True)
+    broker = BrokerChild(cast("Any", owner))
+    broker.tell(Wanted())
+    (end,) = owner.ends
+    standings = node.Standings((node.Standing(tool="t.x", state="inactive"),))
+    for message in (node.Serving(4711), node.Vacant("broken"), standings):
+        end.sendall(frame(codec.encode(message)))
+    large = node.Abandoned((bytes(16),) * 500_000)
+    while not owner.killed:
+        broker.send(large)
+    end.close()
+    broker._exited(Exit(None, signal.SIGKILL, 0.0, 0))
+    assert owner.heard_of == [node.Serving(4711), standings], "but for what cannot be taken"
+    assert owner.died == ["killed by SIGKILL"]
+    broker.expire(broker.child.deadline() or 0.0)
+    assert owner.launched == 2
+    owner.ends[1].close()
+    owner.poller.turn(PATIENCE_S)
+    owner.poller.close()
 
 
 # -- a whole supervisor ---------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -27,9 +28,11 @@ from mcp_broker.supervisor.lock import Lock, holder
 from mcp_broker.supervisor.poller import Poller, is_readable
 from mcp_broker.supervisor.ports import Ports
 from mcp_broker.supervisor.process import Exit, Process
-from mcp_broker.supervisor.records import Counters, Deaths, Definitions
+from mcp_broker.supervisor.records import Counters, Deaths, Definitions, write_atomically
 from mcp_broker.wire import codec, messages, node
 from mcp_broker.wire.framing import FrameReader, frame
+from mcp_broker.wire.marks import RING
+from mcp_broker.wire.structs import replaced
 from tests.supervisor.conftest import PATIENCE_S, is_running
 from tests.support import descriptors
 from tests.support.waiting import wait_for
@@ -119,6 +122,42 @@ def test_what_the_dead_said_is_heard_though_something_is_sent_to_them_first(
     ends.link.drain()
     assert ends.heard == [node.Drained(2)]
     assert len(ends.lost) == 1
+
+
+def test_a_word_that_cannot_be_taken_costs_no_other(poller: Poller, caplog: pytest.LogCaptureFixture) -> None:
+    ours, theirs = socket.socketpair()
+    heard: list[node.ToSupervisor] = []
+
+    def take(message: node.ToSupervisor) -> None:
+        if message == node.Serving(7):
+            raise LookupError("a bug")
+        heard.append(message)
+
+    link = Link(ours, poller, take, lambda _reason: None)
+    theirs.sendall(frame(codec.encode(node.Serving(7))) + frame(codec.encode(node.Drained(2))))
+    poller.turn(PATIENCE_S)
+    assert heard == [node.Drained(2)]
+    assert "LookupError: a bug" in caplog.text
+    theirs.sendall(frame(codec.encode(node.Serving(7))) + frame(codec.encode(node.Drained(3))))
+    theirs.close()
+    link.drain()
+    assert heard[1:] == [node.Drained(3)], "also where it was the last that was said"
+    assert not link.is_open
+
+
+def test_what_was_said_by_an_end_that_takes_nothing_is_heard(ends: Ends, poller: Poller) -> None:
+    large = node.Abandoned((b"i" * 16,) * 500_000)
+    for number in range(2):
+        ends.theirs.sendall(frame(codec.encode(node.Drained(number))))
+        while not ends.lost:
+            ends.link.send(large)
+        ends.link.send(large)
+        poller.turn(PATIENCE_S)
+    assert ends.heard == [node.Drained(0), node.Drained(1)]
+    ends.theirs.close()
+    poller.turn(PATIENCE_S)
+    assert ends.lost == ["it takes no messages"]
+    assert not ends.link.is_open
 
 
 # -- lock, ports, records ------------------------------------------------------------------------------
@@ -217,6 +256,42 @@ def test_deaths_survive_newest_first_and_bounded(tmp_path: Path) -> None:
     assert len((tmp_path / "deaths.jsonl").read_bytes().splitlines()) <= 2 * limits.DEATHS_MAX
 
 
+def test_calls_that_many_dead_had_started_are_all_told_of_the_newest_of_each_first(tmp_path: Path) -> None:
+    deaths = Deaths(tmp_path)
+    rings = {
+        f"p-{worker}": tuple((worker * RING + number).to_bytes(16, "big") for number in range(RING))
+        for worker in range(1000)
+    }
+    last_words = "x" * limits.STDERR_TAIL_BYTES
+    for worker_id, ring in rings.items():
+        long = replaced(certificate(worker_id), stderr=last_words, stack=2 * last_words)
+        deaths.add(long, ring)
+    packed = codec.encode(deaths.told())
+    assert len(packed) < limits.NODE_BYTES_MAX
+    told = codec.from_supervisor.decode(packed)
+    assert isinstance(told, node.Deaths)
+    assert sum(map(len, told.started_calls.values())) <= limits.STARTED_MAX
+    share = limits.STARTED_MAX // len(rings)
+    assert list(told.started_calls) == list(rings), "who died first is first"
+    for worker_id, ids in told.started_calls.items():
+        assert len(ids) >= share
+        assert ids == rings[worker_id][-len(ids) :]
+    assert told.started_calls["p-999"] == rings["p-999"], "who died last keeps most"
+    assert told.certificates == deaths.recent
+    known = [one.worker_id for one in (*told.certificates, *told.others)]
+    assert sorted(known) == sorted(rings), "each has its certificate, and one"
+
+
+def test_of_more_workers_than_there_may_be_those_that_died_last_are_told_of(tmp_path: Path) -> None:
+    deaths = Deaths(tmp_path)
+    for number in range(limits.WORKERS_MAX + 3):
+        deaths.add(certificate(f"p-{number}"), (bytes(16),))
+    told = deaths.told()
+    assert len(told.started_calls) == limits.WORKERS_MAX
+    assert next(iter(told.started_calls)) == "p-3"
+    assert len(told.certificates) + len(told.others) == limits.WORKERS_MAX
+
+
 def test_tools_are_known_to_the_next_supervisor_and_a_torn_file_is_none(tmp_path: Path) -> None:
     assert Definitions(tmp_path).load() == {}
     tools = tuple(
@@ -238,6 +313,50 @@ def test_a_torn_line_costs_that_line_only(tmp_path: Path) -> None:
     with (tmp_path / "deaths.jsonl").open("ab") as file:
         file.write(b'{"worker_id": "p-2", "po')
     Deaths(tmp_path).add(certificate("p-3"))
+    assert [one.worker_id for one in Deaths(tmp_path).recent] == ["p-3", "p-1"]
+
+
+class Disk:
+    """Takes a few bytes at a time, as long as it has room."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self._write = os.write
+
+    def write(self, fd: int, data: bytes) -> int:
+        if self.room <= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        taken = self._write(fd, bytes(data[: min(7, self.room)]))
+        self.room -= taken
+        return taken
+
+
+def test_a_file_is_written_whole_though_the_disk_takes_little_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "write", Disk(1 << 20).write)
+    write_atomically(tmp_path / "file", b"new!" * 100)
+    assert (tmp_path / "file").read_bytes() == b"new!" * 100
+    deaths = Deaths(tmp_path)
+    deaths.add(certificate("p-1"))
+    assert Deaths(tmp_path).recent == deaths.recent
+
+
+def test_a_full_disk_costs_what_was_to_be_written_and_nothing_that_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_atomically(tmp_path / "file", b"old" * 100)
+    deaths = Deaths(tmp_path)
+    deaths.add(certificate("p-1"))
+    disk = Disk(50)
+    monkeypatch.setattr(os, "write", disk.write)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(tmp_path / "file", b"new!" * 100)
+    assert (tmp_path / "file").read_bytes() == b"old" * 100
+    disk.room = 50
+    deaths.add(certificate("p-2"))
+    disk.room = 1 << 20
+    deaths.add(certificate("p-3"))
     assert [one.worker_id for one in Deaths(tmp_path).recent] == ["p-3", "p-1"]
 
 

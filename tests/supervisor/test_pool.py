@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
@@ -45,9 +46,9 @@ class FakeSlot:
         self.is_spare = is_spare
         self.on_death = on_death
         self.child = children.Child(restarts)
-        self.life = None
+        self.life: Any = None
         self.retired_why = ""
-        self.is_called = False
+        self.is_called = self.is_heard = False
 
     @property
     def is_warm(self) -> bool:
@@ -63,6 +64,12 @@ class FakeSlot:
     def call_up(self) -> None:
         self.is_spare, self.is_called = False, True
         self.tell(children.CalledUp())
+
+    def registered(self) -> None:
+        self.ready()
+
+    def hear_out(self) -> None:
+        self.is_heard = True
 
     def ready(self) -> None:
         self.tell(children.BecameReady())
@@ -129,16 +136,32 @@ def test_no_slot_is_wanted_any_more_once_the_workers_are_being_stopped() -> None
     assert not slot.child.is_wanted
 
 
-def test_nothing_revives_a_pool_that_is_dissolved_but_to_want_it_again() -> None:
-    class Definitions:
-        def load(self) -> dict[str, Any]:
-            return {}
+class Definitions:
+    def load(self) -> dict[str, Any]:
+        return {}
 
-        def save(self, _tools: Any) -> None:
-            """Nobody reads."""
+    def save(self, _tools: Any) -> None:
+        """Nobody reads."""
 
+
+def made_fleet() -> Fleet:
     doubles: Any = (FakeGround(), Definitions())
-    fleet = Fleet(doubles[0], config.parse('[pools.t]\nmodule = "m"'), doubles[1], lambda _event: None)
+    return Fleet(doubles[0], config.parse('[pools.t]\nmodule = "m"'), doubles[1], lambda _event: None)
+
+
+def test_the_limits_that_a_workers_tools_ask_for_are_heard_before_it_is_measured() -> None:
+    fleet, measured = made_fleet(), []
+    double: Any = SimpleNamespace(began=lambda slot, _now: measured.append(slot.is_heard))
+    fleet._metering = double
+    fleet.start()
+    (slot,) = fleet.slots
+    slot.life = cast("Any", SimpleNamespace(worker_id="t-1"))
+    fleet.worker_up("t-1", ())
+    assert measured == [True]
+
+
+def test_nothing_revives_a_pool_that_is_dissolved_but_to_want_it_again() -> None:
+    fleet = made_fleet()
     fleet.found("t~t.x", table())
     pool: Any = fleet.pools["t~t.x"]
     settle(pool)
@@ -222,6 +245,92 @@ def test_a_successor_that_cannot_start_leaves_the_member_and_its_death_is_not_th
     pool.setback = ""
     settle(pool)
     assert [slot.edition for slot in pool.members] == [2]
+
+
+def test_a_successor_is_a_member_as_soon_as_the_broker_says_that_it_is_ready() -> None:
+    pool = made()
+    (member,) = pool.members
+    pool.replace(member, "it is old")
+    (successor,) = [slot for slot in pool.slots if slot is not member]
+    successor.life = SimpleNamespace(worker_id="t-2")
+    pool.worker_up("t-2", pool.tools)
+    assert pool.members == [successor]
+    assert pool.replace(successor, "its tool failed"), "what the broker wants next is done, in the same turn"
+    settle(pool)
+    assert successor not in pool.slots
+
+
+@pytest.mark.parametrize("keys", ["", "spare = 1"])
+def test_a_member_that_dies_while_its_successor_starts_comes_back_itself(keys: str) -> None:
+    pool = made(keys)
+    (member,) = pool.members
+    pool.change(table(f"{keys}\noptions = {{a = 1}}"), POLICY, TIMES)
+    pool.settle()
+    (successor,) = [one.successor for one in pool._successions]
+    member.die()
+    pool.settle()
+    assert (pool.members, member.child.state) == ([member], State.STARTING)
+    assert not pool.is_settled
+    successor.die(hopeless=True)
+    settle(pool)
+    assert (pool.members, member.child.state) == ([member], State.RUNNING), "the old ones stay"
+    assert (pool.state, pool.setback, pool.is_settled) == ("degraded", "it died", True)
+
+
+def test_a_member_that_is_starting_again_is_replaced_when_its_successor_is_ready() -> None:
+    pool = made()
+    (member,) = pool.members
+    member.die()
+    pool.change(table("options = {a = 1}"), POLICY, TIMES)
+    pool.settle()
+    assert pool.members == [member]
+    (successor,) = [slot for slot in pool.slots if slot is not member]
+    successor.ready()
+    pool.settle()
+    assert pool.members == [successor]
+    assert not member.child.is_wanted
+    settle(pool)
+    assert pool.is_settled
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["it was given up before", "it is given up meanwhile"])
+def test_a_member_that_cannot_come_back_is_no_reason_to_wait(before: bool) -> None:
+    pool = made()
+    (member,) = pool.members
+    if before:
+        member.die(hopeless=True)
+    pool.change(table("options = {a = 1}"), POLICY, TIMES)
+    pool.settle()
+    if not before:
+        member.die(hopeless=True)
+        pool.settle()
+    assert member not in pool.members
+    assert pool.state == "starting", "calls wait for its successor"
+    settle(pool)
+    assert (pool.state, pool.slots, pool.is_settled) == ("ready", pool.members, True)
+
+
+def test_a_member_and_its_successor_that_both_cannot_come_up_end_the_roll() -> None:
+    pool = made()
+    (member,) = pool.members
+    pool.change(table("options = {a = 1}"), POLICY, TIMES)
+    pool.settle()
+    (successor,) = [slot for slot in pool.slots if slot is not member]
+    successor.die(hopeless=True)
+    member.die(hopeless=True)
+    settle(pool)
+    assert (pool.state, pool.setback, pool.is_settled) == ("failed", "it died", True)
+
+
+def test_a_spare_of_another_edition_takes_no_members_place() -> None:
+    pool = made("spare = 1")
+    (member,) = pool.members
+    pool.change(table("spare = 1\noptions = {a = 1}"), POLICY, TIMES)
+    pool.settle()
+    (spare,) = pool.spares
+    spare.ready()
+    member.die()
+    assert (pool.members, pool.spares) == ([member], [spare]), "it may be warm, and refused by the broker"
 
 
 def test_a_changed_pool_replaces_a_quarter_at_a_time() -> None:

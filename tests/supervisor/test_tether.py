@@ -16,10 +16,11 @@ from mcp_broker.supervisor.poller import Poller
 from mcp_broker.supervisor.tether import Tether, new_ends
 from mcp_broker.wire import codec, tether
 from mcp_broker.wire.codec import Decoder
-from mcp_broker.wire.tether import Answer, Request, TetherMessage, Warm
+from mcp_broker.wire.tether import Answer, Leased, LeasePort, Request, ReturnPort, TetherMessage, Warm
 from mcp_broker.worker.tether import Received
 from mcp_broker.worker.tether import Tether as WorkerTether
 from tests.supervisor.conftest import PATIENCE_S
+from tests.support.waiting import wait_for
 
 if TYPE_CHECKING:
     from mcp_broker.supervisor.tether import Handlers
@@ -75,6 +76,28 @@ def test_messages_reach_their_handlers_whole_and_in_order(pair: Pair) -> None:
         pair.turn()
     assert pair.heard == [Warm(), Ask(1, "a"), Ask(2, "b")]
     assert pair.violations == []
+
+
+def test_all_that_was_said_before_can_be_heard_at_once(pair: Pair) -> None:
+    for message in (Warm(), Ask(1, "a"), Ask(2, "b")):
+        pair.theirs.send(codec.encode(message))
+    pair.tether.drain()
+    assert pair.heard == [Warm(), Ask(1, "a"), Ask(2, "b")]
+    pair.theirs.send(codec.encode(Ask(3, "c")))
+    pair.theirs.close()
+    pair.tether.drain()
+    assert pair.heard[3:] == [Ask(3, "c")]
+    pair.tether.drain()
+    assert pair.violations == []
+
+
+def test_who_never_stops_talking_is_not_heard_for_ever(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        pair.tether, "_handlers", {Warm: lambda message: pair.theirs.send(codec.encode(message))}
+    )
+    pair.theirs.send(codec.encode(Warm()))
+    pair.tether.drain()
+    assert len(pair.violations) == 1
 
 
 @pytest.mark.parametrize(
@@ -192,6 +215,57 @@ def test_each_thread_gets_the_answer_to_its_own_request_with_its_descriptor(
         os.close(file)
     pair.tether.close()
     assert ended.wait(PATIENCE_S), "the end of the tether ends the process"
+
+
+@pytest.fixture
+def lending(pair: Pair, worker: WorkerTether) -> tuple[Pair, WorkerTether]:
+    """Both ends, whose supervisor hears of ports."""
+    pair.tether._decode, worker._decode = tether.from_worker.decode, tether.to_worker.decode
+    pair.tether._handlers = {LeasePort: pair.heard.append, ReturnPort: pair.heard.append}
+    return pair, worker
+
+
+def test_a_port_that_is_leased_too_late_is_given_back(
+    lending: tuple[Pair, WorkerTether], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair, worker = lending
+    ended = threading.Event()
+    monkeypatch.setattr(os, "_exit", lambda _code: ended.set())
+    with pytest.raises(TimeoutError):
+        worker.ask(LeasePort, 0.01)
+    read, write = os.pipe()
+    pair.tether.send(Leased(1, "127.0.0.1", 18_000), write)
+    os.close(write)
+    worker.watch()
+    assert os.read(read, 1) == b"", "it listens no more"
+    os.close(read)
+
+    def is_returned() -> bool:
+        pair.turn()
+        return len(pair.heard) > 1
+
+    wait_for(is_returned)
+    assert pair.heard == [LeasePort(1), ReturnPort(18_000)]
+    pair.tether.close()
+    assert ended.wait(PATIENCE_S)
+
+
+def test_a_port_that_was_leased_to_a_call_that_is_interrupted_is_given_back(
+    lending: tuple[Pair, WorkerTether],
+) -> None:
+    pair, worker = lending
+    read, write = os.pipe()
+
+    def interrupted(number: int) -> LeasePort:
+        worker._take(Leased(number, "127.0.0.1", 18_000), write)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        worker.ask(interrupted, PATIENCE_S)
+    assert os.read(read, 1) == b"", "it listens no more"
+    os.close(read)
+    pair.turn()
+    assert pair.heard == [ReturnPort(18_000)]
 
 
 def test_an_answer_that_comes_too_late_leaves_no_descriptor(

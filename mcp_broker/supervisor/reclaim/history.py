@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections import deque
 from pathlib import Path
 
 from mcp_broker import limits
 from mcp_broker.supervisor.reclaim.folders import printable
-from mcp_broker.supervisor.records import write_atomically
+from mcp_broker.supervisor.records import append, write_atomically
 from mcp_broker.wire import codec
 from mcp_broker.wire.reclaims import Reclaim, Taken
 
@@ -49,14 +48,9 @@ class Reclaims:
             with contextlib.suppress(OSError):
                 self._rewrite()
             return
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
         # without room for it on the disk it is known for as long as we live
         with contextlib.suppress(OSError):
-            fd = os.open(self._path, flags, 0o600)
-            try:
-                os.write(fd, _line(record))
-            finally:
-                os.close(fd)
+            append(self._path, _line(record))
             self._lines += 1
 
     def _rewrite(self) -> None:
