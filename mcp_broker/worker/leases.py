@@ -100,8 +100,12 @@ class Lender:
             raise PortError("the supervisor did not answer in time") from None
         if isinstance(answer, LeaseRefused):
             raise PORT_ERRORS.get(answer.code, PortError)(answer.message)
-        if not isinstance(answer, Leased) or fd is None:
-            raise PortError("the supervisor's answer came without a socket")
+        if not isinstance(answer, Leased):
+            raise PortError("the supervisor's answer is none to a wish for a port")
+        if fd is None:
+            # it would stay leased, and nobody could serve at it
+            self._returned(answer.port)
+            raise PortError("the port's socket could not be taken: too many files are open here")
         listener = socket.socket(fileno=fd)
         listener.setblocking(True)
         return LeasedPort(answer.host, answer.port, listener, self._returned)

@@ -9,7 +9,7 @@ import pytest
 from mcp_broker import limits
 from mcp_broker.core.bucket import Bucket, Rate
 from mcp_broker.errors import PortError, PortsExhausted
-from mcp_broker.wire.tether import LeaseRefused
+from mcp_broker.wire.tether import Leased, LeaseRefused, ReturnPort
 from mcp_broker.worker.leases import Lender
 from mcp_broker.worker.tether import Received
 
@@ -53,3 +53,22 @@ def test_a_tool_that_asks_now_and_then_never_waits() -> None:
         with pytest.raises(PortError):
             lender.lease(0, None)
     assert supervisor.now == 0
+
+
+def test_a_port_whose_socket_could_not_be_taken_is_given_back() -> None:
+    said: list[Any] = []
+
+    class Full(Supervisor):
+        """Lends a port to a worker that has no room for another descriptor."""
+
+        def ask(self, request: Callable[[int], Any], _timeout_s: float) -> Received:
+            return Received(Leased(request(1).number, "127.0.0.1", 9999), None)
+
+        def say(self, message: Any) -> None:
+            said.append(message)
+
+    supervisor: Any = Full()
+    lender = Lender(supervisor, lambda: supervisor.now, supervisor.sleep)
+    with pytest.raises(PortError, match="too many files are open"):
+        lender.lease(0, None)
+    assert said == [ReturnPort(9999)]
