@@ -20,7 +20,7 @@ from mcp_broker.worker import exhaustion, forks, offspring, results
 from mcp_broker.worker.context import ToolCaller, ToolContext
 from mcp_broker.worker.hooks import Hooks
 from mcp_broker.worker.interrupts import CallInterrupted, Interrupts
-from mcp_broker.worker.outcomes import RAISABLE, describe, fault
+from mcp_broker.worker.outcomes import RAISABLE, describe, fault, raised, untold
 
 if TYPE_CHECKING:
     from mcp_broker.worker.bytestream import ByteStream
@@ -188,8 +188,8 @@ class Execution:
             text = f"{plan.tool.name}: {error}"
             return fault(dispatch.call_id, "INVALID_ARGUMENT", text, {"faults": []})
         except ValidationError as error:
-            return self.failed(run, plan.tool.arguments.refusal(arguments or {}, error))
-        except Exception as error:  # a validator of the author's own that broke
+            return self.failed(run, _refusal(plan, arguments or {}, error))
+        except BaseException as error:  # a validator of the author's own that broke, or leaves
             return self.failed(run, error)
         wants_context = plan.tool.arguments.context_parameter
         if wants_context is not None:
@@ -272,7 +272,7 @@ class Execution:
             forks.leave()
         try:
             return results.pack(value, run.plan.tool, keys_are_text=run.plan.keys_are_text)
-        except CallError as error:
+        except BaseException as error:  # converting it runs code of the tool's, which may leave too
             return self.failed(run, error)
 
     def returned(self, run: Run, value: Any) -> Finished:
@@ -282,7 +282,7 @@ class Execution:
         plan = run.plan
         try:
             packed = results.pack(value, plan.tool, keys_are_text=plan.keys_are_text)
-        except Exception as error:
+        except BaseException as error:
             return self.failed(run, error), None
         usage = self.meter.usage(run.started_ns, time.monotonic_ns())
         dispatch = run.pending.dispatch
@@ -324,14 +324,15 @@ class Execution:
         if self._interrupts.raised == run.pending.dispatch.seq:
             return self.cancelled(run)
         usage = self.meter.usage(run.started_ns, time.monotonic_ns())
+        try:
+            return self._told(run, error, usage)
+        except BaseException:  # the error is of the tool's making, and so is what looking at it does
+            return untold(run.pending.dispatch.call_id, error, usage)
+
+    def _told(self, run: Run, error: BaseException, usage: messages.Usage) -> messages.Outcome:
         call_id = run.pending.dispatch.call_id
         if isinstance(error, CallError) and error.code in RAISABLE:
-            try:
-                return fault(
-                    call_id, error.code, error.message, error.details, usage=usage, retryable=error.retryable
-                )
-            except (TypeError, ValueError, OverflowError):  # details that cannot be sent
-                return fault(call_id, error.code, error.message, usage=usage, retryable=error.retryable)
+            return raised(call_id, error, usage)
         sentence, details = describe(error, run.plan.tool)
         limit = exhaustion.limit_of(error, self._scratch)
         if limit:
@@ -364,3 +365,11 @@ class Execution:
             report=functools.partial(self.report, pending) if self.report is not None else None,
             lend=self.lend,
         )
+
+
+def _refusal(plan: Plan, arguments: dict[str, Any], error: ValidationError) -> BaseException:
+    """Return the error that names what does not fit, or what a value of the tool's own raised when it was shown."""
+    try:
+        return plan.tool.arguments.refusal(arguments, error)
+    except BaseException as broken:
+        return broken

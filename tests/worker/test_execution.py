@@ -12,14 +12,14 @@ import uuid
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NoReturn
 
 import pytest
 import zstandard
-from pydantic import BaseModel
+from pydantic import AfterValidator, BaseModel, BeforeValidator
 
 from mcp_broker import limits, worker
-from mcp_broker.errors import CALL_ERRORS, ConfigError, InvalidArgument, Overloaded
+from mcp_broker.errors import CALL_ERRORS, ConfigError, InvalidArgument, NotFound, Overloaded
 from mcp_broker.wire import codec, encoding, messages, payload
 from mcp_broker.wire.marks import MARKS_BYTES, Marks
 from mcp_broker.worker import Tool, ToolContext, catalogue, tool
@@ -286,6 +286,144 @@ def test_error_without_a_text_is_still_told() -> None:
     outcome = Bench(broken).call()
     assert outcome.fault is not None
     assert outcome.fault.message == "MuteError: (its text cannot be shown)"
+
+
+class Bare(NotFound):
+    """An error whose author forgot ours."""
+
+    def __init__(self, which: int) -> None:
+        self.which = which
+
+
+class Leaving(dict[str, int]):
+    """A map that nobody can look into."""
+
+    def items(self) -> NoReturn:
+        sys.exit(3)
+
+
+def encoded(outcome: messages.Outcome) -> messages.Outcome:
+    """Send an outcome to a broker."""
+    sent = codec.from_worker.decode(codec.encode(messages.Outcomes(1, 1, (outcome,))))
+    assert isinstance(sent, messages.Outcomes)
+    return sent.outcomes[0]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (ValueError("bad name \udcff"), "TOOL_FAILED", r"ValueError: bad name \udcff"),
+        (NotFound("no file \udcff"), "NOT_FOUND", r"no file \udcff"),
+        (NotFound("no file", {"name": "\udcff"}), "NOT_FOUND", "no file"),
+        (NotFound("no file", {1: 2}), "NOT_FOUND", "no file"),  # type: ignore[dict-item]
+        (NotFound("no file", ["a"]), "NOT_FOUND", "no file"),  # type: ignore[arg-type]
+        (NotFound("no file", Leaving(a=1)), "NOT_FOUND", "no file"),
+        (NotFound("no file", retryable="yes"), "NOT_FOUND", "no file"),  # type: ignore[arg-type]
+        (NotFound(KeyError("x")), "NOT_FOUND", "'x'"),  # type: ignore[arg-type]
+        (NotFound(404), "NOT_FOUND", "404"),  # type: ignore[arg-type]
+        (NotFound(None), "NOT_FOUND", "None"),  # type: ignore[arg-type]
+        (Bare(3), "NOT_FOUND", "3"),
+        (SyntaxError("m", ("f", 1, 1, 5)), "TOOL_FAILED", "SyntaxError: m (f, line 1)"),  # type: ignore[arg-type]
+        (OSError(28, "full", "\0"), "TOOL_FAILED", "OSError: [Errno 28] full: '\\x00'"),
+    ],
+    ids=str,
+)
+def test_an_error_is_told_whatever_its_author_put_into_it(error: Exception, code: str, says: str) -> None:
+    @tool
+    def broken() -> None:
+        raise error
+
+    outcome = encoded(Bench(broken).call())
+    assert outcome.fault is not None
+    assert (outcome.code, outcome.fault.message) == (code, says)
+    assert details(outcome) == {} or details(outcome)["type"] == type(error).__name__
+
+
+def test_of_an_error_that_cannot_be_looked_at_only_the_type_is_told() -> None:
+    class VeiledError(OSError):
+        @property
+        def errno(self) -> NoReturn:  # type: ignore[override]
+            sys.exit(3)
+
+    @tool
+    def broken() -> None:
+        raise VeiledError
+
+    outcome = encoded(Bench(broken).call())
+    assert (outcome.code, details(outcome)) == ("TOOL_FAILED", {"type": "VeiledError"})
+
+
+def test_a_full_disk_is_told_from_a_working_folder_that_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+
+    @tool
+    def broken() -> None:
+        raise OSError(28, "full", "relative")
+
+    outcome = Bench(broken).call()
+    assert outcome.fault is not None
+    assert outcome.fault.message == "OSError: [Errno 28] full: 'relative'"
+
+
+def leaving(_value: object) -> NoReturn:
+    sys.exit(3)
+
+
+class Unshown:
+    def __repr__(self) -> str:
+        raise RuntimeError("not to be seen")
+
+
+def test_arguments_whose_check_leaves_or_cannot_be_told_end_their_call_only() -> None:
+    @tool
+    def left(x: Annotated[int, AfterValidator(leaving)]) -> None: ...
+
+    @tool
+    def veiled(x: Annotated[int, BeforeValidator(lambda _: Unshown())]) -> None: ...
+
+    outcome = Bench(left).call({"x": 1})
+    assert (outcome.code, details(outcome)["type"]) == ("TOOL_FAILED", "SystemExit")
+    outcome = Bench(veiled).call({"x": 1})
+    assert (outcome.code, details(outcome)["type"]) == ("TOOL_FAILED", "RuntimeError")
+
+
+def numbers_and_away() -> Iterator[int]:
+    yield 1
+    sys.exit(0)
+
+
+class BrokenItems(dict[str, int]):
+    def items(self) -> NoReturn:
+        raise KeyError("items")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"\udcff": object()},
+        {"a": "\udcff"},
+        memoryview(b"abcd")[::2],
+        BrokenItems(a=1),
+        numbers_and_away(),
+        (1 // (2 - number) for number in range(3)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_cannot_be_sent_fails_its_call_only_as_a_result_and_as_a_part(value: Any) -> None:
+    @tool
+    def stream() -> Iterator[Any]:
+        yield value
+
+    execution, run = stream_of(stream)
+    part = execution.step(run)
+    assert isinstance(part, messages.Outcome)
+    assert encoded(part).code == "TOOL_FAILED"
+    if not isinstance(value, Iterator):  # which the stream has used up
+        assert encoded(result_of(value)).code == "TOOL_FAILED"
 
 
 def test_tool_may_refuse_its_arguments_itself_but_not_speak_for_the_broker() -> None:
