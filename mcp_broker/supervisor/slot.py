@@ -331,7 +331,9 @@ class Slot:
         is_operators = child.state is children.State.STOPPING and not child.is_wanted
         # whom the broker dismisses, since it drains or they retire, ends by itself, as it should
         is_retired = child.state is children.State.RETIRING
-        is_dismissed = (self._ground.is_leaving or is_retired) and end.code == 0
+        # 1, with nothing that ran: something of its tools held its end up, and it was cut short
+        has_finished = end.code == 0 or (end.code == 1 and life.marks.is_resting)
+        is_dismissed = (self._ground.is_leaving or is_retired) and has_finished
         # what the kernel kills in a group for its memory, it kills without a word to us
         overrun = None if life.metered is None else life.metered.overrun
         known = Circumstances(

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import faulthandler
 import functools
 import gc
 import importlib.metadata
-import logging
 import mmap
 import os
 import signal
 import sys
 import threading
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
@@ -24,7 +23,7 @@ from mcp_broker.errors import ConfigError, WireError
 from mcp_broker.wire import codec
 from mcp_broker.wire.marks import MARKS_BYTES, Marks
 from mcp_broker.wire.tether import Asks, Go, Warm
-from mcp_broker.worker import catalogue, forks, sharing
+from mcp_broker.worker import catalogue, ending, forks, sharing
 from mcp_broker.worker.execution import Execution
 from mcp_broker.worker.interrupts import Interrupts
 from mcp_broker.worker.leases import Lender
@@ -169,17 +168,17 @@ def warm() -> None:
 
 
 def run(boot_fd: int, tether_fd: int) -> NoReturn:
-    """Be a worker, and end the process after what it owes, without tearing the interpreter down.
-
-    The teardown destroys modules in no useful order: it costs time at every restart, and binding libraries
-    report their own objects as leaks on the way.
-    """
-    code = main(boot_fd, tether_fd)
-    atexit._run_exitfuncs()  # noqa: SLF001 (the only way to have them run before os._exit)
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    """Be a worker, and end the process after what it owes."""
+    # what its end is if it cannot even be told why
+    status = 1
+    try:
+        status = main(boot_fd, tether_fd)
+    except SystemExit as leaving:  # of a start hook
+        status = forks.status_of(leaving.code)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        ending.leave(status)
 
 
 def main(boot_fd: int, tether_fd: int) -> int:

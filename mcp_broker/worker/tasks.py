@@ -76,10 +76,13 @@ class ConcurrentLoop(Shell):
         Raises:
             ConfigError: the broker refuses the tools.
         """
-        with asyncio.Runner() as runner:
-            loop = runner.get_loop()
-            self._see_through(loop, loop.create_task(self._serve(concurrency)))
+        runner = asyncio.Runner()
+        loop = runner.get_loop()
+        self._see_through(loop, loop.create_task(self._serve(concurrency)))
         self.end()
+        # tasks and threads that tools left behind may take their time, or leave
+        with contextlib.suppress(BaseException):
+            runner.close()
 
     def _see_through(self, loop: asyncio.AbstractEventLoop, serving: asyncio.Task[None]) -> None:
         """Run the loop until we have served, whoever else stops it.
