@@ -244,25 +244,36 @@ class Execution:
         except CallInterrupted:
             interrupts.armed = 0
             return self.cancelled(run)
-        return self.part(run, value)
+        part = self.part(run, value)
+        # what cannot be sent ends the stream: its clean-up is in its own time, not in the next call's
+        if type(part) is not bytes and self._close(run):
+            return self.cancelled(run)
+        return part
 
     def stop(self, run: Run) -> messages.Outcome:
         """End a synchronous stream that nobody wants any more; its ``finally`` blocks run."""
-        interrupts = self._interrupts
         if run.context is not None:
             run.context.cancelled = True
+        self._close(run)
+        return self.cancelled(run)
+
+    def _close(self, run: Run) -> bool:
+        """Have a synchronous stream's ``finally`` blocks run; tell whether they were interrupted."""
+        interrupts = self._interrupts
         try:
             try:
                 interrupts.armed = run.pending.dispatch.seq
-                run.stream.close()
+                with forks.contained():
+                    run.stream.close()
                 interrupts.armed = 0
             except CallInterrupted:
                 raise
-            except BaseException:  # its clean-up failed: the call is cancelled all the same
+            except BaseException:  # its clean-up failed: the call ends as it would have
                 interrupts.armed = 0
         except CallInterrupted:
             interrupts.armed = 0
-        return self.cancelled(run)
+            return True
+        return False
 
     # -- outcomes ----------------------------------------------------------------------------------------
 

@@ -545,6 +545,50 @@ def test_stream_that_fails_or_stops_is_told_and_cleaned_up() -> None:
     assert closed == ["closed", "closed"]
 
 
+def test_stream_whose_part_cannot_be_sent_is_cleaned_up_before_it_is_answered() -> None:
+    closed: list[int] = []
+
+    @tool
+    def stream() -> Iterator[object]:
+        try:
+            yield object()
+        finally:
+            closed.append(execution._interrupts.armed)
+
+    execution, run = stream_of(stream)
+    outcome = execution.step(run)
+    assert isinstance(outcome, messages.Outcome)
+    assert outcome.code == "TOOL_FAILED"
+    assert closed == [5], "in the time of its call"
+
+
+def test_clean_up_of_a_stream_whose_part_cannot_be_sent_may_be_interrupted_and_may_fail() -> None:
+    @tool
+    def stopped() -> Iterator[bytes]:
+        try:
+            yield bytes(limits.BODY_BYTES_MAX)
+        finally:
+            interrupts._marks.interrupt_seq = 5
+            interrupts._on_interrupt(0, None)
+
+    @tool
+    def broken() -> Iterator[bytes]:
+        try:
+            yield bytes(limits.BODY_BYTES_MAX)
+        finally:
+            raise LookupError
+
+    execution, run = stream_of(stopped)
+    interrupts = execution._interrupts
+    outcome = execution.step(run)
+    assert isinstance(outcome, messages.Outcome)
+    assert outcome.code == "CANCELLED"
+    execution, run = stream_of(broken)
+    outcome = execution.step(run)
+    assert isinstance(outcome, messages.Outcome)
+    assert outcome.code == "PAYLOAD_TOO_LARGE"
+
+
 def test_module_is_searched_for_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", list(sys.path))
     head = "from mcp_broker.worker import tool\n"
