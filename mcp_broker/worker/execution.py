@@ -93,12 +93,13 @@ class Plan(Slim):
 
     Attributes:
         function: the tool's, or what runs it between its hooks.
+        read: reads results that fit the annotation.
     """
 
     tool: Tool[..., Any]
     function: Callable[..., Any]
     check: Callable[[dict[str, Any]], dict[str, Any]]
-    keys_are_text: bool
+    read: results.Reader | None
 
 
 class Run(Slim):
@@ -139,7 +140,7 @@ class Execution:
         self.hooks = hooks
         self._plans = {
             name: Plan(
-                tool, hooks.around(tool), tool.arguments.check, results.has_text_keys(tool.result.core_schema)
+                tool, hooks.around(tool), tool.arguments.check, results.reader_of(tool.result.core_schema)
             )
             for name, tool in tools.items()
         }
@@ -282,7 +283,7 @@ class Execution:
         if forks.is_fork:
             forks.leave()
         try:
-            return results.pack(value, run.plan.tool, keys_are_text=run.plan.keys_are_text)
+            return results.pack(value, run.plan.tool, run.plan.read)
         except BaseException as error:  # converting it runs code of the tool's, which may leave too
             return self.failed(run, error)
 
@@ -292,7 +293,7 @@ class Execution:
             forks.leave()
         plan = run.plan
         try:
-            packed = results.pack(value, plan.tool, keys_are_text=plan.keys_are_text)
+            packed = results.pack(value, plan.tool, plan.read)
         except BaseException as error:
             return self.failed(run, error), None
         usage = self.meter.usage(run.started_ns, time.monotonic_ns())
