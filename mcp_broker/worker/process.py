@@ -16,7 +16,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
-from mcp_broker import confine, logs
+from mcp_broker import confine, limits, logs
 from mcp_broker.confine import kernel
 from mcp_broker.core.metering import asked
 from mcp_broker.errors import ConfigError, WireError
@@ -100,6 +100,12 @@ def serve(boot: WorkerBoot, tether: Tether) -> None:
         agent(),
         {name: traits for name, tool in tools.items() if (traits := hooks.traits(tool))},
     )
+    if session.register_bytes > limits.REGISTER_BYTES_MAX:
+        # the broker would drop it without a word
+        raise ConfigError(
+            f"the tools of {boot.module} take {session.register_bytes:,} bytes to describe; "
+            f"the limit is {limits.REGISTER_BYTES_MAX:,}; split the module"
+        )
     has_tasks = any(tool.is_async for tool in tools.values())
     is_alone = boot.concurrency == 1 or not has_tasks
     scratch = Path(boot.scratch)

@@ -457,6 +457,22 @@ def test_refused_tools_end_the_worker_with_the_reason(broker: ScriptedBroker, st
     )
 
 
+def test_module_that_describes_too_much_is_one_clear_line(start: Start) -> None:
+    worker = start(
+        """
+def described() -> None: ...
+
+described.__doc__ = "\u00e9" * 4000
+for number in range(150):
+    globals()[f"t{number}"] = tool(name=f"try.t{number}")(described)
+"""
+    )
+    assert worker.ended() == 3
+    (line,) = worker.stderr().splitlines()
+    assert line.startswith("mcp-broker worker: pool test: the tools of tried_tools take 1,2")
+    assert line.endswith(" bytes to describe; the limit is 1,052,672; split the module")
+
+
 def test_module_that_cannot_be_imported_is_one_clear_line(start: Start) -> None:
     worker = start("import no_such_library")
     assert worker.ended() == 3
