@@ -100,7 +100,7 @@ def describe(error: BaseException, tool: Tool[..., Any]) -> tuple[str, dict[str,
     """
     name, text = type(error).__name__, shown(error)
     details: dict[str, Any] = {"type": name, "message": text[: limits.TEXT_CHARS_MAX]}
-    own = tool.function.__code__.co_filename
+    own = tool.code.co_filename
     place = _place(error.__traceback__, own)
     if place is not None:
         details["file"], details["line"] = place

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+import functools
 import math
 import os
 import sys
@@ -243,6 +244,17 @@ def test_a_limit_that_a_tool_meets_by_itself_is_named_with_its_place() -> None:
     details = payload.unpack_map(outcome.fault.details)
     assert (details["limit"], details["limit_value"], details["type"]) == ("memory_mb", 100.0, "MemoryError")
     assert details["file"] == __file__
+
+
+def test_failure_of_a_cached_function_names_its_line() -> None:
+    @tool
+    @functools.lru_cache
+    def broken() -> None:
+        raise ValueError("no")
+
+    outcome = Bench(broken).call()
+    assert outcome.code == "TOOL_FAILED"
+    assert details(outcome)["line"] == broken.code.co_firstlineno + 3
 
 
 @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), RecursionError(), BufferError()])
