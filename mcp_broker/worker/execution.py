@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import resource
 import time
@@ -145,9 +146,10 @@ class Execution:
             for name, tool in tools.items()
         }
         self._interrupts = interrupts
-        self._options = options
-        self._scratch = scratch
         # one tool must not change what the next one reads
+        is_nested = any(isinstance(value, dict | list) for value in options.values())
+        self._options = functools.partial(copy.deepcopy, options) if is_nested else options.copy
+        self._scratch = scratch
         self._secrets = MappingProxyType(dict(secrets))
         self._is_alone = is_alone
         self.meter = Meter()
@@ -370,7 +372,7 @@ class Execution:
             tool=dispatch.tool,
             caller=ToolCaller(caller.principal, caller.clearance, caller.scopes, caller.admin),
             deadline=pending.deadline,
-            options=self._options,
+            options=self._options(),
             scratch=self._scratch,
             secrets=self._secrets,
             traceparent=dispatch.extra.traceparent if dispatch.extra is not None else None,

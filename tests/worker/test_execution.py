@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, NoReturn
 
 import pytest
@@ -44,10 +45,10 @@ class Pair:
 class Bench:
     """Runs one tool."""
 
-    def __init__(self, made: Tool[..., Any]) -> None:
+    def __init__(self, made: Tool[..., Any], options: Any = MappingProxyType({"a": 1})) -> None:
         self.marks = Marks(memoryview(bytearray(MARKS_BYTES)))
         self.interrupts = Interrupts(self.marks, -1)
-        self.execution = Execution({made.name: made}, self.interrupts, {"a": 1}, Path("scratch"))
+        self.execution = Execution({made.name: made}, self.interrupts, dict(options), Path("scratch"))
         self.name = made.name
 
     def pending(
@@ -112,6 +113,19 @@ def test_context_holds_what_the_dispatch_says() -> None:
     assert (context.call_id, context.tool, context.traceparent) == (b"c".hex() * 16, "look", "00-1")
     assert (context.caller.principal, context.caller.clearance, context.caller.scopes) == ("ada", 3, ("x.*",))
     assert (context.options, context.scratch) == ({"a": 1}, Path("scratch"))
+
+
+def test_what_a_call_does_to_its_options_no_other_call_sees() -> None:
+    @tool
+    def greedy(context: ToolContext) -> str:
+        shown = repr(context.options)
+        context.options.get("names", []).clear()
+        context.options.clear()
+        return shown
+
+    for options in ({"a": 1}, {"names": ["x"]}, {}):
+        bench = Bench(greedy, options)
+        assert {bench.call().body for _ in range(2)} == {payload.pack(repr(options))}
 
 
 @pytest.mark.parametrize(("takes", "encoded"), [(("zstd",), "zstd"), ((), None)])
