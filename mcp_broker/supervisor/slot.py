@@ -150,7 +150,9 @@ class Slot:
             return
         if order.stage == "raise":
             life.marks.interrupt_seq = order.seq
-            life.interrupted = Interrupted(order.seq, order.stage, order.why)
+            # whom SIGTERM was sent ends for that, whatever else is asked of it meanwhile
+            if life.interrupted is None or life.interrupted.stage == "raise":
+                life.interrupted = Interrupted(order.seq, order.stage, order.why)
             life.process.signal(signal.SIGUSR1)
             # the worker ends what its call started, as far as it can be seen to be the call's; the rest is a stray
             self._ground.strayed()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import faulthandler
-import functools
 import logging
 import os
 import signal
@@ -17,18 +16,25 @@ from mcp_broker import limits
 _STDERR: Final = 2
 
 
-@functools.cache
-def bound() -> None:
-    """From now on the process has HOOK_S to end; the first call counts.
+#: the end of this process has its time
+_is_bound = False
+
+
+def bound(seconds: float) -> None:
+    """From now on the process has so long to end; the first call counts.
 
     Beyond that it ends with code 1, and its standard error tells what each thread was doing. A thread of C code sees to
     it, so that no tool holds that up, whether it waits in Python or keeps the GIL in C.
     """
+    global _is_bound  # noqa: PLW0603 (a fact of the process)
+    if _is_bound:
+        return
+    _is_bound = True
     try:
-        faulthandler.dump_traceback_later(limits.HOOK_S, exit=True, file=_STDERR)
+        faulthandler.dump_traceback_later(seconds, exit=True, file=_STDERR)
     except RuntimeError:  # no thread is to be had: the kernel ends it then, without a word
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, limits.HOOK_S)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def leave(status: int) -> NoReturn:
@@ -38,7 +44,7 @@ def leave(status: int) -> NoReturn:
     report their own objects as leaks on the way.
     """
     try:
-        bound()
+        bound(limits.HOOK_S)
         # what a module registered is its own: it does not keep us from the next step
         with contextlib.suppress(BaseException):
             atexit._run_exitfuncs()  # noqa: SLF001 (the only way to have them run before os._exit)

@@ -12,7 +12,6 @@ from typing import NoReturn
 
 import pytest
 
-from mcp_broker import limits
 from mcp_broker.worker import ending, forks, process, zygote
 
 
@@ -40,7 +39,7 @@ def codes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         raise Left
 
     monkeypatch.setattr(os, "_exit", leave)
-    monkeypatch.setattr(ending, "bound", lambda: None)
+    monkeypatch.setattr(ending, "bound", lambda _: None)
     monkeypatch.setattr(atexit, "_run_exitfuncs", lambda: None)
     monkeypatch.setattr(logging, "shutdown", lambda: None)
     return codes
@@ -107,11 +106,14 @@ def test_where_no_thread_is_to_be_had_the_kernel_bounds_the_end(monkeypatch: pyt
     def refuse(*_: object, **__: object) -> NoReturn:
         raise RuntimeError("unable to start watchdog thread")
 
+    monkeypatch.setattr(ending, "_is_bound", False)
     monkeypatch.setattr(faulthandler, "dump_traceback_later", refuse)
     handler = signal.getsignal(signal.SIGALRM)
     try:
-        ending.bound.__wrapped__()
-        assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= limits.HOOK_S
+        ending.bound(1000)
+        assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 1000
+        ending.bound(2000)
+        assert signal.getitimer(signal.ITIMER_REAL)[0] <= 1000, "the first one counts"
         assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -320,6 +320,17 @@ def test_worker_that_is_held_up_at_its_end_ends_all_the_same_and_says_where(
     assert worker.marks.is_resting
 
 
+def test_worker_that_is_told_to_end_at_once_is_not_missed_for_long(
+    broker: ScriptedBroker, start: Start
+) -> None:
+    worker = start(HELD_UP.replace("limits.HOOK_S = 0.5", "limits.HOOK_S = 1000"))
+    broker.welcome()
+    value(broker.call("try.hold", {"by": "hook"}))
+    os.kill(worker.pid, signal.SIGTERM)
+    assert worker.ended() == 1
+    assert "Timeout (0:00:01)" in worker.stderr()
+
+
 @pytest.mark.parametrize("what", ["thread", "task"])
 def test_worker_says_goodbye_before_it_waits_for_what_tools_left_in_its_loop(
     what: str, broker: ScriptedBroker, start: Start
