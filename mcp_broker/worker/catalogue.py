@@ -73,7 +73,7 @@ def _refuse_twice(module: str, tools: list[Tool[..., Any]]) -> None:
     lines: dict[str, list[int]] = {}
     for tool in tools:
         if tool.function.__module__ == module:
-            lines.setdefault(tool.name, []).append(tool.function.__code__.co_firstlineno)
+            lines.setdefault(tool.name, []).append(tool.code.co_firstlineno)
     for name, at in lines.items():
         if len(at) > 1:
             where = " and ".join(map(str, at))

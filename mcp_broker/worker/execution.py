@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import resource
 import time
@@ -20,7 +21,7 @@ from mcp_broker.worker import exhaustion, forks, offspring, results
 from mcp_broker.worker.context import ToolCaller, ToolContext
 from mcp_broker.worker.hooks import Hooks
 from mcp_broker.worker.interrupts import CallInterrupted, Interrupts
-from mcp_broker.worker.outcomes import RAISABLE, describe, fault
+from mcp_broker.worker.outcomes import RAISABLE, describe, fault, raised, untold
 
 if TYPE_CHECKING:
     from mcp_broker.worker.bytestream import ByteStream
@@ -93,12 +94,13 @@ class Plan(Slim):
 
     Attributes:
         function: the tool's, or what runs it between its hooks.
+        read: reads results that fit the annotation.
     """
 
     tool: Tool[..., Any]
     function: Callable[..., Any]
     check: Callable[[dict[str, Any]], dict[str, Any]]
-    keys_are_text: bool
+    read: results.Reader | None
 
 
 class Run(Slim):
@@ -139,14 +141,15 @@ class Execution:
         self.hooks = hooks
         self._plans = {
             name: Plan(
-                tool, hooks.around(tool), tool.arguments.check, results.has_text_keys(tool.result.core_schema)
+                tool, hooks.around(tool), tool.arguments.check, results.reader_of(tool.result.core_schema)
             )
             for name, tool in tools.items()
         }
         self._interrupts = interrupts
-        self._options = options
-        self._scratch = scratch
         # one tool must not change what the next one reads
+        is_nested = any(isinstance(value, dict | list) for value in options.values())
+        self._options = functools.partial(copy.deepcopy, options) if is_nested else options.copy
+        self._scratch = scratch
         self._secrets = MappingProxyType(dict(secrets))
         self._is_alone = is_alone
         self.meter = Meter()
@@ -190,8 +193,8 @@ class Execution:
             text = f"{plan.tool.name}: {error}"
             return fault(dispatch.call_id, "INVALID_ARGUMENT", text, {"faults": []})
         except ValidationError as error:
-            return self.failed(run, plan.tool.arguments.refusal(arguments or {}, error))
-        except Exception as error:  # a validator of the author's own that broke
+            return self.failed(run, _refusal(plan, arguments or {}, error))
+        except BaseException as error:  # a validator of the author's own that broke, or leaves
             return self.failed(run, error)
         wants_context = plan.tool.arguments.context_parameter
         if wants_context is not None:
@@ -246,25 +249,36 @@ class Execution:
         except CallInterrupted:
             interrupts.armed = 0
             return self.cancelled(run)
-        return self.part(run, value)
+        part = self.part(run, value)
+        # what cannot be sent ends the stream: its clean-up is in its own time, not in the next call's
+        if type(part) is not bytes and self._close(run):
+            return self.cancelled(run)
+        return part
 
     def stop(self, run: Run) -> messages.Outcome:
         """End a synchronous stream that nobody wants any more; its ``finally`` blocks run."""
-        interrupts = self._interrupts
         if run.context is not None:
             run.context.cancelled = True
+        self._close(run)
+        return self.cancelled(run)
+
+    def _close(self, run: Run) -> bool:
+        """Have a synchronous stream's ``finally`` blocks run; tell whether they were interrupted."""
+        interrupts = self._interrupts
         try:
             try:
                 interrupts.armed = run.pending.dispatch.seq
-                run.stream.close()
+                with forks.contained():
+                    run.stream.close()
                 interrupts.armed = 0
             except CallInterrupted:
                 raise
-            except BaseException:  # its clean-up failed: the call is cancelled all the same
+            except BaseException:  # its clean-up failed: the call ends as it would have
                 interrupts.armed = 0
         except CallInterrupted:
             interrupts.armed = 0
-        return self.cancelled(run)
+            return True
+        return False
 
     # -- outcomes ----------------------------------------------------------------------------------------
 
@@ -273,8 +287,8 @@ class Execution:
         if forks.is_fork:
             forks.leave()
         try:
-            return results.pack(value, run.plan.tool, keys_are_text=run.plan.keys_are_text)
-        except CallError as error:
+            return results.pack(value, run.plan.tool, run.plan.read)
+        except BaseException as error:  # converting it runs code of the tool's, which may leave too
             return self.failed(run, error)
 
     def returned(self, run: Run, value: Any) -> Finished:
@@ -283,8 +297,8 @@ class Execution:
             forks.leave()
         plan = run.plan
         try:
-            packed = results.pack(value, plan.tool, keys_are_text=plan.keys_are_text)
-        except Exception as error:
+            packed = results.pack(value, plan.tool, plan.read)
+        except BaseException as error:
             return self.failed(run, error), None
         usage = self.meter.usage(run.started_ns, time.monotonic_ns())
         dispatch = run.pending.dispatch
@@ -326,14 +340,15 @@ class Execution:
         if self._interrupts.raised == run.pending.dispatch.seq:
             return self.cancelled(run)
         usage = self.meter.usage(run.started_ns, time.monotonic_ns())
+        try:
+            return self._told(run, error, usage)
+        except BaseException:  # the error is of the tool's making, and so is what looking at it does
+            return untold(run.pending.dispatch.call_id, error, usage)
+
+    def _told(self, run: Run, error: BaseException, usage: messages.Usage) -> messages.Outcome:
         call_id = run.pending.dispatch.call_id
         if isinstance(error, CallError) and error.code in RAISABLE:
-            try:
-                return fault(
-                    call_id, error.code, error.message, error.details, usage=usage, retryable=error.retryable
-                )
-            except (TypeError, ValueError, OverflowError):  # details that cannot be sent
-                return fault(call_id, error.code, error.message, usage=usage, retryable=error.retryable)
+            return raised(call_id, error, usage)
         sentence, details = describe(error, run.plan.tool)
         limit = exhaustion.limit_of(error, self._scratch)
         if limit:
@@ -359,10 +374,18 @@ class Execution:
             tool=dispatch.tool,
             caller=ToolCaller(caller.principal, caller.clearance, caller.scopes, caller.admin),
             deadline=pending.deadline,
-            options=self._options,
+            options=self._options(),
             scratch=self._scratch,
             secrets=self._secrets,
             traceparent=dispatch.extra.traceparent if dispatch.extra is not None else None,
             report=functools.partial(self.report, pending) if self.report is not None else None,
             lend=self.lend,
         )
+
+
+def _refusal(plan: Plan, arguments: dict[str, Any], error: ValidationError) -> BaseException:
+    """Return the error that names what does not fit, or what a value of the tool's own raised when it was shown."""
+    try:
+        return plan.tool.arguments.refusal(arguments, error)
+    except BaseException as broken:
+        return broken

@@ -109,7 +109,10 @@ def _is_forking(trace: TracebackType | None) -> bool:
 def _is_within(error: OSError, scratch: Path) -> bool:
     """Tell whether the file system that is full is that of the scratch folder, and it was written there."""
     if isinstance(error.filename, str):
-        return Path(error.filename).absolute().is_relative_to(scratch)
+        try:
+            return Path(error.filename).absolute().is_relative_to(scratch)
+        except OSError:  # the working directory is gone
+            return False
     # a write names no file
     try:
         found = os.statvfs(scratch)

@@ -14,6 +14,7 @@ import threading
 import traceback
 from typing import TYPE_CHECKING, NoReturn
 
+from mcp_broker.worker import ending
 from mcp_broker.worker.interrupts import HANDLED
 
 if TYPE_CHECKING:
@@ -70,22 +71,24 @@ def leave(error: BaseException | None = None) -> NoReturn:
         error: what ended the tool's code; None: it returned.
     """
     status = 0
-    if isinstance(error, SystemExit):
-        status = _status(error.code)
-    elif error is not None:
-        status = 1
-        traceback.print_exception(error)
-    with contextlib.suppress(OSError, ValueError):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(status)
+    try:
+        if isinstance(error, SystemExit):
+            status = status_of(error.code)
+        elif error is not None:
+            status = 1
+            traceback.print_exception(error)
+        ending.flush()
+    finally:
+        os._exit(status)
 
 
-def _status(code: object) -> int:
+def status_of(code: object) -> int:
     """Return what :func:`sys.exit` makes of its argument."""
     if code is None:
         return 0
     if isinstance(code, int):
         return code & 0xFF
-    print(code, file=sys.stderr)  # noqa: T201 (what it says there is the tool's own)
+    # what it says there is the tool's own, and so is what stands in the place of standard error
+    with contextlib.suppress(Exception):
+        print(code, file=sys.stderr)  # noqa: T201
     return 1

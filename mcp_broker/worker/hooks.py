@@ -32,6 +32,7 @@ error           tool, arguments, error      is written to standard error; the ca
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import sys
@@ -41,6 +42,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from mcp_broker.wire.structs import Slim
 from mcp_broker.worker import forks
+from mcp_broker.worker.interrupts import CallInterrupted
+from mcp_broker.worker.outcomes import shown
 
 if TYPE_CHECKING:
     from mcp_broker.worker.tool import Tool
@@ -231,11 +234,17 @@ def _run(functions: list[Callable[[], Any]]) -> str:
         try:
             with forks.contained():
                 function()
-        except Exception as raised:
+        except CallInterrupted:  # of an error hook's call
+            raise
+        except BaseException as raised:  # also SystemExit: a hook does not end its worker by accident
             place = traceback.extract_tb(raised.__traceback__)[-1]
-            error = error or f"{type(raised).__name__}: {raised} ({place.filename}:{place.lineno})"
+            error = error or shown(
+                f"{type(raised).__name__}: {shown(raised)} ({place.filename}:{place.lineno})"
+            )
     return error
 
 
 def _say(text: str) -> None:
-    print(f"mcp-broker worker: {text}", file=sys.stderr, flush=True)  # noqa: T201 (its log is its stderr)
+    # a module may have put anything into its place
+    with contextlib.suppress(Exception):
+        print(f"mcp-broker worker: {text}", file=sys.stderr, flush=True)  # noqa: T201 (its log is its stderr)

@@ -34,7 +34,10 @@ def kill_since(monotonic_ns: int) -> int:
     since = proctable.ticks_at(monotonic_ns)
     killed: set[tuple[int, int]] = set()
     for _ in range(_LOOKS_MAX):
-        left = _started(since)
+        try:
+            left = _started(since)
+        except OSError:  # no descriptor left to look with: they are the supervisor's to sweep
+            break
         if not left:
             break
         for entry in left:

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import faulthandler
 import functools
 import gc
 import importlib.metadata
-import logging
 import mmap
 import os
 import signal
 import sys
 import threading
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
-from mcp_broker import confine, logs
+from mcp_broker import confine, limits, logs
 from mcp_broker.confine import kernel
 from mcp_broker.core.metering import asked
 from mcp_broker.errors import ConfigError, WireError
 from mcp_broker.wire import codec
 from mcp_broker.wire.marks import MARKS_BYTES, Marks
 from mcp_broker.wire.tether import Asks, Go, Warm
-from mcp_broker.worker import catalogue, forks, sharing
+from mcp_broker.worker import catalogue, ending, forks, sharing
 from mcp_broker.worker.execution import Execution
 from mcp_broker.worker.interrupts import Interrupts
 from mcp_broker.worker.leases import Lender
@@ -101,6 +100,12 @@ def serve(boot: WorkerBoot, tether: Tether) -> None:
         agent(),
         {name: traits for name, tool in tools.items() if (traits := hooks.traits(tool))},
     )
+    if session.register_bytes > limits.REGISTER_BYTES_MAX:
+        # the broker would drop it without a word
+        raise ConfigError(
+            f"the tools of {boot.module} take {session.register_bytes:,} bytes to describe; "
+            f"the limit is {limits.REGISTER_BYTES_MAX:,}; split the module"
+        )
     has_tasks = any(tool.is_async for tool in tools.values())
     is_alone = boot.concurrency == 1 or not has_tasks
     scratch = Path(boot.scratch)
@@ -169,17 +174,17 @@ def warm() -> None:
 
 
 def run(boot_fd: int, tether_fd: int) -> NoReturn:
-    """Be a worker, and end the process after what it owes, without tearing the interpreter down.
-
-    The teardown destroys modules in no useful order: it costs time at every restart, and binding libraries
-    report their own objects as leaks on the way.
-    """
-    code = main(boot_fd, tether_fd)
-    atexit._run_exitfuncs()  # noqa: SLF001 (the only way to have them run before os._exit)
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    """Be a worker, and end the process after what it owes."""
+    # what its end is if it cannot even be told why
+    status = 1
+    try:
+        status = main(boot_fd, tether_fd)
+    except SystemExit as leaving:  # of a start hook
+        status = forks.status_of(leaving.code)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        ending.leave(status)
 
 
 def main(boot_fd: int, tether_fd: int) -> int:

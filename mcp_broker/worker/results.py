@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import BaseModel, TypeAdapter
@@ -15,28 +16,40 @@ from mcp_broker.wire import payload
 if TYPE_CHECKING:
     from mcp_broker.worker.tool import Tool
 
-_PLAIN: Final = (str, bytes, int, float, bool, type(None))
-#: a value of these types holds no map, whose keys would have to be looked at
-_FLAT: Final = frozenset(_PLAIN)
+#: kinds of core schemas whose values hold no map, whose keys would have to be looked at
+_KINDS: Final = {"str": str, "bytes": bytes, "int": int, "float": float, "bool": bool, "none": type(None)}
+_FLAT: Final = frozenset(_KINDS.values())
+
+# looked up for every result
+_pack_unchecked: Final = payload.pack_unchecked
+
+Reader = Callable[[bytes], object]
 
 
-def pack(value: Any, tool: Tool[..., Any], *, keys_are_text: bool) -> bytes:
+def pack(value: Any, tool: Tool[..., Any], read: Reader | None) -> bytes:
     """Turn a result, or a part, into a payload.
 
     Args:
         value: what the tool returned.
         tool: the tool; its ``result`` converts models, dataclasses, dates and the like.
-        keys_are_text: the result's type rules out maps with other keys, so that nobody need look.
+        read: reads what fits the annotation; see :func:`reader_of`.
 
     Raises:
         ToolFailed: the result holds something that a payload cannot carry (the tool author's fault).
         PayloadTooLarge: it is larger than a message may be.
     """
     try:
-        packed = payload.pack(value)
-        if not keys_are_text and type(value) not in _FLAT:
-            # msgpack writes integer keys that no reader takes; rare, and found only by reading
-            payload.unpack(packed)
+        if type(value) in _FLAT:
+            packed = payload.pack(value)
+        elif read is None:
+            packed = _pack_read(value)
+        else:
+            # msgspec writes and reads a small map in the time that msgpack takes to write it
+            try:
+                packed = _pack_unchecked(value)
+                read(packed)
+            except Exception:  # it is not what the annotation says, and may be sent all the same
+                packed = _pack_read(value)
     except (TypeError, ValueError, OverflowError, RecursionError, MalformedFrame):
         packed = _pack_converted(value, tool.result, tool.name)
     if len(packed) > limits.BODY_BYTES_MAX:
@@ -45,6 +58,13 @@ def pack(value: Any, tool: Tool[..., Any], *, keys_are_text: bool) -> bytes:
             "Return less, or stream it in parts from a generator",
             {"limit_bytes": limits.BODY_BYTES_MAX, "bytes": len(packed)},
         )
+    return packed
+
+
+def _pack_read(value: Any) -> bytes:
+    packed = payload.pack(value)
+    # msgpack writes integer keys that no reader takes; rare, and found only by reading
+    payload.unpack(packed)
     return packed
 
 
@@ -110,20 +130,28 @@ def _key(key: Any, path: str) -> str:
     raise _NotPlainError(path, f"a key of type {type(key).__qualname__}")
 
 
-def has_text_keys(schema: Any) -> bool:
-    """Tell whether a core schema rules out maps whose keys are not text."""
-    if isinstance(schema, dict):
-        kind = schema.get("type")
-        if kind == "dict":
-            return schema.get("keys_schema", {}).get("type") == "str" and has_text_keys(
-                schema.get("values_schema", {"type": "any"})
-            )
-        if kind in {"str", "int", "float", "bool", "none", "bytes"}:
-            return True
-        if kind in {"list", "set", "frozenset"}:
-            return has_text_keys(schema.get("items_schema", {"type": "any"}))
-        if kind == "nullable":
-            return has_text_keys(schema["schema"])
-        if kind == "tuple":
-            return all(has_text_keys(item) for item in schema["items_schema"])
-    return False
+def reader_of(schema: Any) -> Reader | None:
+    """Return what reads the values of a core schema and raises for all others; None if it holds more than plain values."""
+    shape = _shape(schema)
+    return None if shape is None else payload.reader_of(shape)
+
+
+def _shape(schema: Any) -> Any:
+    kind = schema.get("type")
+    if kind in _KINDS:
+        return _KINDS[kind]
+    if kind == "dict":
+        values = _shape(schema.get("values_schema", {}))
+        # text as keys is all that a payload has
+        is_text = schema.get("keys_schema", {}).get("type") == "str"
+        return dict[str, values] if is_text and values is not None else None  # type: ignore[valid-type]
+    if kind in {"list", "set", "frozenset"}:
+        items = _shape(schema.get("items_schema", {}))
+        return None if items is None else list[items]  # type: ignore[valid-type]
+    if kind == "nullable":
+        inner = _shape(schema["schema"])
+        return None if inner is None else inner | None
+    if kind == "tuple" and "variadic_item_index" not in schema:
+        shapes = tuple(_shape(item) for item in schema["items_schema"])
+        return None if None in shapes else tuple[shapes]  # type: ignore[valid-type]
+    return None

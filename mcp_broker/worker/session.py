@@ -139,6 +139,11 @@ class Session:
             envelope = codec.encode(self._register(now))
         self.outgoing.append((envelope, None))
 
+    @property
+    def register_bytes(self) -> int:
+        """How long REGISTER is while no outcome is kept."""
+        return len(codec.encode(self._register(0.0)))
+
     def _register(self, now: float) -> messages.Register:
         return messages.Register(
             0,

@@ -11,8 +11,9 @@ from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from mcp_broker import limits
+from mcp_broker.core import children
 from mcp_broker.errors import ConfigError
-from mcp_broker.worker import exhaustion, forks
+from mcp_broker.worker import ending, exhaustion, forks
 from mcp_broker.worker.bytestream import ByteStream
 from mcp_broker.worker.interrupts import CallInterrupted
 from mcp_broker.worker.link import Link, LinkLost
@@ -192,7 +193,14 @@ class Shell:
         return draining and not self.session.inbox and not self.session.running
 
     def end(self) -> None:
-        """Run the stop hooks, say goodbye and close."""
+        """Run the stop hooks, say goodbye and close; from here on the process has a bounded time."""
+        # who was told to end at once is missed already, and killed by who told it
+        ending.bound(children.STOP_S if self.interrupts.stopping else limits.HOOK_S)
+        self.interrupts.rested()
+        # before the hooks, which may take all of that time
+        with contextlib.suppress(LinkLost):
+            self.session.flush()
+            self.send()
         self.execution.hooks.end()
         self.session.goodbye("drained" if self.session.state is State.DRAINING else "stopped")
         # without a link nobody is left to hear it

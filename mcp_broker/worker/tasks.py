@@ -10,16 +10,18 @@ import contextlib
 import functools
 import inspect
 import time
+import traceback
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from mcp_broker.wire import messages
+from mcp_broker.wire.structs import Slim
 from mcp_broker.worker import forks
 from mcp_broker.worker.bytestream import ByteStream
 from mcp_broker.worker.execution import Execution, Finished, Run
 from mcp_broker.worker.interrupts import CallInterrupted, Interrupts
 from mcp_broker.worker.link import Link, LinkLost
-from mcp_broker.worker.outcomes import fault
+from mcp_broker.worker.outcomes import fault, shown
 from mcp_broker.worker.shell import Shell
 from mcp_broker.worker.uploads import Received
 
@@ -27,12 +29,30 @@ if TYPE_CHECKING:
     from mcp_broker.worker.session import Pending, Session
 
 
+class Running(Slim):
+    """A call that runs as a task.
+
+    Attributes:
+        is_asked: it was told to stop for its own sake. Its clean-up may wait for things, so it is not told again.
+    """
+
+    pending: Pending
+    task: asyncio.Task[None] | None = None
+    is_asked: bool = False
+
+    def cancel(self) -> None:
+        """Have it stop; for its caller, or at its deadline."""
+        if not self.is_asked and self.task is not None:
+            self.is_asked = True
+            self.task.cancel()
+
+
 class ConcurrentLoop(Shell):
     """Runs calls as tasks; they start in the order of their seq."""
 
     def __init__(self, session: Session, link: Link, execution: Execution, interrupts: Interrupts) -> None:
         super().__init__(session, link, execution, interrupts)
-        self._tasks: dict[int, tuple[Pending, asyncio.Task[None]]] = {}
+        self._tasks: dict[Pending, Running] = {}
         self._stirred = asyncio.Event()
         #: set, and replaced, after each turn that heard the broker
         self._heard = asyncio.Event()
@@ -57,25 +77,50 @@ class ConcurrentLoop(Shell):
         Raises:
             ConfigError: the broker refuses the tools.
         """
-        asyncio.run(self._serve(concurrency))
+        runner = asyncio.Runner()
+        loop = runner.get_loop()
+        self._see_through(loop, loop.create_task(self._serve(concurrency)))
         self.end()
+        # tasks and threads that tools left behind may take their time, or leave
+        with contextlib.suppress(BaseException):
+            runner.close()
+
+    def _see_through(self, loop: asyncio.AbstractEventLoop, serving: asyncio.Task[None]) -> None:
+        """Run the loop until we have served, whoever else stops it.
+
+        A task of a tool's own that leaves, and ``loop.stop()``, end the running of the loop, and nothing in it.
+        """
+        while not serving.done():
+            try:
+                loop.run_until_complete(serving)
+            except (SystemExit, KeyboardInterrupt, RuntimeError):
+                if serving.done() or loop.is_closed():
+                    raise
 
     async def _serve(self, concurrency: int) -> None:
         loop = self._loop = asyncio.get_running_loop()
+        serving: Any = asyncio.current_task()
 
         def interrupt(seq: int) -> None:
             loop.call_soon_threadsafe(self._interrupt, seq)
 
         self.interrupts.elsewhere = interrupt
         loop.add_reader(self.link.wake_fd, self._woken)
+        is_told = False
         while not self.has_ended():
             try:
                 await self._turn(concurrency)
             except LinkLost:
                 self.lost()
-            if self.interrupts.stopping:
+            except asyncio.CancelledError:
+                # a tool cancelled all tasks that it found; none of ours cancels this one
+                serving.uncancel()
+            if self.interrupts.stopping and not is_told:
+                is_told = True
                 self._cancel_all()
         loop.remove_reader(self.link.wake_fd)
+        if self.link.is_open:
+            loop.remove_reader(self.link.fd)
 
     async def _turn(self, concurrency: int) -> None:
         if forks.is_fork:
@@ -128,49 +173,69 @@ class ConcurrentLoop(Shell):
     # -- stopping calls ---------------------------------------------------------------------------------
 
     def _interrupt(self, seq: int) -> None:
-        for pending, task in self._tasks.values():
-            if pending.dispatch.seq == seq:
-                task.cancel()
+        for running in self._tasks.values():
+            if running.pending.dispatch.seq == seq:
+                running.cancel()
 
     def _drop_unwanted(self) -> None:
         if self.session.cancelled:
-            for pending, task in self._tasks.values():
-                if pending.dispatch.call_id in self.session.cancelled:
-                    task.cancel()
+            for running in self._tasks.values():
+                if running.pending.dispatch.call_id in self.session.cancelled:
+                    running.cancel()
 
     def _cancel_all(self) -> None:
-        for _, task in self._tasks.values():
-            task.cancel()
+        """Have every call stop, since the worker ends; also one that was asked before and goes on."""
+        for running in self._tasks.values():
+            if running.task is not None:
+                running.task.cancel()
 
     # -- calls --------------------------------------------------------------------------------------------
 
     def _begin(self, pending: Pending) -> None:
-        task = asyncio.create_task(self._run(pending))
-        task.add_done_callback(functools.partial(self._ended, pending))
-        self._tasks[id(pending)] = pending, task
+        running = self._tasks[pending] = Running(pending)
+        running.task = asyncio.create_task(self._run(running))
+        running.task.add_done_callback(functools.partial(self._ended, running))
 
-    def _ended(self, pending: Pending, task: asyncio.Task[None]) -> None:
-        """End a call too whose task was cancelled before its first step, and so ran nothing of what ends one."""
+    def _ended(self, running: Running, task: asyncio.Task[None]) -> None:
+        """End a call too whose task ran nothing of what ends one.
+
+        It was cancelled before its first step, or a fault of ours came between.
+        """
+        pending = running.pending
         self.interrupts.marks.end(pending.dispatch.call_id)
-        if self._tasks.pop(id(pending), None) is None or not task.cancelled():
+        if self._tasks.pop(pending, None) is None:
             return
         call_id = pending.dispatch.call_id
-        if self.interrupts.stopping:
+        if not task.cancelled():
+            error = task.exception()
+            traceback.print_exception(error)
+            text = f"the worker failed at the call: {type(error).__name__}: {shown(error)}"
+            self.session.finish(pending, fault(call_id, "INTERNAL", text))
+        elif self.interrupts.stopping and not self._is_asked(running):
             # its caller did not want that: it has not started, and will elsewhere
             self.session.running.pop(call_id, None)
         else:
             self.session.finish(pending, fault(call_id, "CANCELLED", "cancelled before it started"))
         self._stirred.set()
 
-    async def _run(self, pending: Pending) -> None:
+    def _is_asked(self, running: Running) -> bool:
+        return running.is_asked or running.pending.dispatch.call_id in self.session.cancelled
+
+    async def _run(self, running: Running) -> None:
+        pending = running.pending
         started_ns = time.monotonic_ns()
-        outcome, body = await self._outcome(pending, started_ns)
-        self.session.finish(pending, outcome, body)
+        outcome, body = await self._outcome(running, started_ns)
+        if self.interrupts.stopping and outcome.code == "CANCELLED" and not self._is_asked(running):
+            # SIGTERM came for another one: this call is lost with its worker, and runs again if it may
+            self.session.running.pop(pending.dispatch.call_id, None)
+        else:
+            self.session.finish(pending, outcome, body)
         self.session.pace.served(time.monotonic_ns() - started_ns, 1)
-        self._tasks.pop(id(pending), None)
+        self._tasks.pop(pending, None)
         self._stirred.set()
 
-    async def _outcome(self, pending: Pending, started_ns: int) -> Finished:
+    async def _outcome(self, running: Running, started_ns: int) -> Finished:
+        pending = running.pending
         prepared = self.execution.prepare(pending, started_ns)
         if isinstance(prepared, messages.Outcome):
             return prepared, None
@@ -184,7 +249,12 @@ class ConcurrentLoop(Shell):
                 run.stream = value
                 return await self._async_stream(run), None
             return self.execution.returned(run, await value)
-        except (asyncio.CancelledError, CallInterrupted):
+        except (asyncio.CancelledError, CallInterrupted) as error:
+            if isinstance(error, asyncio.CancelledError) and not (
+                running.is_asked or self.is_unwanted(pending)
+            ):
+                # it cancelled itself, or what it waited for
+                return self.execution.failed(run, error), None
             if run.context is not None:
                 run.context.cancelled = True
             return self.execution.cancelled(run), None
@@ -199,7 +269,7 @@ class ConcurrentLoop(Shell):
                 if not isinstance(part, bytes):
                     return part
                 await self._send_part(run, part)
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, CallInterrupted):
             return self.execution.stop(run)
 
     async def _async_stream(self, run: Run) -> messages.Outcome:
@@ -212,11 +282,16 @@ class ConcurrentLoop(Shell):
                 await self._send_part(run, part)
         return self.execution.ended(run)
 
+    def _give_up(self, pending: Pending) -> None:
+        """Count a call that we stop ourselves as asked: who asks next would hit its clean-up."""
+        self._tasks[pending].is_asked = True
+
     async def _credit(self, run: Run) -> None:
         while not self.session.may_send(run.pending, run.index):
             left_s = run.pending.deadline - time.monotonic()
             if left_s <= 0 or run.pending.life != self.session.life:
-                raise asyncio.CancelledError
+                self._give_up(run.pending)
+                raise CallInterrupted
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._heard.wait(), left_s)
 
@@ -226,6 +301,7 @@ class ConcurrentLoop(Shell):
             self._stirred.set()
             left_s = pending.deadline - time.monotonic()
             if left_s <= 0:
+                self._give_up(pending)
                 raise asyncio.CancelledError
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._heard.wait(), left_s)
@@ -235,7 +311,8 @@ class ConcurrentLoop(Shell):
     async def _send_part(self, run: Run, part: bytes) -> None:
         await self._credit(run)
         if not self.session.part(run.pending, run.index, part):
-            raise asyncio.CancelledError
+            self._give_up(run.pending)
+            raise CallInterrupted
         run.index += 1
         self._stirred.set()
         await asyncio.sleep(0)

@@ -7,6 +7,7 @@ import difflib
 import functools
 import inspect
 import json
+import types
 import typing
 from collections.abc import Callable
 from typing import Any, Final, Generic, ParamSpec, TypedDict, TypeVar, Unpack, overload
@@ -88,12 +89,14 @@ class Tool(Generic[P, R]):
         is_streaming: it is a generator of either kind.
         result: converts results of the annotated type.
         recovers: an exception that it raises is a fault of its process.
+        code: of the function that its author wrote, under what wraps it.
     """
 
     def __init__(self, function: Callable[P, R], /, **settings: Unpack[ToolSettings]) -> None:
         for setting in settings:
             if setting not in DEFAULTS:
                 raise TypeError(f"tool() has no setting {setting!r}; {_instead(setting)}")
+        self.code = _code(function)
         known: ToolSettings = {**DEFAULTS, **settings}
         functools.update_wrapper(self, function)
         self.function = function
@@ -222,6 +225,17 @@ def tool(
         return Tool(target, **settings)
 
     return decorate if function is None else decorate(function)
+
+
+def _code(function: Callable[..., Any]) -> types.CodeType:
+    """Return the code of what was decorated."""
+    code = None if isinstance(function, Tool) else getattr(inspect.unwrap(function), "__code__", None)
+    if isinstance(code, types.CodeType):
+        return code
+    kind = "a tool already" if isinstance(function, Tool) else f"of type {type(function).__name__}"
+    raise TypeError(
+        f"@tool stands over a function, and {function!r} is {kind}; write a function that calls it"
+    )
 
 
 def _returned(hint: Any, *, streaming: bool) -> Any:

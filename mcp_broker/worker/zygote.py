@@ -112,6 +112,7 @@ def _fork(orders: socket.socket, order: Order, fds: list[int], become: Become) -
 
 
 def _fork_again(orders: socket.socket, order: Order, fds: list[int], write: int, become: Become) -> NoReturn:
+    status = 0
     try:
         try:
             pid = os.fork()
@@ -119,12 +120,14 @@ def _fork_again(orders: socket.socket, order: Order, fds: list[int], write: int,
             os.write(write, f"fork: {error.strerror}".encode()[:32])
             os._exit(1)
         if pid == 0:
+            # whoever comes back from there has failed
+            status = 1
             # closed by number below, and never by the object
             orders.detach()
             become(order, fds)
         os.write(write, str(pid).encode())
     finally:
-        os._exit(0)
+        os._exit(status)
 
 
 def _become(be_worker: BeWorker, plate: ProcessTitle, order: Order, fds: list[int]) -> NoReturn:

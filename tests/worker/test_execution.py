@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+import functools
 import math
 import os
 import sys
@@ -12,14 +13,15 @@ import uuid
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Annotated, Any, NoReturn
 
 import pytest
 import zstandard
-from pydantic import BaseModel
+from pydantic import AfterValidator, BaseModel, BeforeValidator
 
 from mcp_broker import limits, worker
-from mcp_broker.errors import CALL_ERRORS, ConfigError, InvalidArgument, Overloaded
+from mcp_broker.errors import CALL_ERRORS, ConfigError, InvalidArgument, NotFound, Overloaded
 from mcp_broker.wire import codec, encoding, messages, payload
 from mcp_broker.wire.marks import MARKS_BYTES, Marks
 from mcp_broker.worker import Tool, ToolContext, catalogue, tool
@@ -43,10 +45,10 @@ class Pair:
 class Bench:
     """Runs one tool."""
 
-    def __init__(self, made: Tool[..., Any]) -> None:
+    def __init__(self, made: Tool[..., Any], options: Any = MappingProxyType({"a": 1})) -> None:
         self.marks = Marks(memoryview(bytearray(MARKS_BYTES)))
         self.interrupts = Interrupts(self.marks, -1)
-        self.execution = Execution({made.name: made}, self.interrupts, {"a": 1}, Path("scratch"))
+        self.execution = Execution({made.name: made}, self.interrupts, dict(options), Path("scratch"))
         self.name = made.name
 
     def pending(
@@ -111,6 +113,19 @@ def test_context_holds_what_the_dispatch_says() -> None:
     assert (context.call_id, context.tool, context.traceparent) == (b"c".hex() * 16, "look", "00-1")
     assert (context.caller.principal, context.caller.clearance, context.caller.scopes) == ("ada", 3, ("x.*",))
     assert (context.options, context.scratch) == ({"a": 1}, Path("scratch"))
+
+
+def test_what_a_call_does_to_its_options_no_other_call_sees() -> None:
+    @tool
+    def greedy(context: ToolContext) -> str:
+        shown = repr(context.options)
+        context.options.get("names", []).clear()
+        context.options.clear()
+        return shown
+
+    for options in ({"a": 1}, {"names": ["x"]}, {}):
+        bench = Bench(greedy, options)
+        assert {bench.call().body for _ in range(2)} == {payload.pack(repr(options))}
 
 
 @pytest.mark.parametrize(("takes", "encoded"), [(("zstd",), "zstd"), ((), None)])
@@ -245,6 +260,17 @@ def test_a_limit_that_a_tool_meets_by_itself_is_named_with_its_place() -> None:
     assert details["file"] == __file__
 
 
+def test_failure_of_a_cached_function_names_its_line() -> None:
+    @tool
+    @functools.lru_cache
+    def broken() -> None:
+        raise ValueError("no")
+
+    outcome = Bench(broken).call()
+    assert outcome.code == "TOOL_FAILED"
+    assert details(outcome)["line"] == broken.code.co_firstlineno + 3
+
+
 @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), RecursionError(), BufferError()])
 def test_whatever_a_tool_raises_is_its_outcome(error: BaseException) -> None:
     @tool
@@ -286,6 +312,144 @@ def test_error_without_a_text_is_still_told() -> None:
     outcome = Bench(broken).call()
     assert outcome.fault is not None
     assert outcome.fault.message == "MuteError: (its text cannot be shown)"
+
+
+class Bare(NotFound):
+    """An error whose author forgot ours."""
+
+    def __init__(self, which: int) -> None:
+        self.which = which
+
+
+class Leaving(dict[str, int]):
+    """A map that nobody can look into."""
+
+    def items(self) -> NoReturn:
+        sys.exit(3)
+
+
+def encoded(outcome: messages.Outcome) -> messages.Outcome:
+    """Send an outcome to a broker."""
+    sent = codec.from_worker.decode(codec.encode(messages.Outcomes(1, 1, (outcome,))))
+    assert isinstance(sent, messages.Outcomes)
+    return sent.outcomes[0]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (ValueError("bad name \udcff"), "TOOL_FAILED", r"ValueError: bad name \udcff"),
+        (NotFound("no file \udcff"), "NOT_FOUND", r"no file \udcff"),
+        (NotFound("no file", {"name": "\udcff"}), "NOT_FOUND", "no file"),
+        (NotFound("no file", {1: 2}), "NOT_FOUND", "no file"),  # type: ignore[dict-item]
+        (NotFound("no file", ["a"]), "NOT_FOUND", "no file"),  # type: ignore[arg-type]
+        (NotFound("no file", Leaving(a=1)), "NOT_FOUND", "no file"),
+        (NotFound("no file", retryable="yes"), "NOT_FOUND", "no file"),  # type: ignore[arg-type]
+        (NotFound(KeyError("x")), "NOT_FOUND", "'x'"),  # type: ignore[arg-type]
+        (NotFound(404), "NOT_FOUND", "404"),  # type: ignore[arg-type]
+        (NotFound(None), "NOT_FOUND", "None"),  # type: ignore[arg-type]
+        (Bare(3), "NOT_FOUND", "3"),
+        (SyntaxError("m", ("f", 1, 1, 5)), "TOOL_FAILED", "SyntaxError: m (f, line 1)"),  # type: ignore[arg-type]
+        (OSError(28, "full", "\0"), "TOOL_FAILED", "OSError: [Errno 28] full: '\\x00'"),
+    ],
+    ids=str,
+)
+def test_an_error_is_told_whatever_its_author_put_into_it(error: Exception, code: str, says: str) -> None:
+    @tool
+    def broken() -> None:
+        raise error
+
+    outcome = encoded(Bench(broken).call())
+    assert outcome.fault is not None
+    assert (outcome.code, outcome.fault.message) == (code, says)
+    assert details(outcome) == {} or details(outcome)["type"] == type(error).__name__
+
+
+def test_of_an_error_that_cannot_be_looked_at_only_the_type_is_told() -> None:
+    class VeiledError(OSError):
+        @property
+        def errno(self) -> NoReturn:  # type: ignore[override]
+            sys.exit(3)
+
+    @tool
+    def broken() -> None:
+        raise VeiledError
+
+    outcome = encoded(Bench(broken).call())
+    assert (outcome.code, details(outcome)) == ("TOOL_FAILED", {"type": "VeiledError"})
+
+
+def test_a_full_disk_is_told_from_a_working_folder_that_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+
+    @tool
+    def broken() -> None:
+        raise OSError(28, "full", "relative")
+
+    outcome = Bench(broken).call()
+    assert outcome.fault is not None
+    assert outcome.fault.message == "OSError: [Errno 28] full: 'relative'"
+
+
+def leaving(_value: object) -> NoReturn:
+    sys.exit(3)
+
+
+class Unshown:
+    def __repr__(self) -> str:
+        raise RuntimeError("not to be seen")
+
+
+def test_arguments_whose_check_leaves_or_cannot_be_told_end_their_call_only() -> None:
+    @tool
+    def left(x: Annotated[int, AfterValidator(leaving)]) -> None: ...
+
+    @tool
+    def veiled(x: Annotated[int, BeforeValidator(lambda _: Unshown())]) -> None: ...
+
+    outcome = Bench(left).call({"x": 1})
+    assert (outcome.code, details(outcome)["type"]) == ("TOOL_FAILED", "SystemExit")
+    outcome = Bench(veiled).call({"x": 1})
+    assert (outcome.code, details(outcome)["type"]) == ("TOOL_FAILED", "RuntimeError")
+
+
+def numbers_and_away() -> Iterator[int]:
+    yield 1
+    sys.exit(0)
+
+
+class BrokenItems(dict[str, int]):
+    def items(self) -> NoReturn:
+        raise KeyError("items")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"\udcff": object()},
+        {"a": "\udcff"},
+        memoryview(b"abcd")[::2],
+        BrokenItems(a=1),
+        numbers_and_away(),
+        (1 // (2 - number) for number in range(3)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_cannot_be_sent_fails_its_call_only_as_a_result_and_as_a_part(value: Any) -> None:
+    @tool
+    def stream() -> Iterator[Any]:
+        yield value
+
+    execution, run = stream_of(stream)
+    part = execution.step(run)
+    assert isinstance(part, messages.Outcome)
+    assert encoded(part).code == "TOOL_FAILED"
+    if not isinstance(value, Iterator):  # which the stream has used up
+        assert encoded(result_of(value)).code == "TOOL_FAILED"
 
 
 def test_tool_may_refuse_its_arguments_itself_but_not_speak_for_the_broker() -> None:
@@ -331,6 +495,19 @@ NOW = dt.datetime(2026, 1, 2, tzinfo=dt.UTC)
         ({1: "one", None: 2}, dict[Any, Any], {"1": "one", "null": 2}),
         ({1: "one"}, Any, {"1": "one"}),
         ({"a": {2: 3}}, dict[str, Any], {"a": {"2": 3}}),
+        # of another type than their annotations say
+        ({1: 2}, dict[str, int], {"1": 2}),
+        ({1: 2}, str, {"1": 2}),
+        ({"a": {1: 2}}, dict[str, int], {"a": {"1": 2}}),
+        ([{None: 2}], list[dict[str, int]], [{"null": 2}]),
+        (({1: 2}, 1), tuple[dict[str, int], int], [{"1": 2}, 1]),
+        ({"a": "b", "c": 2.5}, dict[str, int], {"a": "b", "c": 2.5}),
+        ([NOW], list[str], ["2026-01-02T00:00:00Z"]),
+        # and of the same
+        ({"a": [1, None]}, dict[str, list[int | None]], {"a": [1, None]}),
+        ([(1, 2.5), (3, 4)], list[tuple[int, float]], [[1, 2.5], [3, 4]]),
+        ({"a": 2**64 - 1}, dict[str, int] | None, {"a": 2**64 - 1}),
+        ((b"x", b"y"), tuple[bytes, ...], [b"x", b"y"]),
         ((1, {2}), Any, [1, [2]]),
         (uuid.UUID(int=1), uuid.UUID, "00000000-0000-0000-0000-000000000001"),
         (bytearray(b"x"), Any, b"x"),
@@ -405,6 +582,50 @@ def test_stream_that_fails_or_stops_is_told_and_cleaned_up() -> None:
     execution.step(run)
     assert execution.stop(run).code == "CANCELLED"
     assert closed == ["closed", "closed"]
+
+
+def test_stream_whose_part_cannot_be_sent_is_cleaned_up_before_it_is_answered() -> None:
+    closed: list[int] = []
+
+    @tool
+    def stream() -> Iterator[object]:
+        try:
+            yield object()
+        finally:
+            closed.append(execution._interrupts.armed)
+
+    execution, run = stream_of(stream)
+    outcome = execution.step(run)
+    assert isinstance(outcome, messages.Outcome)
+    assert outcome.code == "TOOL_FAILED"
+    assert closed == [5], "in the time of its call"
+
+
+def test_clean_up_of_a_stream_whose_part_cannot_be_sent_may_be_interrupted_and_may_fail() -> None:
+    @tool
+    def stopped() -> Iterator[bytes]:
+        try:
+            yield bytes(limits.BODY_BYTES_MAX)
+        finally:
+            interrupts.marks.interrupt_seq = 5
+            interrupts._on_interrupt(0, None)
+
+    @tool
+    def broken() -> Iterator[bytes]:
+        try:
+            yield bytes(limits.BODY_BYTES_MAX)
+        finally:
+            raise LookupError
+
+    execution, run = stream_of(stopped)
+    interrupts = execution._interrupts
+    outcome = execution.step(run)
+    assert isinstance(outcome, messages.Outcome)
+    assert outcome.code == "CANCELLED"
+    execution, run = stream_of(broken)
+    outcome = execution.step(run)
+    assert isinstance(outcome, messages.Outcome)
+    assert outcome.code == "PAYLOAD_TOO_LARGE"
 
 
 def test_module_is_searched_for_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,6 +82,41 @@ def test_a_hook_that_fails_is_told_with_its_place_and_the_others_run_all_the_sam
     assert Hooks.of("hooked_tools").run("pause", "h.one") == ""
 
 
+class MuteError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no")
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (ValueError("\udcff"), "ValueError: \\udcff ("),
+        (MuteError(), "MuteError: (its text cannot be shown) ("),
+        (SystemExit(0), "SystemExit: 0 ("),
+        (KeyboardInterrupt(), "KeyboardInterrupt:  ("),
+    ],
+)
+def test_whatever_a_hook_raises_is_noted_and_can_be_sent(error: BaseException, says: str) -> None:
+    def broken() -> None:
+        raise error
+
+    seen: list[int] = []
+    told = Hooks(
+        [hooks.Hook("reset", broken, frozenset()), hooks.Hook("reset", lambda: seen.append(1), frozenset())]
+    ).run("reset", "any")
+    assert told.encode().decode().startswith(says)
+    assert seen == [1]
+
+
+def test_a_stop_hook_that_fails_where_there_is_no_standard_error_is_no_fault(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Hooks.of("hooked_tools")
+    monkeypatch.setattr(sys, "stderr", None)
+    found.end()
+    assert module.seen == ["stopped"]
+
+
 def test_a_tool_without_hooks_around_it_is_called_as_it_is(module: ModuleType) -> None:
     found = Hooks.of("hooked_tools")
     assert found.around(module.two) is module.two.function

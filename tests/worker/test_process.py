@@ -247,6 +247,136 @@ def test_drain_finishes_what_it_holds_and_leaves(broker: ScriptedBroker, start: 
     assert worker.ended() == 0
 
 
+HELD_UP = """
+import asyncio, atexit, multiprocessing, re, time
+from concurrent.futures import ProcessPoolExecutor
+from mcp_broker import limits
+from mcp_broker.worker import on
+
+limits.HOOK_S = 0.5
+how = ""
+
+async def stay() -> None:
+    while True:
+        try:
+            await asyncio.sleep(1000)
+        except asyncio.CancelledError:
+            pass
+
+@tool(name="try.hold")
+def hold(by: str) -> list[int]:
+    "Return the processes that nobody here ends."
+    global how, kept
+    how = by
+    if by == "exit function":
+        atexit.register(time.sleep, 1000)
+    if by == "process":
+        kept = multiprocessing.get_context("fork").Process(target=time.sleep, args=(1000,))
+        kept.start()
+        return [kept.pid]
+    if by == "executor":
+        kept = ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("fork"))
+        kept.submit(abs, 1).result()
+        return list(kept._processes)
+    return []
+
+@on("stop")
+def stop() -> None:
+    if how == "hook":
+        time.sleep(1000)
+    if how == "C code":
+        re.match("(a+)+$", "a" * 60 + "b")
+"""
+HELD_UP_IN_A_LOOP = (
+    HELD_UP
+    + """
+@tool(name="try.leave_behind")
+async def leave_behind(what: str) -> None:
+    global kept
+    if what == "thread":
+        kept = asyncio.create_task(asyncio.to_thread(time.sleep, 1000))
+    else:
+        kept = asyncio.create_task(stay())
+    await asyncio.sleep(0)
+"""
+)
+
+
+@pytest.mark.parametrize("by", ["hook", "C code", "exit function", "process", "executor"])
+@pytest.mark.parametrize("source", [HELD_UP, HELD_UP_IN_A_LOOP], ids=["plain", "async"])
+def test_worker_that_is_held_up_at_its_end_ends_all_the_same_and_says_where(
+    source: str, by: str, broker: ScriptedBroker, start: Start
+) -> None:
+    worker = start(source)
+    broker.welcome()
+    children = value(broker.call("try.hold", {"by": by}))
+    broker.say(messages.Drain(EPOCH))
+    try:
+        assert worker.ended() == 1
+    finally:
+        for pid in children:
+            os.kill(pid, signal.SIGKILL)
+    assert "Timeout (0:00:00.5" in worker.stderr()
+    assert worker.marks.is_resting
+
+
+def test_worker_that_is_told_to_end_at_once_is_not_missed_for_long(
+    broker: ScriptedBroker, start: Start
+) -> None:
+    worker = start(HELD_UP.replace("limits.HOOK_S = 0.5", "limits.HOOK_S = 1000"))
+    broker.welcome()
+    value(broker.call("try.hold", {"by": "hook"}))
+    os.kill(worker.pid, signal.SIGTERM)
+    assert worker.ended() == 1
+    assert "Timeout (0:00:01)" in worker.stderr()
+
+
+@pytest.mark.parametrize("what", ["thread", "task"])
+def test_worker_says_goodbye_before_it_waits_for_what_tools_left_in_its_loop(
+    what: str, broker: ScriptedBroker, start: Start
+) -> None:
+    worker = start(HELD_UP_IN_A_LOOP)
+    broker.welcome()
+    value(broker.call("try.leave_behind", {"what": what}))
+    broker.say(messages.Drain(EPOCH))
+    broker.hear(messages.Goodbye)
+    assert worker.ended() == 1
+    assert "Timeout (0:00:00.5" in worker.stderr()
+
+
+def test_outcomes_are_sent_before_stop_hooks_run(broker: ScriptedBroker, start: Start) -> None:
+    start(HELD_UP.replace("limits.HOOK_S = 0.5", "limits.HOOK_S = 1000"))
+    broker.welcome()
+    broker.give(broker.dispatch("try.hold", {"by": "hook"}))
+    broker.say(messages.Drain(EPOCH))
+    assert value(broker.outcomes(1)[0]) == []
+
+
+def test_worker_whose_standard_streams_are_broken_ends_with_its_code(
+    broker: ScriptedBroker, start: Start
+) -> None:
+    worker = start(
+        """
+import sys
+
+class Broken:
+    def write(self, text):
+        raise LookupError
+    flush = write
+
+@tool(name="try.breaks")
+def breaks() -> None:
+    sys.stdout = None
+    sys.stderr = Broken()
+"""
+    )
+    broker.welcome()
+    assert value(broker.call("try.breaks")) is None
+    broker.say(messages.Drain(EPOCH))
+    broker.hear(messages.Goodbye)
+    assert worker.ended() == 0
+
+
 def test_sigterm_stops_the_running_call_and_the_worker(
     broker: ScriptedBroker, start: Start, tmp_path: Any
 ) -> None:
@@ -336,6 +466,22 @@ def test_refused_tools_end_the_worker_with_the_reason(broker: ScriptedBroker, st
     assert worker.stderr() == (
         "mcp-broker worker: pool test: the broker refused its tools: INVALID_ARGUMENT: try.add is taken\n"
     )
+
+
+def test_module_that_describes_too_much_is_one_clear_line(start: Start) -> None:
+    worker = start(
+        """
+def described() -> None: ...
+
+described.__doc__ = "\u00e9" * 4000
+for number in range(150):
+    globals()[f"t{number}"] = tool(name=f"try.t{number}")(described)
+"""
+    )
+    assert worker.ended() == 3
+    (line,) = worker.stderr().splitlines()
+    assert line.startswith("mcp-broker worker: pool test: the tools of tried_tools take 1,2")
+    assert line.endswith(" bytes to describe; the limit is 1,052,672; split the module")
 
 
 def test_module_that_cannot_be_imported_is_one_clear_line(start: Start) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import enum
+import functools
 import json
 import re
 import time
@@ -19,6 +20,7 @@ from pydantic import BaseModel, Field
 from mcp_broker.errors import InvalidArgument
 from mcp_broker.worker import Tool, ToolContext, tool
 from mcp_broker.worker.tool import DEFAULTS, ToolSettings
+from mcp_broker.worker.tool import made as made_tools
 
 
 class Row(BaseModel):
@@ -306,6 +308,43 @@ def test_functions_that_cannot_be_tools_are_refused() -> None:
 
 
 @pytest.mark.slow
+class Adder:
+    """What can be called, and is no function."""
+
+    __name__ = "adder"
+
+    def __call__(self, x: int) -> int:
+        return x
+
+
+def _add(x: int) -> int:
+    return x + 1
+
+
+def test_a_function_that_something_is_wrapped_around_is_a_tool() -> None:
+    for wrapped in (functools.lru_cache(_add), staticmethod(_add), functools.wraps(_add)(lambda x: x + 1)):
+        made = tool(name="try.add")(wrapped)
+        assert made(1) == 2
+        assert made.signature == "_add(x: int)"
+        assert made.code is _add.__code__
+
+
+@pytest.mark.parametrize(
+    ("callee", "says"),
+    [
+        (Adder(), "is of type Adder; write a function that calls it"),
+        (functools.partial(_add, 1), "is of type partial"),
+        (len, "is of type builtin_function_or_method"),
+        (tool(name="try.other")(_add), "is a tool already"),
+    ],
+)
+def test_what_is_no_function_is_refused_where_it_is_decorated(callee: Any, says: str) -> None:
+    before = len(made_tools)
+    with pytest.raises(TypeError, match=re.escape(says)):
+        tool(name="try.add")(callee)
+    assert len(made_tools) == before
+
+
 def test_validation_costs_about_a_microsecond() -> None:
     arguments = {"text": "x", "top": 3}
     best = 1.0
