@@ -60,9 +60,22 @@ class Worker(Shell):
         self._is_stopping = True
         for job in list(self.jobs):
             if job.plan.does != "stubborn" and not self._is_gone():
-                self._finish(job, job.cancelled())
+                if self._is_neighbour(job):
+                    self._lose_call(job)
+                else:
+                    self._finish(job, job.cancelled())
         if not self._is_gone():
             self.wake()
+
+    def _is_neighbour(self, job: Job) -> bool:
+        """Tell whether nobody wants the end of this call, which runs beside others."""
+        is_asked = job.pending.dispatch.call_id in self.session.cancelled
+        return self.concurrency > 1 and not is_asked and self.world.agenda.now < job.pending.deadline
+
+    def _lose_call(self, job: Job) -> None:
+        """Say nothing of a call that ends with its worker."""
+        self._drop(job)
+        self.session.running.pop(job.pending.dispatch.call_id, None)
 
     def _puts_off(self, handler: Callable[[], None]) -> bool:
         """Put a signal off while the process stands still."""
