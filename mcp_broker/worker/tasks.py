@@ -208,9 +208,10 @@ class ConcurrentLoop(Shell):
         call_id = pending.dispatch.call_id
         if not task.cancelled():
             error = task.exception()
-            traceback.print_exception(error)
             text = f"the worker failed at the call: {type(error).__name__}: {shown(error)}"
             self.session.finish(pending, fault(call_id, "INTERNAL", text))
+            with contextlib.suppress(Exception):
+                traceback.print_exception(error)
         elif self.interrupts.stopping and not self._is_asked(running):
             # its caller did not want that: it has not started, and will elsewhere
             self.session.running.pop(call_id, None)

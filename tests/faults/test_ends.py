@@ -1,4 +1,4 @@
-"""A worker that is to go goes, whatever its tools left behind to hold it up."""
+"""A worker that is to go goes, whatever its tools left behind, and takes nobody along who may run elsewhere."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
-from mcp_broker import DeadlineExceeded
-from tests.support.running import Running
+from mcp_broker import DeadlineExceeded, WorkerLost
+from tests.support.running import CONFIG, Running
 from tests.support.waiting import wait_for
 
 if TYPE_CHECKING:
@@ -49,6 +49,32 @@ async def nap() -> None:
 '''
 )
 
+NEIGHBOURS = '''
+"""Tools that run beside each other."""
+import asyncio, os
+from pathlib import Path
+from mcp_broker.worker import tool
+
+@tool(name="n.stay")
+async def stay() -> None:
+    """Go on, whoever says what."""
+    while True:
+        try:
+            await asyncio.sleep(1000)
+        except asyncio.CancelledError:
+            pass
+
+async def wait(path: str) -> int:
+    """Wait for a file, and say so in another one."""
+    Path(f"{path}-{os.getpid()}").touch()
+    while not Path(path).exists():
+        await asyncio.sleep(0.01)
+    return os.getpid()
+
+again = tool(name="n.again", idempotent=True)(wait)
+once = tool(name="n.once")(wait)
+'''
+
 
 def _status(client: Client) -> Any:
     return client.call("system.status", {})
@@ -75,3 +101,23 @@ def test_a_worker_that_is_held_up_at_its_end_is_replaced_and_counts_as_gone_by_w
 
 def _is_gone(pid: int) -> bool:
     return not psutil.pid_exists(pid)
+
+
+def test_what_runs_beside_a_call_that_does_not_stop_is_lost_or_runs_again_and_was_not_cancelled(
+    tmp_path: Path,
+) -> None:
+    config = CONFIG + "concurrency = 8\n"
+    with Running(tmp_path, tools=NEIGHBOURS, config=config) as running, running.client() as client:
+        paths = {name: tmp_path / name for name in ("again", "once")}
+        calls = {
+            name: client.submit(f"n.{name}", {"path": str(path)}, timeout_s=30)
+            for name, path in paths.items()
+        }
+        wait_for(lambda: len(list(tmp_path.glob("*-*"))) == len(calls), what="both running")
+        with pytest.raises(DeadlineExceeded):
+            client.call("n.stay", timeout_s=0.2)
+        with pytest.raises(WorkerLost):
+            calls["once"].result()
+        wait_for(lambda: len(list(tmp_path.glob("again-*"))) == 2, what="the second run")
+        paths["again"].touch()
+        assert paths["again"].with_name(f"again-{calls['again'].result()}").exists()
