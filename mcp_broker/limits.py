@@ -74,6 +74,8 @@ CONNECT_S: Final = 5.0
 ARRIVE_S: Final = 1.0
 #: A worker that retires may finish its calls for so long: most time out after CALL_TIMEOUT_S, and some are worth waiting for.
 RETIRE_S: Final = 300.0
+#: From SIGTERM to SIGKILL: a worker that is to finish something is drained before it is stopped.
+STOP_S: Final = 1.0
 #: A wait for a worker that makes a pool grow: a person notices it, and a worker is up about as soon.
 GROW_WAIT_S: Final = 0.25
 #: How long a pool has more workers than it needs: bursts that come back within it find them.
@@ -127,8 +129,7 @@ STREAM_AHEAD_MAX: Final = 64
 #: Payloads of parts that a session keeps until its client's credit covers them, all its streams together: a whole
 #: window of parts of 1 MiB. Past it a stream cannot survive a lost connection.
 STREAM_KEPT_BYTES_MAX: Final = 16 * 1024 * 1024
-#: A chunk of an argument that is sent in chunks: large enough that a message costs little against its bytes, small
-#: enough that other calls' messages get in between.
+#: A chunk of an argument: large enough that a message costs little against its bytes, and other calls' get in between.
 CHUNK_BYTES_MAX: Final = 256 * 1024
 #: Chunks that a client may send before its worker has read one; both ends hold at most so many. 1 MiB on its way hides
 #: the round trip; 4 MiB carried a sixth more, and an echo beside it took twice as long.
@@ -203,8 +204,7 @@ PROCESSES_MAX: Final = 256
 #: Tasks (processes and their threads) where the kernel counts them: what PROCESSES would have with libraries that
 #: start a thread a core. A fork bomb ends here, long before the machine's own bound.
 TASKS_A_PROCESS: Final = 16
-#: The private folder: five times the usual memory, room to spill what does not fit there and to sort it once.
-#: Twenty workers fill 10 GB at the worst.
+#: The private folder: five times the usual memory, room to spill what does not fit there. Twenty workers fill 10 GB at the worst.
 SCRATCH_MB: Final = 512
 SCRATCH_MB_MAX: Final = 65_536
 #: Shares of a limit at which a worker is warned of, gets no new calls, and is killed.

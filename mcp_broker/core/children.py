@@ -62,8 +62,6 @@ from mcp_broker.errors import InvalidTransition
 
 #: A worker that is not ready by then is stuck: imports of large libraries take a few seconds.
 START_S: Final = 30.0
-#: After SIGTERM; a tool that wants to finish is drained before it is stopped.
-STOP_S: Final = 1.0
 
 
 __all__ = [
@@ -110,7 +108,7 @@ class Child:
         restarts: Restarts,
         *,
         start_s: float = START_S,
-        stop_s: float = STOP_S,
+        stop_s: float = limits.STOP_S,
         retire_s: float = limits.RETIRE_S,
     ) -> None:
         self.state = State.STOPPED

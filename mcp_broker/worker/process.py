@@ -32,6 +32,8 @@ from mcp_broker.worker.session import Session
 from mcp_broker.worker.tether import Tether
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mcp_broker.wire.node import WorkerBoot
 
 #: it cannot serve at all, and would not a second time: no module, no tool, tools refused
@@ -121,6 +123,18 @@ def serve(boot: WorkerBoot, tether: Tether) -> None:
     execution.lend = Lender(tether).lease
     hooks.begin()
     link = Link(boot, wake_read)
+    # before a spare waits: it comes up faster
+    run_calls: Callable[[], None]
+    if has_tasks:
+        from mcp_broker.worker.tasks import ConcurrentLoop
+
+        run_calls = functools.partial(
+            ConcurrentLoop(session, link, execution, interrupts).run, boot.concurrency
+        )
+    else:
+        from mcp_broker.worker.loop import Loop
+
+        run_calls = Loop(session, link, execution, interrupts).run
     # what was imported stays: no collection need look at it again
     gc.collect()
     gc.freeze()
@@ -128,14 +142,7 @@ def serve(boot: WorkerBoot, tether: Tether) -> None:
         tether.say(Warm())
         while not (is_called.is_set() or interrupts.stopping):
             link.wait_closed(None)
-    if has_tasks:
-        from mcp_broker.worker.tasks import ConcurrentLoop
-
-        ConcurrentLoop(session, link, execution, interrupts).run(boot.concurrency)
-    else:
-        from mcp_broker.worker.loop import Loop
-
-        Loop(session, link, execution, interrupts).run()
+    run_calls()
 
 
 @functools.cache

@@ -11,7 +11,6 @@ from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from mcp_broker import limits
-from mcp_broker.core import children
 from mcp_broker.errors import ConfigError
 from mcp_broker.worker import ending, exhaustion, forks
 from mcp_broker.worker.bytestream import ByteStream
@@ -195,7 +194,7 @@ class Shell:
     def end(self) -> None:
         """Run the stop hooks, say goodbye and close; from here on the process has a bounded time."""
         # who was told to end at once is missed already, and killed by who told it
-        ending.bound(children.STOP_S if self.interrupts.stopping else limits.HOOK_S)
+        ending.bound(limits.STOP_S if self.interrupts.stopping else limits.HOOK_S)
         self.interrupts.rested()
         # before the hooks, which may take all of that time
         with contextlib.suppress(LinkLost):
