@@ -26,6 +26,8 @@ _CASES: Final = [case.name for case in rounds.CASES]
 _FIGURES: Final = [title for title, _ in rounds.FIGURES]
 #: whom ours is measured against -> the style of :mod:`bench.reference`
 REFERENCES: Final = {"reference": "calls", "bare": "bare"}
+#: as wide as the table of figures is
+_FILE_COLUMNS: Final = 120
 COLUMNS: Final = ("case", "figure", "side", "median", "quartiles", "ratio", "quartiles", "to bare", "n")
 
 
@@ -139,6 +141,9 @@ def main(
     if quick:
         pairs, seconds = 3, 0.3
     console, err = Console(), Console(stderr=True)
+    if not console.is_terminal:
+        # a figure that is cut off says nothing in a file
+        console = Console(width=_FILE_COLUMNS)
     done: list[rounds.Round] = []
     with contextlib.ExitStack() as stack:
         sides = []
