@@ -19,6 +19,7 @@ Rules
     What a state does to calls is :data:`TREATMENT`. A tool that waits for its hooks, or for a step of recovery, is never
     stuck: whoever waits has a deadline, after which FAIL is said.
     Which of its pool's workers live is not a tool's state: calls of an ACTIVE tool wait for a worker as before.
+    REGISTERED leads to RECOVERING, too: for a tool to which an earlier broker had given a worker of its own.
     The history is bounded, and tells failures too.
 
 Source: docs/recovery.md, "A tool's life".

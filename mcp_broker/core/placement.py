@@ -2,8 +2,8 @@
 
 A tool that is *isolated* is served by one worker of a pool NAME~TOOL, which runs one call at a time; the other tools of its
 module stay where they are. It moves only while no worker holds a call of it; what waits moves along.
-The pool is the supervisor's to start and to end. A broker that follows another finds the pool and its worker, and has the tool
-moved there again.
+The pool is the supervisor's to start and to end. Whether a tool is to be there is told with its standing: a broker that follows
+another lets its calls wait for that worker, or goes on leaving it.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Placement:
         unsettled: pools of one tool that is not there yet, and does not serve; mostly empty.
     """
 
-    def __init__(self, routing: Routing, lives: Lifecycles, operations: Operations) -> None:
+    def __init__(self, routing: Routing, lifecycles: Lifecycles, operations: Operations) -> None:
         self._routing = routing
-        self._lifecycles = lives
+        self._lifecycles = lifecycles
         self._operations = operations
         self.apart: dict[Tool, None] = {}
         self.unsettled: dict[Pool, None] = {}
